@@ -1,0 +1,168 @@
+"""Folders that appear whole or not at all, and the manifest that proves them.
+
+A folder is written as `NAME.partial-<host>-<pid>`, gets a `manifest.json` (sha256 and size of every file, the versions that
+wrote it) as its last file, is fsynced and renamed. Checkpoint formats do not notice a flipped bit; the manifest does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from mcore_longctx.errors import CheckpointError, ConfigError
+
+__all__ = ["MANIFEST", "sha256_file", "staged_folder", "verify_manifest", "versions", "write_atomic", "write_manifest"]
+
+MANIFEST = "manifest.json"
+_VERSIONED = ("mcore-longctx", "numpy", "torch", "megatron-core", "transformers", "tokenizers", "safetensors")
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of the installed packages that matter for a result. Imports none of them."""
+    found = {}
+    for name in _VERSIONED:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Write `text` to `path` so that a reader sees the old file or the new one, never a part."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+    _fsync_folder(path.parent)
+
+
+@contextmanager
+def staged_folder(final: Path) -> Iterator[Path]:
+    """A new folder to fill, which becomes `final` when the block ends without an exception.
+
+    Raises ConfigError if `final` exists. On an exception the folder is removed; after a kill it stays as
+    `NAME.partial-<host>-<pid>`, which no reader accepts, and the next call removes it.
+    """
+    final = final.absolute()
+    if final.exists():
+        raise ConfigError("output folder is already there", where=final, fix="choose another name or remove it")
+    final.parent.mkdir(parents=True, exist_ok=True)
+    _remove_leftovers(final)
+    partial = final.with_name(f"{final.name}.partial-{socket.gethostname()}-{os.getpid()}")
+    partial.mkdir()
+    try:
+        yield partial
+        for path in sorted(partial.rglob("*")):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+        _fsync_folder(partial)
+        if final.exists():
+            raise ConfigError("output folder appeared while it was being written", where=final)
+        partial.rename(final)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _fsync_folder(final.parent)
+
+
+def write_manifest(folder: Path, kind: str, **facts: Any) -> None:
+    """Write `folder/manifest.json` over every file that is there. Call it last.
+
+    Args:
+        folder: the finished folder.
+        kind: what the folder is: `checkpoint`, `data`, `export`, ...
+        **facts: anything JSON that a reader should find (counts, seeds, hashes of inputs).
+    """
+    files = {
+        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path != folder / MANIFEST
+    }
+    text = json.dumps({"format": 1, "kind": kind, "versions": versions(), **facts, "files": files}, indent=1)
+    write_atomic(folder / MANIFEST, text + "\n")
+
+
+def verify_manifest(folder: Path, kind: str, *, hashes: bool = True) -> Mapping[str, Any]:
+    """Read `folder/manifest.json` and compare every file with it.
+
+    Args:
+        folder: a folder written by `staged_folder` and `write_manifest`.
+        kind: the kind that the caller expects.
+        hashes: compare sha256 too; False compares names and sizes only.
+
+    Raises:
+        CheckpointError: no manifest, another kind, or a file that is missing, of another size or of another hash.
+    """
+    path = folder / MANIFEST
+    if not folder.is_dir() or not any(folder.iterdir()):
+        raise CheckpointError(f"no {kind} here", where=folder, fix="check the path")
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        files = manifest["files"]
+        expected = {str(name): (int(row["bytes"]), str(row["sha256"])) for name, row in files.items()}
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"no {MANIFEST}: this {kind} was not finished, or not written by mcore-longctx", where=folder
+        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError("damaged manifest", where=path, fix=f"restore this {kind} from a copy") from None
+    if manifest.get("kind") != kind:
+        raise CheckpointError(f"holds a {manifest.get('kind')}, expected a {kind}", where=folder)
+    for name, (size, digest) in expected.items():
+        file = folder / name
+        restore = f"the {kind} is damaged, use another copy"
+        if not file.is_file():
+            raise CheckpointError("listed in the manifest but missing", where=file, fix=restore)
+        if file.stat().st_size != size:
+            raise CheckpointError(f"{file.stat().st_size:,} bytes, the manifest says {size:,}", where=file, fix=restore)
+        if hashes and sha256_file(file) != digest:
+            raise CheckpointError("contents differ from the manifest's sha256", where=file, fix=restore)
+    return manifest  # type: ignore[no-any-return]
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove_leftovers(final: Path) -> None:
+    """Remove what a killed process of this host left of the same output; a living one means: refuse."""
+    prefix = f"{final.name}.partial-{socket.gethostname()}-"
+    for path in final.parent.glob(f"{final.name}.partial-*"):
+        pid = path.name.removeprefix(prefix)
+        if not pid.isdigit() or not path.is_dir():
+            continue
+        if _is_alive(int(pid)):
+            raise ConfigError(f"process {pid} is writing this folder", where=final, fix="wait for it or stop it")
+        shutil.rmtree(path)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

@@ -1,0 +1,318 @@
+"""The recipe: one YAML file that describes a whole run, as frozen dataclasses.
+
+Every field here is a key of the file. `load.py` reads it, `docs/recipe.md` explains it. Lower rooms are handed the section that
+they need, never the whole recipe.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from mcore_longctx.layout import check_seq_length
+from mcore_longctx.rope import RopeScaling, RopeType
+
+__all__ = [
+    "DataSection",
+    "DocumentSource",
+    "EvaluateSection",
+    "LengthSampling",
+    "LossByPositionSection",
+    "ModelSection",
+    "NeedleSection",
+    "OptimizerSection",
+    "Parallel",
+    "Recipe",
+    "RopeSection",
+    "Stage",
+    "TokenCount",
+]
+
+
+class TokenCount(int):
+    """A number of tokens: `4096`, `1_048_576`, `128k` (131,072), `4M` (4,194,304), `1.26B` (a plain 1,260,000,000)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSection:
+    """The model that is extended: a Hugging Face folder of the Llama family."""
+
+    path: Path
+    num_layers: int | None = None  # where given, the sizes must agree with the folder's config.json;
+    hidden_size: int | None = None  # they let a plan or a dry run work before the model is at hand
+    ffn_hidden_size: int | None = None
+    num_attention_heads: int | None = None
+    num_query_groups: int | None = None
+    kv_channels: int | None = None
+    vocab_size: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeSection:
+    """The rope that the model is trained with. Fields as in `mcore_longctx.rope.RopeScaling`."""
+
+    type: RopeType
+    factor: float = 1.0
+    rope_theta: float | None = None  # None: the model's own base
+    original_max_position_embeddings: TokenCount | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    ramp: Literal["index", "rotations"] = "index"
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    alpha: float = 1.0
+    beta: float = 32.0
+    truncate: bool = True
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    max_position_embeddings: TokenCount | None = None  # None: follows from factor and the original length
+    phase_dtype: Literal["float32", "float64"] = "float32"
+
+    def scaling(self, model_rope: RopeScaling) -> RopeScaling:
+        """This rope for a model whose own rope is `model_rope` (it gives head_dim and, if not set here, the base)."""
+        return RopeScaling(
+            type=self.type,
+            head_dim=model_rope.head_dim,
+            rope_theta=self.rope_theta if self.rope_theta is not None else model_rope.rope_theta,
+            max_position_embeddings=self.max_position_embeddings,
+            factor=self.factor,
+            original_max_position_embeddings=self.original_max_position_embeddings,
+            low_freq_factor=self.low_freq_factor,
+            high_freq_factor=self.high_freq_factor,
+            ramp=self.ramp,
+            beta_fast=self.beta_fast,
+            beta_slow=self.beta_slow,
+            alpha=self.alpha,
+            beta=self.beta,
+            truncate=self.truncate,
+            attention_factor=self.attention_factor,
+            mscale=self.mscale,
+            mscale_all_dim=self.mscale_all_dim,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DocumentSource:
+    """One source of documents: a JSONL or text file, or a folder of them."""
+
+    name: str
+    path: Path
+    share: float | None = None  # share of the token budget; None: by what the source holds after length sampling
+    text_field: str = "text"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthSampling:
+    """Length sampling inside each source: short documents are kept with a probability, long ones repeated."""
+
+    short_below: TokenCount = TokenCount(4096)
+    keep_probability: float = 1.0
+    long_above: TokenCount = TokenCount(8192)
+    repetition: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.keep_probability <= 1.0:
+            raise ValueError(f"keep_probability is {self.keep_probability}, expected 0 to 1")
+        if self.repetition < 1.0:
+            raise ValueError(f"repetition is {self.repetition}, expected 1 or more")
+        if self.short_below > self.long_above:
+            raise ValueError(f"short_below {self.short_below:,} is larger than long_above {self.long_above:,}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSection:
+    """A data set: documents for `pretrain` stages, chats for `sft` stages."""
+
+    sources: tuple[DocumentSource, ...]
+    length_sampling: LengthSampling = field(default_factory=LengthSampling)
+    separator: str = "<s>"  # text between documents, tokenized as ordinary characters
+    packing: Literal["concatenate", "single"] = "concatenate"
+
+    def __post_init__(self) -> None:
+        names = [source.name for source in self.sources]
+        if not names:
+            raise ValueError("sources is empty")
+        if len(set(names)) < len(names):
+            raise ValueError(f"two sources share the name {next(n for n in names if names.count(n) > 1)!r}")
+        shares = [source.share for source in self.sources]
+        if any(share is not None for share in shares):
+            if any(share is None or share <= 0 for share in shares):
+                raise ValueError("give every source a positive share, or none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """Layout of one job. `data_parallel_size` is what is left of the ranks: world = TP x PP x CP x DP."""
+
+    tensor_model_parallel_size: int = 1
+    pipeline_model_parallel_size: int = 1
+    context_parallel_size: int = 1
+    data_parallel_size: int = 1
+    sequence_parallel: bool = False
+    cp_comm_type: Literal["p2p", "all_gather"] = "p2p"
+
+    def __post_init__(self) -> None:
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "data_parallel_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, expected 1 or more")
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            raise ValueError("sequence_parallel needs tensor_model_parallel_size above 1")
+
+    @property
+    def world_size(self) -> int:
+        """Ranks that the layout needs."""
+        return (
+            self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size * self.data_parallel_size
+        )
+
+    def describe(self) -> str:
+        """For example `TP 8 (SP) x PP 1 x CP 16 p2p x DP 2 = 256 ranks`."""
+        sp = " (SP)" if self.sequence_parallel else ""
+        comm = f" {self.cp_comm_type}" if self.context_parallel_size > 1 else ""
+        return (
+            f"TP {self.tensor_model_parallel_size}{sp} x PP {self.pipeline_model_parallel_size} x CP {self.context_parallel_size}{comm}"
+            f" x DP {self.data_parallel_size} = {self.world_size:,} ranks"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSection:
+    """AdamW and its learning-rate schedule."""
+
+    lr: float
+    min_lr: float = 0.0
+    lr_decay_style: Literal["cosine", "constant"] = "cosine"
+    lr_warmup_iters: int = 0
+    weight_decay: float = 0.1
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    clip_grad: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ValueError(f"lr is {self.lr}, expected more than 0")
+        if not 0 <= self.min_lr <= self.lr:
+            raise ValueError(f"min_lr is {self.min_lr}, expected 0 to lr ({self.lr})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One training stage: continued pretraining on long documents, or instruction tuning on chats."""
+
+    name: str
+    kind: Literal["pretrain", "sft"]
+    data: str
+    seq_length: TokenCount
+    global_batch_size: int
+    optimizer: OptimizerSection
+    train_iters: int | None = None
+    train_tokens: TokenCount | None = None
+    micro_batch_size: int = 1
+    parallel: Parallel = field(default_factory=Parallel)
+    precision: Literal["fp32", "bf16"] = "bf16"
+    save_interval: int = 50
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        if (self.train_iters is None) == (self.train_tokens is None):
+            raise ValueError("give either train_iters or train_tokens")
+        if self.iterations < 1:
+            raise ValueError("train_iters or train_tokens gives no step at all")
+        replicas = self.micro_batch_size * self.parallel.data_parallel_size
+        if self.global_batch_size < 1 or self.global_batch_size % replicas:
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size x data_parallel_size ({replicas})"
+            )
+        if self.save_interval < 1 or self.keep_checkpoints < 1:
+            raise ValueError("save_interval and keep_checkpoints must be 1 or more")
+        check_seq_length(self.seq_length, self.parallel.context_parallel_size)
+        cp, tp = self.parallel.context_parallel_size, self.parallel.tensor_model_parallel_size
+        if self.parallel.sequence_parallel and self.seq_length // cp % tp:
+            raise ValueError(f"seq_length / context_parallel_size ({self.seq_length // cp:,}) is not a multiple of TP {tp} (sequence parallel)")
+
+    @property
+    def iterations(self) -> int:
+        """Optimizer steps: `train_iters`, or as many as reach `train_tokens`."""
+        if self.train_iters is not None:
+            return self.train_iters
+        assert self.train_tokens is not None
+        return -(-self.train_tokens // (self.global_batch_size * self.seq_length))
+
+    @property
+    def num_microbatches(self) -> int:
+        """Micro-batches per step and data-parallel rank."""
+        return self.global_batch_size // (self.micro_batch_size * self.parallel.data_parallel_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeedleSection:
+    """Needle (passkey) grid: a key hidden at each depth of each length, asked for at the end."""
+
+    haystack: Path  # text that was not trained on: a file or a folder
+    lengths: tuple[TokenCount, ...]
+    depths: int = 6  # equally spaced from 0 (start) to 1 (just before the question)
+    samples: int = 10  # per cell
+    digits: int = 7
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossByPositionSection:
+    """Next-token loss on held-out text, by position, and at the base model's own length."""
+
+    path: Path
+    seq_length: TokenCount
+    short_length: TokenCount
+    windows: int = 12  # windows of seq_length tokens
+    short_windows: int = 96  # windows of short_length tokens
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSection:
+    """What is measured before and after each stage."""
+
+    needle: NeedleSection | None = None
+    loss_by_position: LossByPositionSection | None = None
+    parallel: Parallel = field(default_factory=Parallel)
+    precision: Literal["fp32", "bf16"] = "bf16"
+
+    def __post_init__(self) -> None:
+        if self.parallel.pipeline_model_parallel_size != 1 or self.parallel.data_parallel_size != 1:
+            raise ValueError("evaluation runs with pipeline_model_parallel_size 1 and data_parallel_size 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A whole run: which model, which rope, which data, which stages, what is measured, where it goes."""
+
+    name: str
+    model: ModelSection
+    rope: RopeSection
+    data: dict[str, DataSection]
+    stages: tuple[Stage, ...]
+    evaluate: EvaluateSection = field(default_factory=EvaluateSection)
+    tokenizer: Path | None = None  # None: the model's folder
+    output: Path | None = None  # None: runs/<name>
+    seed: int = 1234
+
+    def __post_init__(self) -> None:
+        names = [stage.name for stage in self.stages]
+        if not names:
+            raise ValueError("stages is empty")
+        if len(set(names)) < len(names):
+            raise ValueError("two stages share a name")
+        for stage in self.stages:
+            if stage.data not in self.data:
+                raise ValueError(f"stages.{stage.name}.data: no data set {stage.data!r}; there are {', '.join(sorted(self.data))}")
+
+    @property
+    def run_folder(self) -> Path:
+        """Where everything that comes of this recipe goes."""
+        return self.output if self.output is not None else Path("runs") / self.name
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Folder that holds tokenizer.json."""
+        return self.tokenizer if self.tokenizer is not None else self.model.path
