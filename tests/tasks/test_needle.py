@@ -1,0 +1,191 @@
+import hashlib
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import decoders as token_decoders
+
+from mcore_longctx.errors import ConfigError, DataError
+from mcore_longctx.tasks import Haystack, make_needle_sample, needle_depths, needle_grid, solve_needle
+
+LINES = [
+    f"And line {'abcdefghij'[i % 10] * (3 + i * 7 % 50)} of the text has its own words, the {'xyz'[i % 3]}." for i in range(400)
+]
+TEXT = "\n".join(LINES) + "\n"
+
+
+class Bytes:
+    """The byte vocabulary of the tiny model."""
+
+    def encode(self, text):
+        return list(text.encode())
+
+    def decode(self, ids):
+        return bytes(ids).decode()
+
+
+class Merges:
+    """A real byte-level BPE of 600 entries that groups digits by three, as Llama 3's does."""
+
+    def __init__(self):
+        self.tokenizer = Tokenizer(models.BPE())
+        split = pre_tokenizers.Split(Regex(r"\d{1,3}| ?[a-zA-Z]+| ?[^\sa-zA-Z\d]+\n*|\s+"), "isolated")
+        self.tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        )
+        self.tokenizer.decoder = token_decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
+        self.tokenizer.train_from_iterator([TEXT, "The pass key for dolu is 0123456789.\n"], trainer)
+
+    def encode(self, text):
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids):
+        return self.tokenizer.decode(list(ids), skip_special_tokens=False)
+
+
+TOKENIZERS = {"bytes": Bytes(), "merges": Merges()}
+HAYSTACKS = {
+    name: Haystack.from_documents(["\n".join(LINES[:150]), "\n".join(LINES[150:])], tokenizer)
+    for name, tokenizer in TOKENIZERS.items()
+}
+LONGEST_LINE = {name: int(np.diff(np.flatnonzero(h.ends_line)).max()) for name, h in HAYSTACKS.items()}
+
+
+def sample_of(name, **changes):
+    wanted = {"seed": 1234, "length": 512, "depth": 0.4, "index": 0, "digits": 7, **changes}
+    return make_needle_sample(HAYSTACKS[name], TOKENIZERS[name], **wanted)
+
+
+def test_golden_sample_stays_as_it_is():
+    """Results of different versions compare only while the same arguments give the same sample."""
+    sample = sample_of("bytes")
+    assert (sample.key, sample.value, sample.needle_start, sample.haystack_start) == ("wirive", "3906782", 140, 20742)
+    assert hashlib.sha256(sample.tokens.astype("<i8").tobytes()).hexdigest()[:16] == "d29f637ed00e87a7"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=st.sampled_from(["bytes", "merges"]),
+    seed=st.integers(0, 2**31),
+    length=st.integers(120, 60_000),
+    depth=st.floats(0, 1),
+    index=st.integers(0, 100),
+    digits=st.integers(1, 14),
+    prefix=st.sampled_from([(), (65,)]),
+)
+def test_every_sample_is_exact_in_length_solvable_and_near_its_depth(name, seed, length, depth, index, digits, prefix):
+    tokenizer = TOKENIZERS[name]
+    sample = sample_of(name, seed=seed, length=length, depth=depth, index=index, digits=digits, prefix=prefix)
+    assert sample.tokens.shape == (length,)
+    assert tuple(sample.tokens[: len(prefix)]) == prefix
+
+    prompt = tokenizer.decode(sample.tokens[: sample.answer_start].tolist())
+    assert solve_needle(prompt) == sample.value
+    assert tokenizer.decode(sample.answer.tolist()) == f" {sample.value}"
+    assert len(sample.value) == digits
+    assert digits > 10 or len(set(sample.value)) == digits
+
+    needle = f"The pass key for {sample.key} is {sample.value}.\n"
+    ids = tokenizer.encode(needle)
+    assert sample.tokens[sample.needle_start :][: len(ids)].tolist() == ids
+    before = tokenizer.decode(sample.tokens[len(prefix) : sample.needle_start].tolist())
+    assert before == "" or before.endswith("\n")
+    room = (
+        length
+        - len(prefix)
+        - len(ids)
+        - (length - sample.answer_start)
+        - len(tokenizer.encode(f"The pass key for {sample.key} is"))
+    )
+    assert sample.depth == pytest.approx((sample.needle_start - len(prefix)) / room)
+    assert abs(sample.depth - depth) * room <= LONGEST_LINE[name] / 2 + 1
+    assert sample.unique_share == pytest.approx(min(1, len(HAYSTACKS[name].tokens) / room))
+
+
+def test_a_sample_depends_on_its_arguments_alone():
+    first = sample_of("bytes", index=3)
+    sample_of("bytes", index=4)
+    assert np.array_equal(first.tokens, sample_of("bytes", index=3).tokens)
+    for change in ({"seed": 5}, {"index": 4}, {"depth": 0.6}, {"length": 511}):
+        other = sample_of("bytes", **{"index": 3, **change})
+        assert other.value != first.value
+        assert other.haystack_start != first.haystack_start
+
+
+def test_the_text_of_a_sample_runs_on_without_a_gap_and_wraps_at_the_end_of_the_haystack():
+    sample = sample_of("bytes", length=len(TEXT) + 300)
+    text = bytes(sample.tokens.tolist()).decode()
+    needle = re.search(r"The pass key for \w+ is \d+\.\n", text)[0]
+    question = text.rindex("The pass key")
+    around = text.replace(needle, "", 1)[: question - len(needle)]
+    assert around in TEXT * 3
+    assert sample.unique_share < 1
+
+
+def test_the_question_begins_a_line():
+    for index in range(20):
+        sample = sample_of("merges", index=index)
+        prompt = TOKENIZERS["merges"].decode(sample.tokens[: sample.answer_start].tolist())
+        assert prompt[: prompt.rindex("The pass key")].endswith("\n")
+
+
+def test_depths_and_grid_go_from_start_to_end_and_from_short_to_long():
+    assert needle_depths(6) == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    assert needle_depths(1) == [0.5]
+    grid = list(needle_grid([1024, 512], 2, 2))
+    assert grid[:4] == [(512, 0.0, 0), (512, 0.0, 1), (512, 1.0, 0), (512, 1.0, 1)]
+    assert len(grid) == len(set(grid)) == 8
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ("no question", "does not end in a question"),
+        ("The pass key for dolu is 12.\nThe pass key for doli is", "0 answers for 'doli'"),
+        ("The pass key for dolu is 12.\nThe pass key for dolu is 13.\nThe pass key for dolu is", "2 answers for 'dolu'"),
+    ],
+)
+def test_the_solver_refuses_what_has_no_single_answer(prompt, message):
+    with pytest.raises(ValueError, match=message):
+        solve_needle(prompt)
+
+
+def test_too_short_a_length_is_refused():
+    with pytest.raises(ConfigError, match=r"a needle sample of 7 digits needs more than \d+ tokens, the length is 40"):
+        sample_of("bytes", length=40)
+
+
+@pytest.mark.parametrize(
+    ("documents", "message"),
+    [
+        ([], "holds no text"),
+        (["", "\n"], "holds no text"),
+        (["a line\nThe pass key for dolu is 1.\n"], "answers would not be unique"),
+    ],
+)
+def test_a_useless_haystack_is_refused(documents, message):
+    with pytest.raises(DataError, match=message):
+        Haystack.from_documents(documents, Bytes(), where="held-out.txt")
+
+
+def test_a_tokenizer_that_joins_question_and_answer_is_refused():
+    class Joins(Bytes):
+        def encode(self, text):
+            return [1] if re.search(r" is \d+$", text) else super().encode(text)
+
+    with pytest.raises(DataError, match="joins the end of the question with the answer"):
+        make_needle_sample(HAYSTACKS["bytes"], Joins(), seed=1, length=512, depth=0.5, index=0, digits=3)
+
+
+def test_a_tokenizer_without_newlines_is_refused():
+    class NoLines(Bytes):
+        def decode(self, ids):
+            return super().decode(ids).replace("\n", " ")
+
+    with pytest.raises(DataError, match="needles need line starts"):
+        Haystack.from_documents(["one\ntwo\n"], NoLines())
