@@ -1,0 +1,56 @@
+# One word each. `make demo` and `make test` set everything up in .venv first; run them in either order, as often as you like.
+
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+export OMP_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM := false
+
+# Python 3.11 with megatron-core 0.16 where it is at hand, else Python 3.12 with megatron-core 0.19 (override: make PYTHON=...)
+PYTHON ?= $(shell for p in python3.11 python3.12 python3; do $$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+NEWEST := .venv-newest
+
+.PHONY: help setup demo test test-newest lint types contract format
+
+help:
+	@echo "make demo         set up, run the UltraLong recipe on the tiny model (two CPU cores, minutes), write runs/tiny-cpu/report.html"
+	@echo "make test         set up, run the test suite"
+	@echo "make test-newest  the suite on Python 3.12 with megatron-core 0.19 and transformers 5 (in $(NEWEST))"
+	@echo "make lint types contract   ruff, mypy, import-linter"
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints/py311.txt constraints/py312.txt
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.11 or 3.12 found; install one, or say which: make PYTHON=/path/to/python3.11"; exit 2; }
+	@echo "== setting up $(VENV) with $(PYTHON) (once; torch is the large part)"
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c 'import sys; print("constraints/py%d%d.txt" % sys.version_info[:2])' > $(VENV)/constraints
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c "$$(cat $(VENV)/constraints)" torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c "$$(cat $(VENV)/constraints)" -e '.[dev]'
+	@touch $@
+
+demo: setup
+	@echo "== the UltraLong recipe on the tiny model: 512 -> 4,096 tokens"
+	$(BIN)/mcore-longctx run tiny-cpu
+
+test: setup
+	@echo "== tests"
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-newest:
+	$(MAKE) test VENV=$(NEWEST) PYTHON=python3.12
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+contract: setup
+	$(BIN)/lint-imports
+
+format: setup
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .

@@ -1,0 +1,71 @@
+"""The command `mcore-longctx`: one verb per file, each imports its room only when it runs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+from mcore_longctx import __version__
+from mcore_longctx.errors import LongctxError
+
+VERBS = ("run", "convert", "data", "train", "evaluate", "report", "doctor")
+
+_DESCRIPTION = """\
+Take a Llama-family model from 128K to 1M, 2M and 4M tokens of context with Megatron-Core (UltraLong recipe, arXiv 2504.06214).
+
+  mcore-longctx run tiny-cpu                      the whole recipe on a tiny model, on two CPU cores
+  mcore-longctx run ultralong-8b-4m --dry-run     what the 4M recipe would do, stage by stage
+  mcore-longctx convert inspect FOLDER            what is in a checkpoint, and what its rope really is
+"""
+
+_EPILOG = """\
+exit codes: 0 done; 1 a check found a difference or a run failed; 2 bad input or usage; 3 no progress; 75 stopped on a signal
+with a checkpoint saved (start it again to go on). Every verb has --help.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all verbs. Imports no torch."""
+    parser = argparse.ArgumentParser(
+        prog="mcore-longctx", description=_DESCRIPTION, epilog=_EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--version", action="version", version=f"mcore-longctx {__version__}")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    subparsers = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    for verb in VERBS:
+        _module(verb).add_parser(subparsers)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return its exit code. An error is one line on stderr."""
+    args = build_parser().parse_args(argv)
+    try:
+        return int(_module(args.verb).run(args))
+    except LongctxError as error:
+        if args.debug:
+            traceback.print_exc()
+        print(f"mcore-longctx: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("mcore-longctx: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader went away, for example `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if args.debug:
+            raise
+        log = Path(f"mcore-longctx-error-{os.getpid()}.log").absolute()
+        log.write_text(traceback.format_exc())
+        print(f"mcore-longctx: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''} (details in {log})", file=sys.stderr)
+        return 1
+
+
+def _module(verb: str):  # type: ignore[no-untyped-def]
+    return importlib.import_module(f"mcore_longctx.cli.{verb}")

@@ -1,0 +1,322 @@
+"""Read a recipe: YAML into frozen dataclasses, with errors that name file, line, dotted path and the nearest valid name.
+
+No library for typed configuration that was tried reports the line of the offending key, because all of them work on the plain
+dict after parsing. PyYAML's composer keeps it (`node.start_mark`), so this module walks the nodes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+from mcore_longctx.errors import ConfigError, LongctxError
+from mcore_longctx.recipe.schema import Recipe, TokenCount
+from mcore_longctx.recipe.units import parse_count
+
+__all__ = ["RecipeFile", "dump_recipe", "load_recipe", "open_recipe", "preset_names"]
+
+_MAX_BYTES = 1 << 20
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_NULL = "tag:yaml.org,2002:null"
+
+
+@dataclass(frozen=True)
+class RecipeFile:
+    """A recipe, and where each of its values stands."""
+
+    recipe: Recipe
+    file: str
+    lines: Mapping[str, str]  # dotted path -> `file:line`, or the override that set it
+
+    def where(self, dotted: str) -> str:
+        """Place and dotted path for an error message, such as `run.yaml:14: stages.extend.seq_length`."""
+        path = dotted
+        while path and path not in self.lines:
+            path = path.rpartition(".")[0]
+        return f"{self.lines.get(path, self.file)}: {dotted}"
+
+
+@dataclass(frozen=True)
+class _Override:
+    keys: tuple[str, ...]  # what is left of the dotted path
+    node: yaml.Node | None
+    text: str
+
+
+def preset_names() -> list[str]:
+    """Names of the recipes that come with the package."""
+    folder = resources.files("mcore_longctx.recipe") / "presets"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe of `open_recipe`, without the places of its values."""
+    return open_recipe(source, overrides).recipe
+
+
+def open_recipe(source: str | Path, overrides: Sequence[str] = ()) -> RecipeFile:
+    """Read a recipe file or a preset, with `a.b.c=value` overrides on top.
+
+    Args:
+        source: path of a YAML file, or the name of a preset.
+        overrides: for example `stages.extend.optimizer.lr=1e-5`; a stage or source is addressed by its name or number.
+
+    Raises:
+        ConfigError: no such file, not YAML, an unknown or missing name, a wrong type or an impossible value. One line with
+            file, line, dotted path and, for a name, the nearest valid one.
+    """
+    file, text = _read(source)
+    try:
+        node = yaml.compose(text, Loader=_LOADER)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(f"not valid YAML: {error.problem}", where=f"{file}:{line}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"not valid YAML: {str(error).splitlines()[0]}", where=file) from None
+    builder = _Builder(file)
+    recipe = builder.dataclass_value(Recipe, node, "", [_parse_override(text) for text in overrides])
+    return RecipeFile(recipe, file, builder.lines)
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML text; reading it again gives an equal recipe."""
+    return yaml.safe_dump(_plain(recipe), sort_keys=False, allow_unicode=True, width=120)
+
+
+def _read(source: str | Path) -> tuple[str, str]:
+    path = Path(source)
+    if not path.exists() and path.suffix not in (".yaml", ".yml") and len(path.parts) == 1:
+        names = preset_names()
+        if str(source) not in names:
+            raise ConfigError(
+                "no such recipe file, and no preset of this name", where=source, fix=f"{_nearest(str(source), names)} (presets: {', '.join(names)})"
+            )
+        path = Path(str(resources.files("mcore_longctx.recipe") / "presets" / f"{source}.yaml"))
+    try:
+        if path.stat().st_size > _MAX_BYTES:
+            raise ConfigError("larger than 1 MiB: not a recipe", where=path)
+        return str(path), path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"not UTF-8 (byte {error.start})", where=path, fix="save it as UTF-8") from None
+    except OSError as error:
+        raise ConfigError(f"cannot be read: {error.strerror}", where=path) from None
+
+
+def _parse_override(text: str) -> _Override:
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"override {text!r} is not of the form section.name=value")
+    try:
+        node = yaml.compose(value or '""', Loader=_LOADER)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {text!r}: the value is not valid YAML") from None
+    return _Override(tuple(key.split(".")), node, text)
+
+
+class _Builder:
+    """Walks YAML nodes and types together; remembers where each value stands."""
+
+    def __init__(self, file: str) -> None:
+        self.file = file
+        self.lines: dict[str, str] = {}
+
+    def place(self, node: yaml.Node | None) -> str:
+        return self.file if node is None else f"{self.file}:{node.start_mark.line + 1}"
+
+    def value(self, kind: Any, node: yaml.Node | None, at: str, overrides: list[_Override], place: str) -> Any:
+        """Build one value of type `kind` at the dotted path `at`."""
+        self.lines[at] = place
+        origin, args = get_origin(kind), get_args(kind)
+        if origin in (Union, types.UnionType):  # Optional[X] only: a recipe needs no wider union
+            last = overrides[-1].node if overrides and not overrides[-1].keys else node
+            if last is not None and last.tag == _NULL:
+                return None
+            return self.value(next(a for a in args if a is not type(None)), node, at, overrides, place)
+        if dataclasses.is_dataclass(kind):
+            return self.dataclass_value(kind, node, at, overrides)
+        if origin is dict:
+            return self.dict_value(args[1], node, at, overrides, place)
+        if origin is tuple and dataclasses.is_dataclass(args[0]):
+            return self.items(args[0], node, at, overrides, place)
+        if overrides:  # the last override of a leaf wins
+            last = overrides[-1]
+            if last.keys:
+                raise ConfigError(f"{at} is {_show(kind)}, it has no {'.'.join(last.keys)!r}", where=f"override {last.text!r}")
+            node, place = last.node, f"override {last.text!r}"
+            self.lines[at] = place
+        if origin is tuple:
+            if not isinstance(node, yaml.SequenceNode):
+                raise _mismatch(kind, node, at, place)
+            return tuple(self.value(args[0], item, f"{at}.{i}", [], place) for i, item in enumerate(node.value))
+        return _scalar(kind, node, at, place)
+
+    def dataclass_value(self, kind: Any, node: yaml.Node | None, at: str, overrides: list[_Override]) -> Any:
+        node, overrides = _replaced(node, overrides, kind)
+        place = self.place(node)
+        if node is not None and not isinstance(node, yaml.MappingNode):
+            raise _mismatch(kind, node, at, place)
+        fields = {field.name: field for field in dataclasses.fields(kind)}
+        given = self.mapping(node, at, list(fields))
+        wanted: dict[str, list[_Override]] = {}
+        for override in overrides:
+            name = override.keys[0]
+            if name not in fields:
+                raise ConfigError(f"{_join(at, name)}: unknown name", where=f"override {override.text!r}", fix=_nearest(name, list(fields)))
+            wanted.setdefault(name, []).append(dataclasses.replace(override, keys=override.keys[1:]))
+        values, hints = {}, _hints(kind)
+        for name, field in fields.items():
+            here = _join(at, name)
+            if name in given or name in wanted:
+                key_node, value_node = given.get(name, (None, None))
+                values[name] = self.value(hints[name], value_node, here, wanted.get(name, []), self.place(key_node))
+            elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+                raise ConfigError(f"{here}: missing", where=place, fix=f"it has no default, give {_show(hints[name])}")
+        try:
+            return kind(**values)
+        except (ValueError, LongctxError) as error:  # what a section says about itself
+            what = error.what if isinstance(error, LongctxError) else str(error)
+            fix = error.fix if isinstance(error, LongctxError) else ""
+            raise ConfigError(f"{at}: {what}" if at else what, where=place, fix=fix) from None
+
+    def dict_value(self, kind: Any, node: yaml.Node | None, at: str, overrides: list[_Override], place: str) -> dict[str, Any]:
+        if node is not None and not isinstance(node, yaml.MappingNode):
+            raise _mismatch(dict, node, at, place)
+        given = self.mapping(node, at, None)
+        for override in overrides:
+            if not override.keys or override.keys[0] not in given:
+                name = override.keys[0] if override.keys else ""
+                raise ConfigError(f"{_join(at, name)}: unknown name", where=f"override {override.text!r}", fix=_nearest(name, list(given)))
+        built = {}
+        for name, (key_node, value_node) in given.items():
+            inner = [dataclasses.replace(o, keys=o.keys[1:]) for o in overrides if o.keys[0] == name]
+            built[name] = self.value(kind, value_node, _join(at, name), inner, self.place(key_node))
+        return built
+
+    def items(self, kind: Any, node: yaml.Node | None, at: str, overrides: list[_Override], place: str) -> tuple[Any, ...]:
+        """A list of sections; an override addresses one by its `name`, or by its number."""
+        if not isinstance(node, yaml.SequenceNode):
+            raise _mismatch(tuple, node, at, place)
+        labels = [_label(item, i) for i, item in enumerate(node.value)]
+        for override in overrides:
+            name = override.keys[0] if override.keys else ""
+            if name not in labels and not (name.isdigit() and int(name) < len(labels)):
+                raise ConfigError(f"{_join(at, name)}: unknown name", where=f"override {override.text!r}", fix=_nearest(name, labels))
+        built = []
+        for i, (label, item) in enumerate(zip(labels, node.value, strict=True)):
+            inner = [dataclasses.replace(o, keys=o.keys[1:]) for o in overrides if o.keys[0] in (label, str(i))]
+            built.append(self.value(kind, item, _join(at, label), inner, self.place(item)))
+        return tuple(built)
+
+    def mapping(self, node: yaml.Node | None, at: str, valid: list[str] | None) -> dict[str, tuple[yaml.Node, yaml.Node]]:
+        given: dict[str, tuple[yaml.Node, yaml.Node]] = {}
+        for key, value in node.value if node is not None else ():
+            name = str(key.value)
+            if valid is not None and name not in valid:
+                raise ConfigError(f"{_join(at, name)}: unknown name", where=self.place(key), fix=_nearest(name, valid))
+            if name in given:
+                raise ConfigError(f"{_join(at, name)}: given twice", where=self.place(key), fix="keep one")
+            given[name] = (key, value)
+        return given
+
+
+def _replaced(node: yaml.Node | None, overrides: list[_Override], kind: Any) -> tuple[yaml.Node | None, list[_Override]]:
+    """An override of a whole section (`rope={type: yarn, ...}`) replaces it; later ones may change fields of it."""
+    for i, override in enumerate(overrides):
+        if not override.keys:
+            if not isinstance(override.node, yaml.MappingNode):
+                raise ConfigError(f"a {_show(kind)} is wanted", where=f"override {override.text!r}")
+            return _replaced(override.node, overrides[i + 1 :], kind)
+    return node, overrides
+
+
+def _scalar(kind: Any, node: yaml.Node | None, at: str, place: str) -> Any:
+    if not isinstance(node, yaml.ScalarNode):
+        raise _mismatch(kind, node, at, place)
+    value = yaml.SafeLoader("").construct_object(node)
+    if get_origin(kind) is Literal:
+        allowed = get_args(kind)
+        if value not in allowed:
+            raise ConfigError(f"{at}: {node.value!r} is not one of {', '.join(allowed)}", where=place, fix=_nearest(str(node.value), list(allowed)))
+        return value
+    if kind is TokenCount and not isinstance(value, bool):
+        try:
+            return TokenCount(parse_count(node.value))
+        except ValueError as error:
+            raise ConfigError(f"{at}: {error}", where=place) from None
+    if kind is Path and isinstance(value, str) and value:
+        return Path(value)
+    if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
+        try:
+            value = float(value)  # YAML 1.1 reads 1e-5 as a string
+        except ValueError:
+            raise _mismatch(kind, node, at, place) from None
+    if isinstance(value, kind) and (kind is bool) == isinstance(value, bool):
+        if isinstance(value, float) and not abs(value) < float("inf"):
+            raise ConfigError(f"{at}: {node.value} is not a finite number", where=place)
+        return value
+    raise _mismatch(kind, node, at, place)
+
+
+def _mismatch(kind: Any, node: yaml.Node | None, at: str, place: str) -> ConfigError:
+    if isinstance(node, yaml.ScalarNode):
+        got = repr(node.value) if node.tag != _NULL else "nothing"
+    else:
+        got = {yaml.MappingNode: "a section", yaml.SequenceNode: "a list"}.get(type(node), "nothing")
+    return ConfigError(f"{at or 'the recipe'}: {got} is not {_show(kind)}", where=place)
+
+
+def _show(kind: Any) -> str:
+    kind = next((a for a in get_args(kind) if a is not type(None)), kind) if get_origin(kind) in (Union, types.UnionType) else kind
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(get_args(kind))
+    if dataclasses.is_dataclass(kind) or kind is dict or get_origin(kind) is dict:
+        return "a section (name: value)"
+    if kind is tuple or get_origin(kind) is tuple:
+        return "a list"
+    names = {TokenCount: "a token count (4096, 128k, 4M)", bool: "true or false", int: "a whole number", float: "a number", str: "a text", Path: "a path"}
+    return names.get(kind, str(kind))
+
+
+def _nearest(name: str, valid: list[str]) -> str:
+    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"valid: {', '.join(sorted(valid))}"
+
+
+def _label(node: yaml.Node, index: int) -> str:
+    for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+        if key.value == "name" and isinstance(value, yaml.ScalarNode):
+            return str(value.value)
+    return str(index)
+
+
+def _join(at: str, name: str) -> str:
+    return f"{at}.{name}" if at else name
+
+
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        pairs = ((field.name, _plain(getattr(value, field.name))) for field in dataclasses.fields(value))
+        return {name: plain for name, plain in pairs if plain is not None}
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return int(value)  # a TokenCount is written as a plain number
+    return value
