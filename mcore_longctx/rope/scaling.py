@@ -1,0 +1,273 @@
+"""`RopeScaling`: the rope of a model, as one checked value that travels with its weights."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from mcore_longctx.errors import ConfigError
+from mcore_longctx.rope import frequencies as formulas
+from mcore_longctx.rope.frequencies import FloatArray
+
+__all__ = ["RopeScaling", "RopeType"]
+
+RopeType = Literal["none", "linear", "ntk", "dynamic", "abf", "llama3", "yarn"]
+
+_COMMON = frozenset({"type", "head_dim", "rope_theta", "max_position_embeddings"})
+_WITH_FACTOR = frozenset({"factor", "original_max_position_embeddings"})
+_USES: dict[str, frozenset[str]] = {
+    "none": frozenset(),
+    "abf": frozenset(),
+    "dynamic": frozenset({"factor"}),
+    "linear": _WITH_FACTOR,
+    "ntk": _WITH_FACTOR,
+    "llama3": _WITH_FACTOR | {"low_freq_factor", "high_freq_factor"},
+    "yarn index": _WITH_FACTOR | {"ramp", "beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim"},
+    "yarn rotations": _WITH_FACTOR | {"ramp", "alpha", "beta", "attention_factor"},
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """Rotary position embedding of one model: its base, its scaling, its length.
+
+    Fields that `type` does not use must keep their defaults.
+
+        type      uses                                                      formula (`mcore_longctx.rope.frequencies`)
+        none      -                                                         w = b^(-2i/d)
+        linear    factor, original_max_position_embeddings (optional)       w / s
+        ntk       factor, original_max_position_embeddings (optional)       base b s^(d/(d-2))
+        dynamic   factor, max_position_embeddings (the trained length)      a base that grows with the sequence: not for training
+        abf       rope_theta is the changed base                            w of that base
+        llama3    factor, original_..., low_freq_factor, high_freq_factor   ramp over rotations
+        yarn      factor, original_..., attention_factor, and by `ramp`
+          index       beta_fast, beta_slow, truncate, mscale pair           ramp over the pair index (what libraries call yarn)
+          rotations   alpha, beta                                           ramp over rotations (YaRN as published)
+
+    `max_position_embeddings` is the longest sequence that the model is made for. None: it follows from factor x
+    original_max_position_embeddings, see `resolved_max_position_embeddings`. For `dynamic` it is the trained length and required.
+
+    Raises:
+        ValueError: a value out of range, a missing field, or a field that the type does not use.
+    """
+
+    type: RopeType
+    head_dim: int
+    rope_theta: float
+    max_position_embeddings: int | None = None
+    factor: float = 1.0
+    original_max_position_embeddings: int | None = None
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    ramp: Literal["index", "rotations"] = "index"
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    alpha: float = 1.0
+    beta: float = 32.0
+    truncate: bool = True
+    attention_factor: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.type not in get_args(RopeType):
+            raise ValueError(f"rope type {self.type!r} is unknown; there are {', '.join(get_args(RopeType))}")
+        if self.ramp not in ("index", "rotations"):
+            raise ValueError(f"ramp is {self.ramp!r}, expected index or rotations")
+        self._check_types()
+        self._check_used()
+        self._check_ranges()
+
+    def _check_types(self) -> None:
+        """Whole numbers become int, other numbers float (so that they are written as floats); everything else is refused."""
+        for name in ("head_dim", "max_position_embeddings", "original_max_position_embeddings"):
+            value = getattr(self, name)
+            if value is None and name != "head_dim":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} is {value!r}, expected a positive whole number")
+            object.__setattr__(self, name, int(value))
+        for name in (
+            *("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "alpha", "beta"),
+            *("attention_factor", "mscale", "mscale_all_dim"),
+        ):
+            value = getattr(self, name)
+            if value is None and name in ("attention_factor", "mscale", "mscale_all_dim"):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise ValueError(f"{name} is {value!r}, expected a number")
+            object.__setattr__(self, name, float(value))
+        if not isinstance(self.truncate, bool):
+            raise ValueError(f"truncate is {self.truncate!r}, expected true or false")  # noqa: TRY004 - one error type for the reader
+
+    @property
+    def _kind(self) -> str:
+        return f"yarn {self.ramp}" if self.type == "yarn" else self.type
+
+    def _check_used(self) -> None:
+        used = _COMMON | _USES[self._kind]
+        for field in fields(self):
+            if field.name not in used and getattr(self, field.name) != field.default:
+                kind = f"yarn with ramp {self.ramp}" if self.type == "yarn" else self.type
+                raise ValueError(f"{field.name} is given, but rope type {kind} does not use it")
+        if self.type in ("llama3", "yarn") and self.original_max_position_embeddings is None:
+            raise ValueError(f"rope type {self.type} needs original_max_position_embeddings (8192 for Llama 3)")
+        if self.type == "dynamic" and self.max_position_embeddings is None:
+            raise ValueError("rope type dynamic needs max_position_embeddings, the trained length")
+
+    def _check_ranges(self) -> None:
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}, expected an even number (rope turns pairs)")
+        if self.rope_theta <= 1.0:
+            raise ValueError(f"rope_theta is {self.rope_theta:g}, expected more than 1")
+        if self.factor < 1.0:
+            raise ValueError(f"factor is {self.factor:g}, expected 1 or more")
+        if self.type in ("ntk", "dynamic") and self.head_dim < 4:
+            raise ValueError(f"rope type {self.type} needs a head_dim of 4 or more")
+        for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast"), ("alpha", "beta")):
+            if not 0.0 < getattr(self, low) < getattr(self, high):
+                raise ValueError(
+                    f"{low} {getattr(self, low):g} and {high} {getattr(self, high):g}: expected 0 < {low} < {high} (rotations, low to high)"
+                )
+        if (self.mscale is None) != (self.mscale_all_dim is None):
+            raise ValueError("give both mscale and mscale_all_dim, or neither")
+        if self.mscale is not None and self.attention_factor is not None:
+            raise ValueError("give attention_factor or the pair mscale and mscale_all_dim, not both")
+        for name in ("attention_factor", "mscale", "mscale_all_dim"):
+            value = getattr(self, name)
+            if value is not None and value <= 0.0:
+                raise ValueError(f"{name} is {value:g}, expected more than 0")
+        if self._kind == "yarn index":
+            self.share_kept()  # refuses a ramp that ends before it starts
+
+    @property
+    def original_length(self) -> int:
+        """`original_max_position_embeddings` where it was given and the type needs it.
+
+        Raises:
+            ValueError: this rope has none.
+        """
+        if self.original_max_position_embeddings is None:
+            raise ValueError(f"rope type {self.type} has no original_max_position_embeddings here")
+        return self.original_max_position_embeddings
+
+    @property
+    def resolved_max_position_embeddings(self) -> int | None:
+        """Longest sequence that the model is made for: the field, else int(factor x original length), else None (not known).
+
+        >>> RopeScaling(type="llama3", head_dim=128, rope_theta=5e5, factor=128,
+        ...             original_max_position_embeddings=8192).resolved_max_position_embeddings
+        1048576
+        """
+        if self.max_position_embeddings is not None:
+            return self.max_position_embeddings
+        if self.original_max_position_embeddings is None:
+            return None
+        return int(self.factor * self.original_max_position_embeddings)
+
+    def share_kept(self) -> FloatArray:
+        """Share of its own frequency that each pair keeps under llama3 or yarn, float64 [d/2]: 1 untouched, 0 divided by factor.
+
+        Raises:
+            ValueError: another type.
+        """
+        if self._kind == "yarn index":
+            return formulas.share_kept_by_index(
+                self.head_dim, self.rope_theta, self.original_length, self.beta_fast, self.beta_slow, self.truncate
+            )
+        inv_freq = formulas.plain_frequencies(self.head_dim, self.rope_theta)
+        if self._kind == "yarn rotations":
+            return formulas.share_kept_by_rotations(inv_freq, self.original_length, self.alpha, self.beta)
+        if self.type == "llama3":
+            return formulas.share_kept_by_rotations(inv_freq, self.original_length, self.low_freq_factor, self.high_freq_factor)
+        raise ValueError(f"rope type {self.type} has no ramp")
+
+    def frequencies(self, seq_length: int | None = None) -> tuple[FloatArray, float]:
+        """Inverse frequencies (float64 [d/2], radians per token) and the attention factor that multiplies cos and sin.
+
+        `seq_length` matters for `dynamic` only, which has no fixed table.
+
+        Raises:
+            ConfigError: type `dynamic` without `seq_length`.
+        """
+        d, base, s = self.head_dim, self.rope_theta, self.factor
+        match self._kind:
+            case "none" | "abf":
+                return formulas.plain_frequencies(d, base), 1.0
+            case "linear":
+                return formulas.linear_frequencies(d, base, s), 1.0
+            case "ntk":
+                return formulas.ntk_frequencies(d, base, s), 1.0
+            case "dynamic":
+                if seq_length is None:
+                    self.check_trainable()
+                assert seq_length is not None
+                assert self.max_position_embeddings is not None
+                return formulas.dynamic_frequencies(d, base, s, self.max_position_embeddings, seq_length), 1.0
+            case "llama3":
+                low, high = self.low_freq_factor, self.high_freq_factor
+                return formulas.llama3_frequencies(d, base, s, self.original_length, low, high), 1.0
+            case "yarn rotations":  # the llama3 formula with alpha and beta, and a temperature
+                inv_freq = formulas.llama3_frequencies(d, base, s, self.original_length, self.alpha, self.beta)
+                return inv_freq, formulas.attention_factor_of_yarn(s, self.attention_factor, None, None)
+            case _:
+                inv_freq = formulas.yarn_frequencies(
+                    d, base, s, self.original_length, self.beta_fast, self.beta_slow, self.truncate
+                )
+                return inv_freq, formulas.attention_factor_of_yarn(s, self.attention_factor, self.mscale, self.mscale_all_dim)
+
+    def check_trainable(self) -> None:
+        """Raise ConfigError for `dynamic`, whose frequencies change with the sequence: there is no one table to train on."""
+        if self.type == "dynamic":
+            raise ConfigError(
+                "rope type dynamic changes its frequencies with the sequence length; a model cannot be trained or extended with it",
+                fix=f"use `type: ntk` with `factor: {self.factor:g}` (the same formula at one length), or llama3 or yarn",
+            )
+
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of what the rope does: equal for two ropes exactly when they turn queries and keys alike.
+
+        Hashed: float64 little endian, the d/2 inverse frequencies, the attention factor, and the original length (for llama3 and
+        yarn; 0 for types whose formula has none, so that `ntk` and the changed base that it is exported as are one rope). Each
+        value is rounded to 12 significant digits first: the frequencies themselves are the same bits on every machine
+        (`frequencies.py`), and the rounding lets another program that computes them with its own `pow` arrive at the same hash.
+        For `dynamic` the table at twice the trained length stands for all.
+        """
+        original = self.original_length if self.type in ("llama3", "yarn") else 0
+        seq_length = None
+        if self.type == "dynamic":
+            assert self.max_position_embeddings is not None
+            original, seq_length = self.max_position_embeddings, 2 * self.max_position_embeddings
+        inv_freq, attention_factor = self.frequencies(seq_length)
+        values = [float(f"{value:.11e}") for value in (*inv_freq.tolist(), attention_factor, float(original))]
+        return hashlib.sha256(np.array(values, dtype="<f8").tobytes()).hexdigest()
+
+    def describe(self) -> str:
+        """The rope in words, one line."""
+        from mcore_longctx.rope.words import describe
+
+        return describe(self)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON form: the fields that this type uses."""
+        used = _COMMON | _USES[self._kind]
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name in used}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RopeScaling:
+        """Inverse of `as_dict`.
+
+        Raises:
+            ValueError: an unknown or missing field, or a value that cannot be used.
+        """
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"unknown rope field {unknown[0]!r}")
+        if missing := sorted({"type", "head_dim", "rope_theta"} - set(values)):
+            raise ValueError(f"rope has no {missing[0]}")
+        return cls(**values)
