@@ -1,16 +1,16 @@
 """Errors that end in one clear line: what is wrong, where, and how to fix it.
 
-    LongctxError                exit code 2: bad input or usage (a launcher must not requeue it)
-    |-- ConfigError             a recipe, a config.json or a command line
-    |-- LayoutError             sizes that do not divide: heads, sequence, ranks
-    |-- DataError               documents, tokenizers, .bin/.idx files
-    |-- CheckpointError         a checkpoint that is missing, damaged or belongs to something else
-    |-- ConversionError         tensors that do not map
-    |-- InUseError              another process works on the same folder
-    |-- DifferenceFound         exit code 1: a check ran and found a difference
-    |-- TrainingError           exit code 1: training cannot go on (NaN, no space left while saving)
-    |-- NoProgress              exit code 3: stop the chain of jobs
-    `-- StoppedBySignal         exit code 75: stopped on a signal with a checkpoint saved; requeue
+LongctxError                exit code 2: bad input or usage (a launcher must not requeue it)
+|-- ConfigError             a recipe, a config.json or a command line
+|-- LayoutError             sizes that do not divide: heads, sequence, ranks
+|-- DataError               documents, tokenizers, .bin/.idx files
+|-- CheckpointError         a checkpoint that is missing, damaged or belongs to something else
+|-- ConversionError         tensors that do not map
+|-- InUseError              another process works on the same folder
+|-- DifferenceFound         exit code 1: a check ran and found a difference
+|-- TrainingError           exit code 1: training cannot go on (NaN, no space left while saving)
+|-- NoProgress              exit code 3: stop the chain of jobs
+`-- StoppedBySignal         exit code 75: stopped on a signal with a checkpoint saved; requeue
 """
 
 from __future__ import annotations

@@ -63,7 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         log = Path(f"mcore-longctx-error-{os.getpid()}.log").absolute()
         log.write_text(traceback.format_exc())
-        print(f"mcore-longctx: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''} (details in {log})", file=sys.stderr)
+        print(
+            f"mcore-longctx: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''} (details in {log})",
+            file=sys.stderr,
+        )
         return 1
 
 

@@ -21,11 +21,16 @@ Training and evaluation start under torchrun on this machine, or under srun insi
 def add_parser(subparsers: Any) -> None:
     """Add the verb to the command line."""
     parser = subparsers.add_parser(
-        "run", help="run a recipe, from the Hugging Face model to the report", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+        "run",
+        help="run a recipe, from the Hugging Face model to the report",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("recipe", metavar="RECIPE", help="YAML file or preset")
     parser.add_argument("overrides", nargs="*", metavar="section.name=value", help="change single values of the recipe")
-    parser.add_argument("--until", metavar="STEP", help="stop after this step (as printed by --dry-run) or after all steps of this stage")
+    parser.add_argument(
+        "--until", metavar="STEP", help="stop after this step (as printed by --dry-run) or after all steps of this stage"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print every step with its resolved settings and stop")
 
 

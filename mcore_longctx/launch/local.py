@@ -41,7 +41,9 @@ def launch_ranks(arguments: Sequence[str], ranks: int, *, log: Path, status: Pat
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     said: list[str] = []
     with (log / "stderr.log").open("a", encoding="utf-8") as errors:
-        child = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True)
+        child = subprocess.Popen(
+            command, env=environment, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
+        )
         assert child.stderr is not None
         reader = threading.Thread(target=_drain, args=(child.stderr, errors, said), daemon=True)
         reader.start()
@@ -96,8 +98,8 @@ def _forwarded_signals(child: subprocess.Popen[str]) -> Iterator[None]:
     try:
         yield
     finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+        for restored, handler in old.items():
+            signal.signal(restored, handler)
         if child.poll() is None:
             child.kill()
 

@@ -25,7 +25,9 @@ def check_seq_length(seq_length: int, cp_size: int, *, where: object = None) -> 
     below = seq_length // unit * unit
     nearest = f"{below:,} or {below + unit:,}" if below else f"{unit:,}"
     raise LayoutError(
-        f"seq_length {seq_length:,} is not a multiple of 2 x context_parallel_size ({unit})", where=where, fix=f"nearest: {nearest}"
+        f"seq_length {seq_length:,} is not a multiple of 2 x context_parallel_size ({unit})",
+        where=where,
+        fix=f"nearest: {nearest}",
     )
 
 

@@ -84,7 +84,15 @@ def open_recipe(source: str | Path, overrides: Sequence[str] = ()) -> RecipeFile
         raise ConfigError(f"not valid YAML: {str(error).splitlines()[0]}", where=file) from None
     builder = _Builder(file)
     recipe = builder.dataclass_value(Recipe, node, "", [_parse_override(text) for text in overrides])
-    return RecipeFile(recipe, file, builder.lines)
+    read = RecipeFile(recipe, file, builder.lines)
+    for stage in recipe.stages:
+        if stage.data not in recipe.data:
+            raise ConfigError(
+                f"no data set {stage.data!r}",
+                where=read.where(f"stages.{stage.name}.data"),
+                fix=_nearest(stage.data, list(recipe.data)),
+            )
+    return read
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -98,7 +106,9 @@ def _read(source: str | Path) -> tuple[str, str]:
         names = preset_names()
         if str(source) not in names:
             raise ConfigError(
-                "no such recipe file, and no preset of this name", where=source, fix=f"{_nearest(str(source), names)} (presets: {', '.join(names)})"
+                "no such recipe file, and no preset of this name",
+                where=source,
+                fix=f"{_nearest(str(source), names)} (presets: {', '.join(names)})",
             )
         path = Path(str(resources.files("mcore_longctx.recipe") / "presets" / f"{source}.yaml"))
     try:
@@ -137,8 +147,8 @@ class _Builder:
         self.lines[at] = place
         origin, args = get_origin(kind), get_args(kind)
         if origin in (Union, types.UnionType):  # Optional[X] only: a recipe needs no wider union
-            last = overrides[-1].node if overrides and not overrides[-1].keys else node
-            if last is not None and last.tag == _NULL:
+            effective = overrides[-1].node if overrides and not overrides[-1].keys else node
+            if effective is not None and effective.tag == _NULL:
                 return None
             return self.value(next(a for a in args if a is not type(None)), node, at, overrides, place)
         if dataclasses.is_dataclass(kind):
@@ -170,7 +180,9 @@ class _Builder:
         for override in overrides:
             name = override.keys[0]
             if name not in fields:
-                raise ConfigError(f"{_join(at, name)}: unknown name", where=f"override {override.text!r}", fix=_nearest(name, list(fields)))
+                raise ConfigError(
+                    f"{_join(at, name)}: unknown name", where=f"override {override.text!r}", fix=_nearest(name, list(fields))
+                )
             wanted.setdefault(name, []).append(dataclasses.replace(override, keys=override.keys[1:]))
         values, hints = {}, _hints(kind)
         for name, field in fields.items():
@@ -194,7 +206,9 @@ class _Builder:
         for override in overrides:
             if not override.keys or override.keys[0] not in given:
                 name = override.keys[0] if override.keys else ""
-                raise ConfigError(f"{_join(at, name)}: unknown name", where=f"override {override.text!r}", fix=_nearest(name, list(given)))
+                raise ConfigError(
+                    f"{_join(at, name)}: unknown name", where=f"override {override.text!r}", fix=_nearest(name, list(given))
+                )
         built = {}
         for name, (key_node, value_node) in given.items():
             inner = [dataclasses.replace(o, keys=o.keys[1:]) for o in overrides if o.keys[0] == name]
@@ -209,7 +223,9 @@ class _Builder:
         for override in overrides:
             name = override.keys[0] if override.keys else ""
             if name not in labels and not (name.isdigit() and int(name) < len(labels)):
-                raise ConfigError(f"{_join(at, name)}: unknown name", where=f"override {override.text!r}", fix=_nearest(name, labels))
+                raise ConfigError(
+                    f"{_join(at, name)}: unknown name", where=f"override {override.text!r}", fix=_nearest(name, labels)
+                )
         built = []
         for i, (label, item) in enumerate(zip(labels, node.value, strict=True)):
             inner = [dataclasses.replace(o, keys=o.keys[1:]) for o in overrides if o.keys[0] in (label, str(i))]
@@ -245,7 +261,11 @@ def _scalar(kind: Any, node: yaml.Node | None, at: str, place: str) -> Any:
     if get_origin(kind) is Literal:
         allowed = get_args(kind)
         if value not in allowed:
-            raise ConfigError(f"{at}: {node.value!r} is not one of {', '.join(allowed)}", where=place, fix=_nearest(str(node.value), list(allowed)))
+            raise ConfigError(
+                f"{at}: {node.value!r} is not one of {', '.join(allowed)}",
+                where=place,
+                fix=_nearest(str(node.value), list(allowed)),
+            )
         return value
     if kind is TokenCount and not isinstance(value, bool):
         try:
@@ -270,19 +290,30 @@ def _mismatch(kind: Any, node: yaml.Node | None, at: str, place: str) -> ConfigE
     if isinstance(node, yaml.ScalarNode):
         got = repr(node.value) if node.tag != _NULL else "nothing"
     else:
-        got = {yaml.MappingNode: "a section", yaml.SequenceNode: "a list"}.get(type(node), "nothing")
+        got = (
+            "a section" if isinstance(node, yaml.MappingNode) else "a list" if isinstance(node, yaml.SequenceNode) else "nothing"
+        )
     return ConfigError(f"{at or 'the recipe'}: {got} is not {_show(kind)}", where=place)
 
 
 def _show(kind: Any) -> str:
-    kind = next((a for a in get_args(kind) if a is not type(None)), kind) if get_origin(kind) in (Union, types.UnionType) else kind
+    kind = (
+        next((a for a in get_args(kind) if a is not type(None)), kind) if get_origin(kind) in (Union, types.UnionType) else kind
+    )
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(get_args(kind))
     if dataclasses.is_dataclass(kind) or kind is dict or get_origin(kind) is dict:
         return "a section (name: value)"
     if kind is tuple or get_origin(kind) is tuple:
         return "a list"
-    names = {TokenCount: "a token count (4096, 128k, 4M)", bool: "true or false", int: "a whole number", float: "a number", str: "a text", Path: "a path"}
+    names = {
+        TokenCount: "a token count (4096, 128k, 4M)",
+        bool: "true or false",
+        int: "a whole number",
+        float: "a number",
+        str: "a text",
+        Path: "a path",
+    }
     return names.get(kind, str(kind))
 
 

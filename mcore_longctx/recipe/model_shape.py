@@ -38,7 +38,9 @@ class ModelShape:
             ConfigError: another family, a missing or impossible size, or a feature that a Megatron Llama cannot express.
         """
         if config.get("model_type") != "llama":
-            raise ConfigError(f"model_type {config.get('model_type')!r} is not supported", where=where, fix="this version converts llama")
+            raise ConfigError(
+                f"model_type {config.get('model_type')!r} is not supported", where=where, fix="this version converts llama"
+            )
         for key, wanted in (("hidden_act", "silu"), ("attention_bias", False), ("mlp_bias", False)):
             if config.get(key, wanted) != wanted:
                 raise ConfigError(f"{key} is {config[key]!r}, only {wanted!r} is supported", where=where)
@@ -91,9 +93,13 @@ class ModelShape:
                     fix=f"use one of {', '.join(str(n) for n in range(1, count + 1) if count % n == 0)}",
                 )
         if self.ffn_hidden_size % tp_size:
-            raise LayoutError(f"ffn_hidden_size {self.ffn_hidden_size} is not divisible by tensor_model_parallel_size {tp_size}", where=where)
+            raise LayoutError(
+                f"ffn_hidden_size {self.ffn_hidden_size} is not divisible by tensor_model_parallel_size {tp_size}", where=where
+            )
         if self.num_layers % pp_size:
-            raise LayoutError(f"num_layers {self.num_layers} is not divisible by pipeline_model_parallel_size {pp_size}", where=where)
+            raise LayoutError(
+                f"num_layers {self.num_layers} is not divisible by pipeline_model_parallel_size {pp_size}", where=where
+            )
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON form, as stored in `mcore_longctx.json`."""

@@ -45,11 +45,15 @@ def resolve(file: RecipeFile, *, need_model: bool = True) -> Resolved:
         own_rope = read_hf_rope(config, where=path)
         _compare_sizes(file, shape)
     elif need_model:
-        raise ConfigError("no config.json here: not a Hugging Face model folder", where=file.where("model.path") + f" ({recipe.model.path})")
+        raise ConfigError(
+            "no config.json here: not a Hugging Face model folder", where=file.where("model.path") + f" ({recipe.model.path})"
+        )
     else:
         shape = _shape_of_recipe(file)
         if recipe.rope.rope_theta is None:
-            raise ConfigError("missing; without the model's config.json the base must stand in the recipe", where=file.where("rope.rope_theta"))
+            raise ConfigError(
+                "missing; without the model's config.json the base must stand in the recipe", where=file.where("rope.rope_theta")
+            )
         own_rope = RopeScaling(type="none", head_dim=shape.kv_channels, rope_theta=recipe.rope.rope_theta)
     try:
         rope = recipe.rope.scaling(own_rope)
@@ -75,7 +79,9 @@ def _compare_sizes(file: RecipeFile, shape: ModelShape) -> None:
         stated = getattr(file.recipe.model, name)
         if stated is not None and stated != getattr(shape, name):
             raise ConfigError(
-                f"{stated:,} here, {getattr(shape, name):,} in the model's config.json", where=file.where(f"model.{name}"), fix="remove it or correct it"
+                f"{stated:,} here, {getattr(shape, name):,} in the model's config.json",
+                where=file.where(f"model.{name}"),
+                fix="remove it or correct it",
             )
 
 
@@ -84,7 +90,9 @@ def _shape_of_recipe(file: RecipeFile) -> ModelShape:
     missing = [name for name, value in sizes.items() if value is None]
     if missing:
         raise ConfigError(
-            f"{file.recipe.model.path} has no config.json, and the recipe does not give {missing[0]}", where=file.where("model"), fix="give model.path"
+            f"{file.recipe.model.path} has no config.json, and the recipe does not give {missing[0]}",
+            where=file.where("model"),
+            fix="give model.path",
         )
     return ModelShape(**sizes)
 
@@ -110,4 +118,8 @@ def _check_lengths(file: RecipeFile, rope: RopeScaling) -> None:
         lengths.append(("evaluate.loss_by_position.seq_length", evaluate.loss_by_position.seq_length))
     for name, length in lengths:
         if limit is not None and length > limit:
-            raise ConfigError(f"{length:,} tokens, but the rope reaches {limit:,}", where=file.where(name), fix="raise rope.factor or shorten it")
+            raise ConfigError(
+                f"{length:,} tokens, but the rope reaches {limit:,}",
+                where=file.where(name),
+                fix="raise rope.factor or shorten it",
+            )

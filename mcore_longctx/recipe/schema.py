@@ -6,6 +6,7 @@ they need, never the whole recipe.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -28,6 +29,14 @@ __all__ = [
     "Stage",
     "TokenCount",
 ]
+
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+
+
+def _check_name(name: str) -> None:
+    if not _NAME.fullmatch(name):
+        raise ValueError(f"name {name!r} names a folder; use letters, digits, '.', '_' and '-'")
 
 
 class TokenCount(int):
@@ -137,9 +146,8 @@ class DataSection:
         if len(set(names)) < len(names):
             raise ValueError(f"two sources share the name {next(n for n in names if names.count(n) > 1)!r}")
         shares = [source.share for source in self.sources]
-        if any(share is not None for share in shares):
-            if any(share is None or share <= 0 for share in shares):
-                raise ValueError("give every source a positive share, or none")
+        if shares.count(None) not in (0, len(shares)) or any(share is not None and share <= 0 for share in shares):
+            raise ValueError("give every source a positive share, or none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +172,10 @@ class Parallel:
     def world_size(self) -> int:
         """Ranks that the layout needs."""
         return (
-            self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size * self.data_parallel_size
+            self.tensor_model_parallel_size
+            * self.pipeline_model_parallel_size
+            * self.context_parallel_size
+            * self.data_parallel_size
         )
 
     def describe(self) -> str:
@@ -217,6 +228,7 @@ class Stage:
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
+        _check_name(self.name)
         if (self.train_iters is None) == (self.train_tokens is None):
             raise ValueError("give either train_iters or train_tokens")
         if self.iterations < 1:
@@ -231,7 +243,9 @@ class Stage:
         check_seq_length(self.seq_length, self.parallel.context_parallel_size)
         cp, tp = self.parallel.context_parallel_size, self.parallel.tensor_model_parallel_size
         if self.parallel.sequence_parallel and self.seq_length // cp % tp:
-            raise ValueError(f"seq_length / context_parallel_size ({self.seq_length // cp:,}) is not a multiple of TP {tp} (sequence parallel)")
+            raise ValueError(
+                f"seq_length / context_parallel_size ({self.seq_length // cp:,}) is not a multiple of TP {tp} (sequence parallel)"
+            )
 
     @property
     def iterations(self) -> int:
@@ -298,14 +312,16 @@ class Recipe:
     seed: int = 1234
 
     def __post_init__(self) -> None:
+        for name in (self.name, *self.data):
+            _check_name(name)
         names = [stage.name for stage in self.stages]
         if not names:
             raise ValueError("stages is empty")
         if len(set(names)) < len(names):
             raise ValueError("two stages share a name")
-        for stage in self.stages:
-            if stage.data not in self.data:
-                raise ValueError(f"stages.{stage.name}.data: no data set {stage.data!r}; there are {', '.join(sorted(self.data))}")
+        reserved = {"base", "before", "scaled"} & set(names)
+        if reserved:
+            raise ValueError(f"no stage may be called {reserved.pop()!r}: the run folder uses this name")
 
     @property
     def run_folder(self) -> Path:

@@ -23,12 +23,14 @@ def parse_count(text: str) -> int:
     match = _COUNT.fullmatch(text.strip())
     if match is None:
         raise ValueError(f"{text!r} is not a token count; write 4096, 1_048_576, 128k or 4M")
-    digits, decimals, unit = match.groups()
+    digits: str = match[1]
+    decimals: str | None = match[2]
+    unit: str = match[3]
     whole = int(re.sub("[_,]", "", digits))
     scale = _UNITS[unit.lower()]
     if not decimals:
         return whole * scale
     numerator = int(decimals) * scale
-    if numerator % 10 ** len(decimals):
+    if numerator % int(10 ** len(decimals)):
         raise ValueError(f"{text!r} is not a whole number of tokens")
-    return whole * scale + numerator // 10 ** len(decimals)
+    return whole * scale + numerator // int(10 ** len(decimals))

@@ -31,7 +31,10 @@ def test_owner_finds_the_row_of_a_position(cp: int, chunk: int, data: st.DataObj
 
 
 def test_a_length_that_does_not_divide_is_refused_with_its_neighbours() -> None:
-    with pytest.raises(LayoutError, match=r"seq_length 1,000,000 is not a multiple of 2 x context_parallel_size \(128\); nearest: 999,936 or 1,000,064"):
+    with pytest.raises(
+        LayoutError,
+        match=r"seq_length 1,000,000 is not a multiple of 2 x context_parallel_size \(128\); nearest: 999,936 or 1,000,064",
+    ):
         check_seq_length(1_000_000, 64)
 
 

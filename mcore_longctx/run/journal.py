@@ -1,0 +1,137 @@
+"""`run.json`: what each step of a run was made from and how it ended; and the lock on the run folder."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from mcore_longctx.errors import ConfigError, InUseError
+from mcore_longctx.manifest import sha256_file, versions, write_atomic
+from mcore_longctx.recipe.load import dump_recipe
+from mcore_longctx.recipe.schema import Recipe
+from mcore_longctx.run.steps import Step
+
+__all__ = ["Journal", "lock_folder"]
+
+
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Hold the run folder; the kernel gives the lock back when the process ends, however it ends."""
+    path = folder / ".lock"
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise InUseError(
+                f"another run works on this folder ({file.read().strip()})", where=folder, fix="wait for it or use another output"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}")
+        file.flush()
+        yield
+
+
+class Journal:
+    """`run.json`: what each step was made from and how it ended."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.path = folder, folder / "run.json"
+        self.steps: dict[str, dict[str, Any]] = {}
+        if self.path.exists():
+            try:
+                self.steps = {row["name"]: row for row in json.loads(self.path.read_text(encoding="utf-8"))["steps"]}
+            except (ValueError, KeyError, TypeError):
+                raise ConfigError("damaged", where=self.path, fix="use another output folder") from None
+        elif any(entry.name not in (".lock", "recipe.yaml") for entry in folder.iterdir()):
+            raise ConfigError(
+                "output folder is already there and is not a run folder (no run.json)", where=folder, fix="choose another output"
+            )
+
+    def stamp(self, step: Step, recipe: Recipe) -> dict[str, Any]:
+        """What a step is made from: recipe values by dotted path, and a sha256 per input file."""
+        flat = dict(_flatten(yaml.safe_load(dump_recipe(recipe)), ""))
+        values = {key: value for key, value in flat.items() if any(key == k or key.startswith(k) for k in step.keys)}
+        known = {name: row for past in self.steps.values() for name, row in past.get("inputs", {}).get("files", {}).items()}
+        return {
+            "recipe": values,
+            "files": {str(path): _file_stamp(path, known.get(str(path))) for path in _all_files(step.files)},
+        }
+
+    def refuse_changes(self, step: Step, stamp: dict[str, Any]) -> None:
+        """Raise ConfigError when a finished or interrupted step was made from other inputs."""
+        past = self.steps.get(step.name, {}).get("inputs")
+        if past is None:
+            return
+        for key in sorted(past["recipe"].keys() | stamp["recipe"].keys()):
+            old, new = past["recipe"].get(key), stamp["recipe"].get(key)
+            if old != new:
+                raise ConfigError(
+                    f"{key} was {old!r} when step {step.name} ran, it is {new!r} now",
+                    where=self.path,
+                    fix="set it back, or use another output folder",
+                )
+        old_files = {name: row["sha256"] for name, row in past["files"].items()}
+        new_files = {name: row["sha256"] for name, row in stamp["files"].items()}
+        for name in sorted(old_files.keys() | new_files.keys()):
+            if old_files.get(name) != new_files.get(name):
+                verb = "is new" if name not in old_files else "is gone" if name not in new_files else "has changed"
+                raise ConfigError(
+                    f"{name} {verb} since step {step.name} ran", where=self.path, fix="restore it, or use another output folder"
+                )
+
+    def is_done(self, step: Step) -> bool:
+        """Whether a step ended well and what it left is still there."""
+        return self.steps.get(step.name, {}).get("state") == "done" and all(path.exists() for path in step.outputs)
+
+    def begin(self, step: Step, stamp: dict[str, Any]) -> None:
+        """Note that a step has started."""
+        seconds = self.steps.get(step.name, {}).get("seconds", 0.0)
+        self.steps[step.name] = {"name": step.name, "state": "running", "about": list(step.about), "inputs": stamp, "seconds": seconds}
+        self._write()
+
+    def end(self, step: Step, state: str, seconds: float, facts: dict[str, Any]) -> None:
+        """Note how a step ended. `seconds` add up over interrupted attempts."""
+        outputs = [str(path.relative_to(self.folder)) for path in step.outputs]
+        earlier = float(self.steps[step.name].get("seconds", 0.0))
+        self.steps[step.name] |= {"state": state, "seconds": round(earlier + seconds, 1), "outputs": outputs, **facts}
+        self._write()
+
+    def _write(self) -> None:
+        text = {"format": 1, "name": self.folder.name, "versions": versions(), "steps": list(self.steps.values())}
+        write_atomic(self.path, json.dumps(text, indent=1) + "\n")
+
+
+def _flatten(value: Any, at: str) -> Iterator[tuple[str, Any]]:
+    """Dotted paths and leaves; a list of named sections is addressed by name."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flatten(inner, f"{at}.{key}" if at else key)
+    elif isinstance(value, list) and value and all(isinstance(item, dict) for item in value):
+        for i, item in enumerate(value):
+            yield from _flatten(item, f"{at}.{item.get('name', i)}")
+    else:
+        yield at, value
+
+
+def _all_files(paths: tuple[Path, ...]) -> Iterator[Path]:
+    for path in paths:
+        if path.is_dir():
+            yield from sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+        else:
+            yield path
+
+
+def _file_stamp(path: Path, known: dict[str, Any] | None) -> dict[str, Any]:
+    """Size, time and sha256; an unchanged size and time spare reading a large file again."""
+    stat = path.stat()
+    if known is not None and (known["bytes"], known["mtime_ns"]) == (stat.st_size, stat.st_mtime_ns):
+        return known
+    return {"bytes": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256_file(path)}

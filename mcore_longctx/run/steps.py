@@ -1,0 +1,241 @@
+"""The steps of a recipe, in order: what each is made from, what it leaves, how it is done."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mcore_longctx.errors import ConfigError
+from mcore_longctx.launch.local import launch_ranks
+from mcore_longctx.recipe.load import RecipeFile
+from mcore_longctx.recipe.resolve import Resolved
+from mcore_longctx.recipe.schema import Recipe, Stage
+
+__all__ = ["Step", "newest_checkpoint", "plan_steps"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a run.
+
+    `keys` are the dotted recipe paths (prefixes) whose values decide the result, `files` the inputs from outside the run folder.
+    """
+
+    name: str
+    stage: str | None
+    about: tuple[str, ...]
+    keys: tuple[str, ...]
+    files: tuple[Path, ...]
+    outputs: tuple[Path, ...]
+    action: Callable[[], dict[str, Any] | None]
+
+
+def plan_steps(file: RecipeFile, resolved: Resolved) -> list[Step]:
+    """All steps of a recipe, in order."""
+    recipe = file.recipe
+    folder = recipe.run_folder
+    steps = [_import_step(recipe, resolved, folder)]
+    has_tasks = recipe.evaluate.needle is not None or recipe.evaluate.loss_by_position is not None
+    if has_tasks:
+        steps.append(
+            _evaluate_step(recipe, folder, "before", "base", "own", f"the model as it is: {resolved.own_rope.describe()}")
+        )
+        steps.append(
+            _evaluate_step(
+                recipe,
+                folder,
+                "scaled",
+                "base",
+                "recipe",
+                f"the model with the recipe's rope, not yet trained: {resolved.rope.describe()}",
+            )
+        )
+    for stage in recipe.stages:
+        steps.append(_data_step(recipe, resolved, folder, stage))
+        steps.append(_train_step(recipe, folder, stage))
+        if has_tasks:
+            steps.append(
+                _evaluate_step(recipe, folder, stage.name, stage.name, "recipe", f"after stage {stage.name}", stage=stage.name)
+            )
+    last = recipe.stages[-1]
+    steps.append(_export_step(recipe, folder, last))
+    steps.append(_verify_step(recipe, folder, last))
+    steps.append(_report_step(folder))
+    return steps
+
+
+def _import_step(recipe: Recipe, resolved: Resolved, folder: Path) -> Step:
+    base = folder / "checkpoints" / "base"
+
+    def action() -> None:
+        from mcore_longctx.convert import import_hf
+
+        import_hf(recipe.model.path, base)
+
+    return Step(
+        "import",
+        None,
+        (f"{recipe.model.path} -> {base} (torch_dist)", f"carries the model's own rope: {resolved.own_rope.describe()}"),
+        ("model",),
+        (recipe.model.path,),
+        (base,),
+        action,
+    )
+
+
+def _evaluate_step(
+    recipe: Recipe, folder: Path, column: str, checkpoint: str, rope: str, about: str, stage: str | None = None
+) -> Step:
+    evaluate, parallel = recipe.evaluate, recipe.evaluate.parallel
+    lines, files = [about], []
+    if evaluate.needle is not None:
+        needle = evaluate.needle
+        cells = f"{len(needle.lengths)} lengths ({', '.join(f'{n:,}' for n in needle.lengths)}) x {needle.depths} depths x {needle.samples}"
+        lines.append(f"needle: {cells} samples, {needle.digits}-digit keys, text from {needle.haystack}")
+        files.append(needle.haystack)
+    if evaluate.loss_by_position is not None:
+        loss = evaluate.loss_by_position
+        lines.append(
+            f"loss by position: {loss.windows} windows of {loss.seq_length:,} tokens; short context: {loss.short_windows} windows of "
+            f"{loss.short_length:,}; text from {loss.path}"
+        )
+        files.append(loss.path)
+    lines.append(f"{parallel.describe()}, {evaluate.precision}")
+    out = folder / "evaluate" / column
+
+    def action() -> None:
+        arguments = ["evaluate", str(folder / "recipe.yaml"), "--checkpoint", checkpoint, "--rope", rope, "--column", column]
+        launch_ranks(arguments, parallel.world_size, log=folder / "logs" / f"evaluate-{column}")
+
+    keys = ("model", "tokenizer", "evaluate", "seed") + (("rope",) if rope == "recipe" else ())
+    return Step(f"evaluate-{column}", stage, tuple(lines), keys, tuple(dict.fromkeys(files)), (out,), action)
+
+
+def _data_step(recipe: Recipe, resolved: Resolved, folder: Path, stage: Stage) -> Step:
+    section, out = recipe.data[stage.data], folder / "data" / stage.name
+    samples = stage.iterations * stage.global_batch_size
+    names = ", ".join(f"{s.name} ({s.path}{'' if s.share is None else f', share {s.share:g}'})" for s in section.sources)
+    if stage.kind == "pretrain":
+        sampling = section.length_sampling
+        lines = [
+            f"{stage.data}: {samples:,} samples of {stage.seq_length:,} tokens = {samples * stage.seq_length:,} tokens",
+            f"documents: {names}",
+            f"below {sampling.short_below:,} tokens kept with probability {sampling.keep_probability:g}, above {sampling.long_above:,} "
+            f"taken {sampling.repetition:g} times; separator {section.separator!r}, no mask between documents; packing: {section.packing}",
+        ]
+    else:
+        lines = [f"{stage.data}: chats -> samples of {stage.seq_length:,} tokens, loss on answers only", f"chats: {names}"]
+
+    def action() -> dict[str, Any]:
+        from mcore_longctx.data.build import build_pretrain, build_sft
+
+        common: dict[str, Any] = {
+            "tokenizer": recipe.tokenizer_folder,
+            "model_vocab_size": resolved.shape.vocab_size,
+            "seq_length": stage.seq_length,
+            "seed": recipe.seed,
+            "out": out,
+        }
+        if stage.kind == "pretrain":
+            report = build_pretrain(section, stage.data, num_samples=samples, **common)
+        else:
+            report = build_sft(section, stage.data, **common)
+        print(report)
+        return {"samples": report.samples}
+
+    keys = (
+        f"data.{stage.data}",
+        f"stages.{stage.name}.seq_length",
+        f"stages.{stage.name}.train",
+        f"stages.{stage.name}.global_batch_size",
+        "tokenizer",
+        "seed",
+    )
+    files = tuple(source.path for source in section.sources)
+    return Step(f"data-{stage.name}", stage.name, tuple(lines), keys, files, (out,), action)
+
+
+def _train_step(recipe: Recipe, folder: Path, stage: Stage) -> Step:
+    o, tokens = stage.optimizer, stage.iterations * stage.global_batch_size * stage.seq_length
+    decay = f", cosine to {o.min_lr:g}" if o.lr_decay_style == "cosine" else ", constant"
+    lines = (
+        f"{stage.kind}: {stage.iterations:,} iterations x {stage.global_batch_size:,} sequences x {stage.seq_length:,} tokens = {tokens:,} tokens",
+        f"{stage.parallel.describe()}; micro-batch {stage.micro_batch_size}, {stage.num_microbatches} micro-batches a step; {stage.precision}",
+        f"AdamW lr {o.lr:g}{decay}, warm-up {o.lr_warmup_iters} iterations, betas {o.adam_beta1:g} {o.adam_beta2:g}, "
+        f"weight decay {o.weight_decay:g}, clip {o.clip_grad:g}",
+        f"a checkpoint every {stage.save_interval} iterations, the newest {stage.keep_checkpoints} are kept",
+    )
+    out = folder / "checkpoints" / stage.name
+
+    def action() -> None:
+        launch_ranks(
+            ["train", str(folder / "recipe.yaml"), "--stage", stage.name],
+            stage.parallel.world_size,
+            log=folder / "logs" / f"train-{stage.name}",
+            status=folder / "logs" / stage.name / "STATUS",
+        )
+
+    return Step(f"train-{stage.name}", stage.name, lines, (f"stages.{stage.name}", "rope", "seed"), (), (out,), action)
+
+
+def _export_step(recipe: Recipe, folder: Path, stage: Stage) -> Step:
+    out = folder / "export"
+
+    def action() -> None:
+        from mcore_longctx.convert import export_hf
+
+        export_hf(newest_checkpoint(folder / "checkpoints" / stage.name), out)
+
+    return Step(
+        "export",
+        None,
+        (f"checkpoints/{stage.name} -> {out} (Hugging Face safetensors, both rope spellings)",),
+        ("rope",),
+        (),
+        (out,),
+        action,
+    )
+
+
+def _verify_step(recipe: Recipe, folder: Path, stage: Stage) -> Step:
+    result = folder / "verify.json"
+
+    def action() -> None:
+        checkpoint = newest_checkpoint(folder / "checkpoints" / stage.name)
+        launch_ranks(
+            ["convert", "verify", str(checkpoint), str(folder / "export"), "--logits", "--json-file", str(result)],
+            1,
+            log=folder / "logs" / "verify",
+        )
+
+    about = (
+        "the export against the checkpoint: every tensor bit for bit, inverse frequencies, logits up to the end of the new context",
+    )
+    return Step("verify", None, about, (), (), (result,), action)
+
+
+def _report_step(folder: Path) -> Step:
+    def action() -> None:
+        from mcore_longctx.report import summary_table, write_report
+
+        path = write_report(folder)
+        print(summary_table(folder))
+        print(f"report: {path}")
+
+    return Step(
+        "report", None, (f"{folder / 'report.html'}: one page, no network needed",), (), (), (folder / "report.html",), action
+    )
+
+
+def newest_checkpoint(folder: Path) -> Path:
+    """The newest finished checkpoint of a stage.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found = sorted(path for path in folder.glob("iter_*") if (path / "manifest.json").is_file())
+    if not found:
+        raise ConfigError("no finished checkpoint here", where=folder, fix="run the training stage first")
+    return found[-1]
