@@ -1,6 +1,15 @@
 """RoPE scaling as pure float64 mathematics: what can be asked for, its frequencies, its fingerprint, its Hugging Face spelling."""
 
-from mcore_longctx.rope.hf_config import read_hf_rope, write_hf_rope
+from mcore_longctx.rope.hf_config import merge_hf_rope, read_hf_rope, write_hf_rope
 from mcore_longctx.rope.scaling import RopeScaling, RopeType
+from mcore_longctx.rope.words import dropped_scaling, explain_paper_scaling
 
-__all__ = ["RopeScaling", "RopeType", "read_hf_rope", "write_hf_rope"]
+__all__ = [
+    "RopeScaling",
+    "RopeType",
+    "dropped_scaling",
+    "explain_paper_scaling",
+    "merge_hf_rope",
+    "read_hf_rope",
+    "write_hf_rope",
+]

@@ -20,6 +20,7 @@ __all__ = [
     "FloatArray",
     "abf_frequencies",
     "attention_factor_of_yarn",
+    "blend",
     "dynamic_frequencies",
     "linear_frequencies",
     "llama3_frequencies",
@@ -76,7 +77,7 @@ def abf_frequencies(head_dim: int, rope_theta: float) -> FloatArray:
 
 
 def linear_frequencies(head_dim: int, rope_theta: float, factor: float) -> FloatArray:
-    """w' = w / s: position interpolation.
+    """Position interpolation: w' = w / s.
 
     Source: arXiv 2306.15595; transformers modeling_rope_utils `_compute_linear_scaling_rope_parameters`.
     """
@@ -84,7 +85,7 @@ def linear_frequencies(head_dim: int, rope_theta: float, factor: float) -> Float
 
 
 def ntk_base(head_dim: int, rope_theta: float, factor: float) -> float:
-    """b' = b * s^(d/(d-2)): the base with which the slowest pair is divided by exactly s.
+    """The base with which the slowest pair is divided by exactly s: b' = b * s^(d/(d-2)).
 
     >>> round(ntk_base(128, 500_000.0, 128.0), 3)
     69123823.289
@@ -127,11 +128,11 @@ def _pair_index(rotations: float, head_dim: int, rope_theta: float, original_len
 
 
 def yarn_correction_range(
-    head_dim: int, rope_theta: float, original_length: int, beta_fast: float, beta_slow: float, truncate: bool
+    head_dim: int, rope_theta: float, original_length: int, *, beta_fast: float, beta_slow: float, truncate: bool
 ) -> tuple[float, float]:
     """First and last pair index of the ramp as libraries compute it.
 
-    >>> yarn_correction_range(128, 500_000.0, 8192, 32.0, 1.0, truncate=True)
+    >>> yarn_correction_range(128, 500_000.0, 8192, beta_fast=32.0, beta_slow=1.0, truncate=True)
     (18.0, 35.0)
 
     Raises:
@@ -156,20 +157,22 @@ def yarn_correction_range(
 
 
 def share_kept_by_index(
-    head_dim: int, rope_theta: float, original_length: int, beta_fast: float, beta_slow: float, truncate: bool
+    head_dim: int, rope_theta: float, original_length: int, *, beta_fast: float, beta_slow: float, truncate: bool
 ) -> FloatArray:
     """Share of its own frequency that each pair keeps, [d/2] in 0..1, linear in the pair index."""
-    low, high = yarn_correction_range(head_dim, rope_theta, original_length, beta_fast, beta_slow, truncate)
+    low, high = yarn_correction_range(
+        head_dim, rope_theta, original_length, beta_fast=beta_fast, beta_slow=beta_slow, truncate=truncate
+    )
     return 1.0 - np.clip((np.arange(head_dim // 2, dtype=np.float64) - low) / (high - low), 0.0, 1.0)
 
 
-def _blend(inv_freq: FloatArray, factor: float, share_kept: FloatArray) -> FloatArray:
-    """w k + (w / s) (1 - k): exactly w where k is 1 and exactly w / s where k is 0."""
+def blend(inv_freq: FloatArray, factor: float, share_kept: FloatArray) -> FloatArray:
+    """Share kept k blends both ends: w k + (w / s) (1 - k), exactly w where k is 1 and exactly w / s where k is 0."""
     return inv_freq / factor * (1.0 - share_kept) + inv_freq * share_kept
 
 
 def llama3_frequencies(
-    head_dim: int, rope_theta: float, factor: float, original_length: int, low_freq_factor: float, high_freq_factor: float
+    head_dim: int, rope_theta: float, factor: float, original_length: int, *, low_freq_factor: float, high_freq_factor: float
 ) -> FloatArray:
     """Blend of w and w / s with a ramp linear in rotations.
 
@@ -178,18 +181,20 @@ def llama3_frequencies(
     Source: transformers modeling_rope_utils `_compute_llama3_parameters`; megatron-core `RotaryEmbedding._apply_scaling`.
     """
     inv_freq = plain_frequencies(head_dim, rope_theta)
-    return _blend(inv_freq, factor, share_kept_by_rotations(inv_freq, original_length, low_freq_factor, high_freq_factor))
+    return blend(inv_freq, factor, share_kept_by_rotations(inv_freq, original_length, low_freq_factor, high_freq_factor))
 
 
 def yarn_frequencies(
-    head_dim: int, rope_theta: float, factor: float, original_length: int, beta_fast: float, beta_slow: float, truncate: bool
+    head_dim: int, rope_theta: float, factor: float, original_length: int, *, beta_fast: float, beta_slow: float, truncate: bool
 ) -> FloatArray:
     """YaRN as libraries compute it: blend of w and w / s with a ramp linear in the pair index.
 
     Source: transformers modeling_rope_utils `_compute_yarn_parameters`; megatron-core, vLLM and SGLang agree with it.
     """
-    share = share_kept_by_index(head_dim, rope_theta, original_length, beta_fast, beta_slow, truncate)
-    return _blend(plain_frequencies(head_dim, rope_theta), factor, share)
+    share = share_kept_by_index(
+        head_dim, rope_theta, original_length, beta_fast=beta_fast, beta_slow=beta_slow, truncate=truncate
+    )
+    return blend(plain_frequencies(head_dim, rope_theta), factor, share)
 
 
 def temperature(factor: float, mscale: float = 1.0) -> float:

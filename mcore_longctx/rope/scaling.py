@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, get_args
@@ -13,6 +12,7 @@ import numpy as np
 from mcore_longctx.errors import ConfigError
 from mcore_longctx.rope import frequencies as formulas
 from mcore_longctx.rope.frequencies import FloatArray
+from mcore_longctx.rope.words import describe
 
 __all__ = ["RopeScaling", "RopeType"]
 
@@ -30,6 +30,27 @@ _USES: dict[str, frozenset[str]] = {
     "yarn index": _WITH_FACTOR | {"ramp", "beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim"},
     "yarn rotations": _WITH_FACTOR | {"ramp", "alpha", "beta", "attention_factor"},
 }
+# Far beyond any use, so that a slip (a base of 10^400) ends in one line instead of an overflow.
+_LARGEST: dict[str, float] = {
+    "head_dim": 4096,
+    "max_position_embeddings": 1 << 48,
+    "original_max_position_embeddings": 1 << 48,
+    "rope_theta": 1e30,
+    "factor": 1e6,
+    "low_freq_factor": 1e9,
+    "high_freq_factor": 1e9,
+    "beta_fast": 1e9,
+    "beta_slow": 1e9,
+    "alpha": 1e9,
+    "beta": 1e9,
+    "attention_factor": 1e6,
+    "mscale": 1e6,
+    "mscale_all_dim": 1e6,
+}
+_WHOLE = frozenset({"head_dim", "max_position_embeddings", "original_max_position_embeddings"})
+_OPTIONAL = frozenset(
+    {"max_position_embeddings", "original_max_position_embeddings", "attention_factor", "mscale", "mscale_all_dim"}
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,31 +100,22 @@ class RopeScaling:
             raise ValueError(f"rope type {self.type!r} is unknown; there are {', '.join(get_args(RopeType))}")
         if self.ramp not in ("index", "rotations"):
             raise ValueError(f"ramp is {self.ramp!r}, expected index or rotations")
-        self._check_types()
+        if type(self.truncate) is not bool:
+            raise ValueError(f"truncate is {self.truncate!r}, expected true or false")
+        for name in _LARGEST:
+            self._check_number(name)
         self._check_used()
         self._check_ranges()
 
-    def _check_types(self) -> None:
-        """Whole numbers become int, other numbers float (so that they are written as floats); everything else is refused."""
-        for name in ("head_dim", "max_position_embeddings", "original_max_position_embeddings"):
-            value = getattr(self, name)
-            if value is None and name != "head_dim":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} is {value!r}, expected a positive whole number")
-            object.__setattr__(self, name, int(value))
-        for name in (
-            *("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "alpha", "beta"),
-            *("attention_factor", "mscale", "mscale_all_dim"),
-        ):
-            value = getattr(self, name)
-            if value is None and name in ("attention_factor", "mscale", "mscale_all_dim"):
-                continue
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise ValueError(f"{name} is {value!r}, expected a number")
-            object.__setattr__(self, name, float(value))
-        if not isinstance(self.truncate, bool):
-            raise ValueError(f"truncate is {self.truncate!r}, expected true or false")  # noqa: TRY004 - one error type for the reader
+    def _check_number(self, name: str) -> None:
+        """Refuse what is not a positive number; whole numbers become plain int, others float (they are written as floats)."""
+        value = getattr(self, name)
+        if value is None and name in _OPTIONAL:
+            return
+        kind, text = (int, "whole number") if name in _WHOLE else (int | float, "number")
+        if not isinstance(value, kind) or isinstance(value, bool) or not 0 < value <= _LARGEST[name]:
+            raise ValueError(f"{name} is {value!r}, expected a {text} above 0 and up to {_LARGEST[name]:,.15g}")
+        object.__setattr__(self, name, int(value) if name in _WHOLE else float(value))
 
     @property
     def _kind(self) -> str:
@@ -123,45 +135,42 @@ class RopeScaling:
     def _check_ranges(self) -> None:
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}, expected an even number (rope turns pairs)")
+        if self.type in ("ntk", "dynamic") and self.head_dim < 4:
+            raise ValueError(f"rope type {self.type} needs a head_dim of 4 or more")
         if self.rope_theta <= 1.0:
             raise ValueError(f"rope_theta is {self.rope_theta:g}, expected more than 1")
         if self.factor < 1.0:
             raise ValueError(f"factor is {self.factor:g}, expected 1 or more")
-        if self.type in ("ntk", "dynamic") and self.head_dim < 4:
-            raise ValueError(f"rope type {self.type} needs a head_dim of 4 or more")
         for low, high in (("low_freq_factor", "high_freq_factor"), ("beta_slow", "beta_fast"), ("alpha", "beta")):
-            if not 0.0 < getattr(self, low) < getattr(self, high):
+            if getattr(self, low) >= getattr(self, high):
                 raise ValueError(
-                    f"{low} {getattr(self, low):g} and {high} {getattr(self, high):g}: expected 0 < {low} < {high} (rotations, low to high)"
+                    f"{low} is {getattr(self, low):g} and {high} {getattr(self, high):g}, expected {low} below {high}"
                 )
         if (self.mscale is None) != (self.mscale_all_dim is None):
             raise ValueError("give both mscale and mscale_all_dim, or neither")
         if self.mscale is not None and self.attention_factor is not None:
             raise ValueError("give attention_factor or the pair mscale and mscale_all_dim, not both")
-        for name in ("attention_factor", "mscale", "mscale_all_dim"):
-            value = getattr(self, name)
-            if value is not None and value <= 0.0:
-                raise ValueError(f"{name} is {value:g}, expected more than 0")
         if self._kind == "yarn index":
             self.share_kept()  # refuses a ramp that ends before it starts
 
     @property
     def original_length(self) -> int:
-        """`original_max_position_embeddings` where it was given and the type needs it.
+        """`original_max_position_embeddings` of a rope that has one.
 
         Raises:
             ValueError: this rope has none.
         """
         if self.original_max_position_embeddings is None:
-            raise ValueError(f"rope type {self.type} has no original_max_position_embeddings here")
+            raise ValueError(f"this rope (type {self.type}) has no original_max_position_embeddings")
         return self.original_max_position_embeddings
 
     @property
     def resolved_max_position_embeddings(self) -> int | None:
         """Longest sequence that the model is made for: the field, else int(factor x original length), else None (not known).
 
-        >>> RopeScaling(type="llama3", head_dim=128, rope_theta=5e5, factor=128,
-        ...             original_max_position_embeddings=8192).resolved_max_position_embeddings
+        >>> RopeScaling(
+        ...     type="llama3", head_dim=128, rope_theta=5e5, factor=128, original_max_position_embeddings=8192
+        ... ).resolved_max_position_embeddings
         1048576
         """
         if self.max_position_embeddings is not None:
@@ -178,7 +187,12 @@ class RopeScaling:
         """
         if self._kind == "yarn index":
             return formulas.share_kept_by_index(
-                self.head_dim, self.rope_theta, self.original_length, self.beta_fast, self.beta_slow, self.truncate
+                self.head_dim,
+                self.rope_theta,
+                self.original_length,
+                beta_fast=self.beta_fast,
+                beta_slow=self.beta_slow,
+                truncate=self.truncate,
             )
         inv_freq = formulas.plain_frequencies(self.head_dim, self.rope_theta)
         if self._kind == "yarn rotations":
@@ -195,48 +209,44 @@ class RopeScaling:
         Raises:
             ConfigError: type `dynamic` without `seq_length`.
         """
-        d, base, s = self.head_dim, self.rope_theta, self.factor
-        match self._kind:
-            case "none" | "abf":
-                return formulas.plain_frequencies(d, base), 1.0
-            case "linear":
-                return formulas.linear_frequencies(d, base, s), 1.0
-            case "ntk":
-                return formulas.ntk_frequencies(d, base, s), 1.0
-            case "dynamic":
-                if seq_length is None:
-                    self.check_trainable()
-                assert seq_length is not None
-                assert self.max_position_embeddings is not None
-                return formulas.dynamic_frequencies(d, base, s, self.max_position_embeddings, seq_length), 1.0
-            case "llama3":
-                low, high = self.low_freq_factor, self.high_freq_factor
-                return formulas.llama3_frequencies(d, base, s, self.original_length, low, high), 1.0
-            case "yarn rotations":  # the llama3 formula with alpha and beta, and a temperature
-                inv_freq = formulas.llama3_frequencies(d, base, s, self.original_length, self.alpha, self.beta)
-                return inv_freq, formulas.attention_factor_of_yarn(s, self.attention_factor, None, None)
-            case _:
-                inv_freq = formulas.yarn_frequencies(
-                    d, base, s, self.original_length, self.beta_fast, self.beta_slow, self.truncate
-                )
-                return inv_freq, formulas.attention_factor_of_yarn(s, self.attention_factor, self.mscale, self.mscale_all_dim)
+        d, base, s, attention_factor = self.head_dim, self.rope_theta, self.factor, 1.0
+        if self.type == "linear":
+            inv_freq = formulas.linear_frequencies(d, base, s)
+        elif self.type == "ntk":
+            inv_freq = formulas.ntk_frequencies(d, base, s)
+        elif self.type == "dynamic":
+            if seq_length is None:
+                raise self._not_trainable()
+            assert self.max_position_embeddings is not None
+            inv_freq = formulas.dynamic_frequencies(d, base, s, self.max_position_embeddings, seq_length)
+        elif self.type in ("llama3", "yarn"):
+            inv_freq = formulas.blend(formulas.plain_frequencies(d, base), s, self.share_kept())
+            if self.type == "yarn":
+                attention_factor = formulas.attention_factor_of_yarn(s, self.attention_factor, self.mscale, self.mscale_all_dim)
+        else:
+            inv_freq = formulas.plain_frequencies(d, base)
+        return inv_freq, attention_factor
 
     def check_trainable(self) -> None:
         """Raise ConfigError for `dynamic`, whose frequencies change with the sequence: there is no one table to train on."""
         if self.type == "dynamic":
-            raise ConfigError(
-                "rope type dynamic changes its frequencies with the sequence length; a model cannot be trained or extended with it",
-                fix=f"use `type: ntk` with `factor: {self.factor:g}` (the same formula at one length), or llama3 or yarn",
-            )
+            raise self._not_trainable()
+
+    def _not_trainable(self) -> ConfigError:
+        return ConfigError(
+            "rope type dynamic changes its frequencies with the sequence length; a model cannot be trained or extended with it",
+            fix=f"use type ntk with factor {self.factor:g} (the same formula at one length), or llama3 or yarn",
+        )
 
     def fingerprint(self) -> str:
-        """SHA-256 (hex) of what the rope does: equal for two ropes exactly when they turn queries and keys alike.
+        """SHA-256 (hex) of what the rope does: two ropes that turn queries and keys alike have the same one.
 
-        Hashed: float64 little endian, the d/2 inverse frequencies, the attention factor, and the original length (for llama3 and
+        Hashed, as float64 little endian: the d/2 inverse frequencies, the attention factor, the original length (for llama3 and
         yarn; 0 for types whose formula has none, so that `ntk` and the changed base that it is exported as are one rope). Each
-        value is rounded to 12 significant digits first: the frequencies themselves are the same bits on every machine
-        (`frequencies.py`), and the rounding lets another program that computes them with its own `pow` arrive at the same hash.
-        For `dynamic` the table at twice the trained length stands for all.
+        value is rounded to 12 significant digits first. The frequencies themselves are the same bits on every machine
+        (`frequencies.py` says how), so a checkpoint keeps its fingerprint when it moves; the rounding lets another program that
+        computes them with its own `pow` arrive at the same hash. For `dynamic`, the table at twice the trained length is hashed
+        (it gives factor away), with the trained length as original length.
         """
         original = self.original_length if self.type in ("llama3", "yarn") else 0
         seq_length = None
@@ -248,9 +258,11 @@ class RopeScaling:
         return hashlib.sha256(np.array(values, dtype="<f8").tobytes()).hexdigest()
 
     def describe(self) -> str:
-        """The rope in words, one line."""
-        from mcore_longctx.rope.words import describe
+        """The rope in words, one line.
 
+        >>> RopeScaling(type="linear", head_dim=128, rope_theta=5e5, factor=8).describe()
+        'linear factor 8, base 500,000: every pair divided by 8'
+        """
         return describe(self)
 
     def as_dict(self) -> dict[str, Any]:

@@ -1,26 +1,27 @@
-"""The rope in words: one line for logs and reports, and the paper's scaling explained."""
+"""The rope in words: one line for logs and reports, the paper's scaling explained, and a warning worth reading."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 import numpy as np
+import numpy.typing as npt
 
 from mcore_longctx.rope import frequencies as formulas
 
 if TYPE_CHECKING:
     from mcore_longctx.rope.scaling import RopeScaling
 
-__all__ = ["describe"]
+__all__ = ["describe", "dropped_scaling", "explain_paper_scaling"]
 
 
 def _number(value: float) -> str:
     """1 for 1.0, 500,000 for 5e5, 4,134,231.132 for 4134231.1318."""
-    text = f"{value:,.3f}"
-    return text.rstrip("0").rstrip(".")
+    return f"{value:,.3f}".rstrip("0").rstrip(".")
 
 
-def _pairs(first: int, last: int) -> str:
+def _pairs(indices: npt.NDArray[np.intp]) -> str:
+    first, last = int(indices[0]), int(indices[-1])
     return f"{first}" if first == last else f"{first}-{last}"
 
 
@@ -35,38 +36,100 @@ def _pair_groups(rope: RopeScaling) -> str:
     ):
         indices = np.flatnonzero(member)
         if len(indices):  # shares fall with the pair index, so each group is one range
-            groups.append(f"{_pairs(int(indices[0]), int(indices[-1]))} {name}")
+            groups.append(f"{_pairs(indices)} {name}")
     return "pairs " + ", ".join(groups)
 
 
 def describe(rope: RopeScaling) -> str:
     """`rope` in words, one line."""
-    base, factor = f"base {_number(rope.rope_theta)}", f"factor {_number(rope.factor)}"
-    if rope.type == "none":
-        return f"none: no scaling, {base}"
-    if rope.type == "abf":
-        return f"abf: base changed to {_number(rope.rope_theta)}, no other scaling"
-    if rope.type == "linear":
-        return f"linear {factor}, {base}: every pair divided by {_number(rope.factor)}"
-    if rope.type == "ntk":
-        new = formulas.ntk_base(rope.head_dim, rope.rope_theta, rope.factor)
-        return f"ntk {factor}, {base} changed to {_number(new)}: only the slowest pair divided by {_number(rope.factor)}"
-    if rope.type == "dynamic":
-        return f"dynamic {factor} over a trained length of {rope.max_position_embeddings:,}, {base}: changes with the sequence, not for training"
-    over = f"{factor} over {rope.original_length:,}"
+    if rope.type in ("llama3", "yarn"):
+        return _describe_ramp(rope)
+    base, factor = f"base {_number(rope.rope_theta)}", _number(rope.factor)
+    texts = {
+        "none": lambda: f"none: no scaling, {base}",
+        "abf": lambda: f"abf: base changed to {_number(rope.rope_theta)}, no other scaling",
+        "linear": lambda: f"linear factor {factor}, {base}: every pair divided by {factor}",
+        "ntk": lambda: (
+            f"ntk factor {factor}, {base} changed to {_number(formulas.ntk_base(rope.head_dim, rope.rope_theta, rope.factor))}:"
+            f" the slowest pair divided by {factor}, faster ones by less"
+        ),
+        "dynamic": lambda: (
+            f"dynamic factor {factor} over a trained length of {rope.max_position_embeddings:,}, {base}:"
+            " changes with the sequence, not for training"
+        ),
+    }
+    return texts[rope.type]()
+
+
+def _describe_ramp(rope: RopeScaling) -> str:
+    over, base = f"factor {_number(rope.factor)} over {rope.original_length:,}", f"base {_number(rope.rope_theta)}"
     if rope.type == "llama3":
         low, high = _number(rope.low_freq_factor), _number(rope.high_freq_factor)
-        return (
-            f"llama3 {over} (low {low}, high {high}), {base}: YaRN as published with alpha {low}, beta {high}, without temperature; "
-            + _pair_groups(rope)
-        )
-    temperature = f"attention factor {rope.frequencies()[1]:.6g}"
-    if rope.ramp == "rotations":
+        bounds = f"low {low}, high {high}"
+        meaning = f"YaRN as published with alpha {low}, beta {high}, without temperature"
+    elif rope.ramp == "rotations":
         bounds = f"alpha {_number(rope.alpha)}, beta {_number(rope.beta)}"
-        return f"yarn {over} ({bounds}), {base}: as published, ramp over rotations, {temperature}; " + _pair_groups(rope)
-    bounds = f"beta_fast {_number(rope.beta_fast)}, beta_slow {_number(rope.beta_slow)}"
-    rounded = "" if rope.truncate else ", not truncated"
+        meaning = f"as published, ramp over rotations, attention factor {rope.frequencies()[1]:.6g}"
+    else:
+        bounds = f"beta_fast {_number(rope.beta_fast)}, beta_slow {_number(rope.beta_slow)}"
+        bounds += "" if rope.truncate else ", not truncated"
+        meaning = f"as libraries compute it, ramp over the pair index, attention factor {rope.frequencies()[1]:.6g}"
+    return f"{rope.type} {over} ({bounds}), {base}: {meaning}; {_pair_groups(rope)}"
+
+
+def explain_paper_scaling(rope: RopeScaling | None = None) -> str:
+    """Why the presets say `llama3` where the UltraLong paper says YaRN, and how to train the other reading; three lines.
+
+    The numbers are those of `rope` (head_dim, base and, for llama3 and yarn, factor, original length and bounds), else of UltraLong 4M.
+    """
+    d, base, s, original, low, high = 128, 500_000.0, 512.0, 8192, 1.0, 4.0
+    if rope is not None:
+        d, base = rope.head_dim, rope.rope_theta
+        if rope.type in ("llama3", "yarn"):
+            s, original = rope.factor, rope.original_length
+    if rope is not None and rope.type == "llama3":
+        low, high = rope.low_freq_factor, rope.high_freq_factor
+    as_published = formulas.llama3_frequencies(d, base, s, original, low_freq_factor=low, high_freq_factor=high)
+
+    def difference(beta_fast: float, beta_slow: float) -> str:
+        try:
+            yarn = formulas.yarn_frequencies(d, base, s, original, beta_fast=beta_fast, beta_slow=beta_slow, truncate=True)
+        except ValueError:
+            return "it has no ramp at all over so short an original length"
+        ratio = np.maximum(yarn / as_published, as_published / yarn)
+        return f"{int((ratio > 1.0 + 1e-9).sum())} of {d // 2} frequencies differ, by up to {ratio.max():.2f} times"
+
+    alpha, beta, factor = _number(low), _number(high), _number(s)
+    return "\n".join(
+        (
+            f'UltraLong\'s "YaRN, alpha {alpha}, beta {beta}, s {factor}" is the rope type llama3 with low_freq_factor {alpha},'
+            f" high_freq_factor {beta}, factor {factor} over {original:,}: both ramps are linear in rotations and the inverse frequencies"
+            f" are the same bits; only YaRN's temperature (cos and sin times {formulas.temperature(s):.6g}) is left out, which a llama3"
+            " config cannot carry.",
+            f"The type that libraries call yarn has a ramp linear in the pair index: with beta_fast {beta}, beta_slow {alpha},"
+            f" {difference(high, low)}; with the usual 32 and 1, {difference(32.0, 1.0)}.",
+            f"To train that other reading, temperature included: rope.type=yarn rope.beta_fast={beta} rope.beta_slow={alpha}",
+        )
+    )
+
+
+def dropped_scaling(model_rope: RopeScaling, rope: RopeScaling) -> str | None:
+    """A warning where `rope` makes pairs turn faster than the model that it extends was trained with, else None.
+
+    Extending only slows pairs down. Pairs that get faster mean that the model's own scaling is replaced instead of continued, for
+    example yarn with factor 32 over 131,072 on Llama 3.1, whose own rope is llama3 with factor 8 over 8,192.
+
+    Raises:
+        ConfigError: `rope` is `dynamic`.
+    """
+    own = model_rope.frequencies(model_rope.max_position_embeddings)[0]
+    faster = np.flatnonzero(rope.frequencies()[0] > own * (1.0 + 1e-9))
+    if not len(faster):
+        return None
+    hint = ""
+    if model_rope.type in ("llama3", "yarn"):
+        hint = f"; count factor from original_max_position_embeddings {model_rope.original_length:,}, as the model does"
     return (
-        f"yarn {over} ({bounds}{rounded}), {base}: as libraries compute it, ramp over the pair index, {temperature}; "
-        + _pair_groups(rope)
+        f"{len(faster)} pairs ({_pairs(faster)}) turn faster than in the model's own rope ({describe(model_rope)}): scalings replace each other,"
+        f" they do not add up{hint}"
     )
