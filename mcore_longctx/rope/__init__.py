@@ -2,13 +2,13 @@
 
 from mcore_longctx.rope.hf_config import merge_hf_rope, read_hf_rope, write_hf_rope
 from mcore_longctx.rope.scaling import RopeScaling, RopeType
-from mcore_longctx.rope.words import dropped_scaling, explain_paper_scaling
+from mcore_longctx.rope.words import dropped_scaling, explain
 
 __all__ = [
     "RopeScaling",
     "RopeType",
     "dropped_scaling",
-    "explain_paper_scaling",
+    "explain",
     "merge_hf_rope",
     "read_hf_rope",
     "write_hf_rope",

@@ -1,4 +1,4 @@
-"""The rope in words: one line for logs and reports, the paper's scaling explained, and a warning worth reading."""
+"""The rope in words: one line for logs and reports, what the paper's scaling is, and a warning worth reading."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mcore_longctx.rope import frequencies as formulas
 if TYPE_CHECKING:
     from mcore_longctx.rope.scaling import RopeScaling
 
-__all__ = ["describe", "dropped_scaling", "explain_paper_scaling"]
+__all__ = ["describe", "dropped_scaling", "explain"]
 
 
 def _number(value: float) -> str:
@@ -77,40 +77,48 @@ def _describe_ramp(rope: RopeScaling) -> str:
     return f"{rope.type} {over} ({bounds}), {base}: {meaning}; {_pair_groups(rope)}"
 
 
-def explain_paper_scaling(rope: RopeScaling | None = None) -> str:
-    """Why the presets say `llama3` where the UltraLong paper says YaRN, and how to train the other reading; three lines.
+def explain(rope: RopeScaling | None = None) -> str:
+    """`rope` in words and, for llama3 and yarn, how it relates to the UltraLong paper's "YaRN, alpha 1, beta 4"; one to four lines.
 
-    The numbers are those of `rope` (head_dim, base and, for llama3 and yarn, factor, original length and bounds), else of UltraLong 4M.
+    Says why the presets are of type llama3, how far the type yarn is from it, and how to train that other reading. None: for
+    UltraLong 4M, without the first line.
     """
-    d, base, s, original, low, high = 128, 500_000.0, 512.0, 8192, 1.0, 4.0
-    if rope is not None:
-        d, base = rope.head_dim, rope.rope_theta
-        if rope.type in ("llama3", "yarn"):
-            s, original = rope.factor, rope.original_length
-    if rope is not None and rope.type == "llama3":
+    if rope is None:
+        return "\n".join(_paper_scaling(128, 500_000.0, 512.0, 8192) + [_rival_override(1.0, 4.0)])
+    lines = [describe(rope)]
+    if rope.type == "llama3":
         low, high = rope.low_freq_factor, rope.high_freq_factor
+        lines += _paper_scaling(rope.head_dim, rope.rope_theta, rope.factor, rope.original_length, low=low, high=high)
+        lines.append(_rival_override(low, high))
+    elif rope.type == "yarn":
+        lines += _paper_scaling(rope.head_dim, rope.rope_theta, rope.factor, rope.original_length)
+    return "\n".join(lines)
+
+
+def _rival_override(low: float, high: float) -> str:
+    return f"To train that other reading, temperature included: rope.type=yarn rope.beta_fast={_number(high)} rope.beta_slow={_number(low)}"
+
+
+def _paper_scaling(d: int, base: float, s: float, original: int, *, low: float = 1.0, high: float = 4.0) -> list[str]:
     as_published = formulas.llama3_frequencies(d, base, s, original, low_freq_factor=low, high_freq_factor=high)
 
     def difference(beta_fast: float, beta_slow: float) -> str:
         try:
             yarn = formulas.yarn_frequencies(d, base, s, original, beta_fast=beta_fast, beta_slow=beta_slow, truncate=True)
         except ValueError:
-            return "it has no ramp at all over so short an original length"
+            return "it has no ramp over so short an original length"
         ratio = np.maximum(yarn / as_published, as_published / yarn)
         return f"{int((ratio > 1.0 + 1e-9).sum())} of {d // 2} frequencies differ, by up to {ratio.max():.2f} times"
 
     alpha, beta, factor = _number(low), _number(high), _number(s)
-    return "\n".join(
-        (
-            f'UltraLong\'s "YaRN, alpha {alpha}, beta {beta}, s {factor}" is the rope type llama3 with low_freq_factor {alpha},'
-            f" high_freq_factor {beta}, factor {factor} over {original:,}: both ramps are linear in rotations and the inverse frequencies"
-            f" are the same bits; only YaRN's temperature (cos and sin times {formulas.temperature(s):.6g}) is left out, which a llama3"
-            " config cannot carry.",
-            f"The type that libraries call yarn has a ramp linear in the pair index: with beta_fast {beta}, beta_slow {alpha},"
-            f" {difference(high, low)}; with the usual 32 and 1, {difference(32.0, 1.0)}.",
-            f"To train that other reading, temperature included: rope.type=yarn rope.beta_fast={beta} rope.beta_slow={alpha}",
-        )
-    )
+    return [
+        f'"YaRN, alpha {alpha}, beta {beta}, s {factor}" as published (and so in the UltraLong paper) is the rope type llama3 with'
+        f" low_freq_factor {alpha}, high_freq_factor {beta}, factor {factor} over {original:,}: both ramps are linear in rotations and"
+        f" the inverse frequencies are the same bits. Only YaRN's temperature (cos and sin times {formulas.temperature(s):.6g}) is left"
+        " out: a llama3 config cannot carry one.",
+        f"The type that libraries call yarn has a ramp linear in the pair index: with beta_fast {beta}, beta_slow {alpha},"
+        f" {difference(high, low)}; with the usual 32 and 1, {difference(32.0, 1.0)}.",
+    ]
 
 
 def dropped_scaling(model_rope: RopeScaling, rope: RopeScaling) -> str | None:
