@@ -1,0 +1,204 @@
+"""The stage runner: order, skipping, refusing, locking. The steps' own work is tested in their rooms."""
+
+import json
+import multiprocessing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mcore_longctx.run as runner
+from mcore_longctx.errors import ConfigError, InUseError, LongctxError, TrainingError
+from mcore_longctx.recipe.load import RecipeFile, open_recipe
+from mcore_longctx.run.journal import lock_folder
+from mcore_longctx.run.steps import Step, plan_steps
+
+CONFIG = {
+    "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 264, "max_position_embeddings": 512, "rope_theta": 10000.0, "rms_norm_eps": 1e-5,
+}  # fmt: skip
+RECIPE = """\
+name: small
+output: {folder}/run
+model: {{path: {folder}/model}}
+rope: {{type: llama3, factor: 8, original_max_position_embeddings: 512}}
+data:
+  long:
+    sources: [{{name: books, path: {folder}/books.txt}}]
+stages:
+  - {{name: extend, kind: pretrain, data: long, seq_length: 1k, train_iters: 2, global_batch_size: 1, optimizer: {{lr: 1e-4}}}}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(CONFIG))
+    (tmp_path / "books.txt").write_text("text")
+    (tmp_path / "recipe.yaml").write_text(RECIPE.format(folder=tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Every step writes its outputs and its name into this list instead of working."""
+    names: list[str] = []
+
+    def recorded(step: Step) -> Step:
+        def action() -> dict[str, Any]:
+            names.append(step.name)
+            for path in step.outputs:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.touch()
+            return {}
+
+        return replace(step, action=action)
+
+    monkeypatch.setattr(runner, "plan_steps", lambda *args: [recorded(step) for step in plan_steps(*args)])
+    return names
+
+
+def recipe_of(folder: Path, *overrides: str) -> RecipeFile:
+    return open_recipe(folder / "recipe.yaml", overrides)
+
+
+ALL = ["import", "data-extend", "train-extend", "export", "verify", "report"]
+
+
+def test_steps_run_in_order_once(folder: Path, done: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert runner.run_recipe(recipe_of(folder), until="extend") == 0
+    assert done == ALL[:3]
+    assert runner.run_recipe(recipe_of(folder)) == 0
+    assert done == ALL
+    assert runner.run_recipe(recipe_of(folder)) == 0
+    assert done == ALL
+    assert capsys.readouterr().out.count("done before, skipped") == 3 + 6
+    states = {row["name"]: row["state"] for row in json.loads((folder / "run" / "run.json").read_text())["steps"]}
+    assert states == dict.fromkeys(ALL, "done")
+
+
+def test_a_removed_output_is_made_again(folder: Path, done: list[str]) -> None:
+    runner.run_recipe(recipe_of(folder))
+    (folder / "run" / "data" / "extend").unlink()
+    runner.run_recipe(recipe_of(folder))
+    assert done == [*ALL, "data-extend"]
+
+
+def test_changed_inputs_are_refused_by_name(folder: Path, done: list[str]) -> None:
+    runner.run_recipe(recipe_of(folder), until="extend")
+    with pytest.raises(ConfigError, match=r"stages.extend.optimizer.lr was 0.0001 when step train-extend ran, it is 0.0002 now; set it back"):
+        runner.run_recipe(recipe_of(folder, "stages.extend.optimizer.lr=2e-4"))
+    with pytest.raises(ConfigError, match=r"data.long.separator was '<s>' when step data-extend ran, it is '###' now"):
+        runner.run_recipe(recipe_of(folder, "data.long.separator=###"))
+    (folder / "books.txt").write_text("other text")
+    with pytest.raises(ConfigError, match=r"books.txt has changed since step data-extend ran; restore it, or use another output folder"):
+        runner.run_recipe(recipe_of(folder))
+    (folder / "books.txt").write_text("text")
+    runner.run_recipe(recipe_of(folder), until="extend")
+    assert done == ALL[:3]
+
+
+def test_a_failed_step_is_noted_and_tried_again(folder: Path, done: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded = runner.plan_steps
+
+    def failing(*args: Any) -> list[Step]:
+        def action() -> None:
+            raise TrainingError("loss is NaN")
+
+        return [replace(step, action=action) if step.name == "train-extend" else step for step in recorded(*args)]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "plan_steps", failing)
+        with pytest.raises(TrainingError, match="loss is NaN"):
+            runner.run_recipe(recipe_of(folder))
+    last = json.loads((folder / "run" / "run.json").read_text())["steps"][-1]
+    assert (last["name"], last["state"], last["error"]) == ("train-extend", "failed", "loss is NaN")
+    runner.run_recipe(recipe_of(folder))
+    assert done == ALL
+
+
+def test_inputs_that_are_not_there_stop_the_run_before_its_first_step(folder: Path, done: list[str]) -> None:
+    (folder / "books.txt").unlink()
+    with pytest.raises(ConfigError, match="books.txt: step data-extend needs it, but there is no such file or folder"):
+        runner.run_recipe(recipe_of(folder))
+    assert done == []
+    assert not (folder / "run").exists()
+
+
+def test_a_folder_that_is_no_run_folder_is_refused(folder: Path, done: list[str]) -> None:
+    (folder / "run").mkdir()
+    (folder / "run" / "thesis.txt").write_text("precious")
+    with pytest.raises(ConfigError, match=r"output folder is already there and is not a run folder"):
+        runner.run_recipe(recipe_of(folder))
+    assert done == []
+
+
+def _hold(folder: Path, ready: Any, leave: Any) -> None:
+    with lock_folder(folder):
+        ready.set()
+        leave.wait(30)
+
+
+def test_two_runs_on_one_folder_are_refused(folder: Path, done: list[str]) -> None:
+    context = multiprocessing.get_context("spawn")
+    ready, leave = context.Event(), context.Event()
+    (folder / "run").mkdir()
+    other = context.Process(target=_hold, args=(folder / "run", ready, leave))
+    other.start()
+    try:
+        assert ready.wait(30)
+        with pytest.raises(InUseError, match=f"another run works on this folder .process {other.pid} on "):
+            runner.run_recipe(recipe_of(folder))
+    finally:
+        leave.set()
+        other.join(30)
+    runner.run_recipe(recipe_of(folder))
+    assert done == ALL
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("stages.extend.parallel.tensor_model_parallel_size=3", "num_attention_heads 4 is not divisible by tensor_model_parallel_size 3; use one of 1, 2, 4"),
+        ("stages.extend.parallel.tensor_model_parallel_size=4", "num_query_groups 2 is not divisible by tensor_model_parallel_size 4; use one of 1, 2"),
+        ("stages.extend.parallel.pipeline_model_parallel_size=4", "num_layers 2 is not divisible by pipeline_model_parallel_size 4"),
+        ("stages.extend.seq_length=8k", "stages.extend.seq_length: 8,192 tokens, but the rope reaches 4,096; raise rope.factor or shorten it"),
+        ("model.hidden_size=128", "model.hidden_size: 128 here, 64 in the model's config.json; remove it or correct it"),
+        ("model.path=nowhere", "no config.json here: not a Hugging Face model folder"),
+        ("rope.factor=0.5", "rope: factor"),
+    ],
+)
+def test_a_recipe_that_does_not_fit_its_model_is_refused_with_its_place(folder: Path, override: str, message: str) -> None:
+    with pytest.raises(LongctxError) as caught:
+        runner.run_recipe(recipe_of(folder, override))
+    assert caught.value.exit_code == 2
+    assert message in str(caught.value)
+    assert not (folder / "run").exists()
+
+
+def test_an_unknown_rope_type_in_config_json_is_refused(folder: Path) -> None:
+    (folder / "model" / "config.json").write_text(json.dumps(CONFIG | {"rope_scaling": {"rope_type": "magic", "factor": 8.0}}))
+    with pytest.raises(ConfigError, match=r"config\.json: .*magic"):
+        runner.run_recipe(recipe_of(folder))
+
+
+def test_until_names_what_there_is(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="--until extnd: no such step or stage; stages: extend; steps: import, data-extend"):
+        runner.print_plan(recipe_of(folder), until="extnd")
+
+
+def test_the_plan_of_the_4m_preset_needs_no_model(capsys: pytest.CaptureFixture[str]) -> None:
+    runner.print_plan(open_recipe("ultralong-8b-4m"))
+    plan = capsys.readouterr().out
+    for text in (
+        "[1/12] import",
+        "not found here: sizes from the recipe",
+        "150 iterations x 2 sequences x 4,194,304 tokens = 1,258,291,200 tokens",
+        "TP 8 (SP) x PP 1 x CP 16 p2p x DP 2 = 256 ranks",
+        "AdamW lr 3e-05, constant",
+        "150 iterations x 128 sequences x 8,192 tokens",
+        "factor 512",
+        "beta_fast",
+    ):
+        assert text in plan

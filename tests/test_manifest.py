@@ -1,0 +1,103 @@
+"""Folders appear whole or not at all, and a manifest notices what formats do not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mcore_longctx.errors import CheckpointError, ConfigError
+from mcore_longctx.manifest import staged_folder, verify_manifest, write_atomic, write_manifest
+
+
+def make(folder: Path) -> Path:
+    with staged_folder(folder) as part:
+        (part / "sub").mkdir()
+        (part / "a.bin").write_bytes(bytes(range(256)) * 16)
+        (part / "sub" / "b.txt").write_text("text")
+        write_manifest(part, "checkpoint", seed=3)
+    return folder
+
+
+def test_a_finished_folder_verifies_and_names_its_facts(tmp_path: Path) -> None:
+    manifest = verify_manifest(make(tmp_path / "done"), "checkpoint")
+    assert manifest["seed"] == 3
+    assert set(manifest["files"]) == {"a.bin", "sub/b.txt"}
+    assert manifest["versions"]["numpy"]
+    assert [path.name for path in tmp_path.iterdir()] == ["done"]
+
+
+@settings(max_examples=40, deadline=None)
+@given(offset=st.integers(0, 4095), bit=st.integers(0, 7))
+def test_every_flipped_bit_is_found(tmp_path_factory: pytest.TempPathFactory, offset: int, bit: int) -> None:
+    folder = make(tmp_path_factory.mktemp("flip") / "done")
+    data = bytearray((folder / "a.bin").read_bytes())
+    data[offset] ^= 1 << bit
+    (folder / "a.bin").write_bytes(bytes(data))
+    with pytest.raises(CheckpointError, match=r"a\.bin: contents differ from the manifest's sha256; the checkpoint is damaged"):
+        verify_manifest(folder, "checkpoint")
+    verify_manifest(folder, "checkpoint", hashes=False)  # sizes are unchanged
+
+
+def test_what_is_missing_cut_or_foreign_is_named(tmp_path: Path) -> None:
+    folder = make(tmp_path / "done")
+    with pytest.raises(CheckpointError, match="holds a checkpoint, expected a data"):
+        verify_manifest(folder, "data")
+    (folder / "a.bin").write_bytes(b"short")
+    with pytest.raises(CheckpointError, match=r"a\.bin: 5 bytes, the manifest says 4,096"):
+        verify_manifest(folder, "checkpoint")
+    (folder / "a.bin").unlink()
+    with pytest.raises(CheckpointError, match=r"a\.bin: listed in the manifest but missing"):
+        verify_manifest(folder, "checkpoint")
+    (folder / "manifest.json").write_text(json.dumps({"files": 3}))
+    with pytest.raises(CheckpointError, match=r"manifest\.json: damaged manifest"):
+        verify_manifest(folder, "checkpoint")
+    (folder / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no manifest\.json: this checkpoint was not finished"):
+        verify_manifest(folder, "checkpoint")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(CheckpointError, match="no checkpoint here"):
+        verify_manifest(tmp_path / "empty", "checkpoint")
+
+
+def test_an_exception_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="half-way"), staged_folder(tmp_path / "out") as part:
+        (part / "a").write_text("x")
+        raise RuntimeError("half-way")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_existing_output_is_refused_and_kept(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("mine")
+    with pytest.raises(ConfigError, match="output folder is already there"), staged_folder(tmp_path / "out"):
+        pass
+    assert (tmp_path / "out" / "precious").read_text() == "mine"
+
+
+def test_after_kill_9_only_a_partial_folder_is_left_and_the_next_run_removes_it(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from mcore_longctx.manifest import staged_folder\n"
+        "with staged_folder(Path(sys.argv[1])) as part:\n    (part / 'a').write_text('x'); print('ready', flush=True); time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "out")], stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "ready\n"
+        with pytest.raises(ConfigError, match=f"process {child.pid} is writing this folder"), staged_folder(tmp_path / "out"):
+            pass
+        os.kill(child.pid, signal.SIGKILL)
+    assert [path.name.split("-")[0] for path in tmp_path.iterdir()] == ["out.partial"]
+    make(tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_write_atomic_replaces_the_whole_text(tmp_path: Path) -> None:
+    write_atomic(tmp_path / "a.json", "long old text")
+    write_atomic(tmp_path / "a.json", "new")
+    assert (tmp_path / "a.json").read_text() == "new"
+    assert len(list(tmp_path.iterdir())) == 1
