@@ -1,0 +1,46 @@
+"""Element types as torch, safetensors and numpy name them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+__all__ = ["BY_SAFETENSORS", "BY_TORCH", "WEIGHT_DTYPES", "DType", "widen"]
+
+
+@dataclass(frozen=True)
+class DType:
+    """One element type: `bfloat16` in torch, `BF16` in safetensors, `BFloat16Storage` in a torch.save archive."""
+
+    name: str
+    safetensors: str
+    storage: str
+    itemsize: int
+
+
+_ALL = (
+    DType("float64", "F64", "DoubleStorage", 8),
+    DType("float32", "F32", "FloatStorage", 4),
+    DType("float16", "F16", "HalfStorage", 2),
+    DType("bfloat16", "BF16", "BFloat16Storage", 2),
+    DType("int64", "I64", "LongStorage", 8),
+    DType("int32", "I32", "IntStorage", 4),
+    DType("int16", "I16", "ShortStorage", 2),
+    DType("int8", "I8", "CharStorage", 1),
+    DType("uint8", "U8", "ByteStorage", 1),
+    DType("bool", "BOOL", "BoolStorage", 1),
+    DType("float8_e4m3fn", "F8_E4M3", "Float8_e4m3fnStorage", 1),
+    DType("float8_e5m2", "F8_E5M2", "Float8_e5m2Storage", 1),
+)
+BY_TORCH = {dtype.name: dtype for dtype in _ALL}
+BY_SAFETENSORS = {dtype.safetensors: dtype for dtype in _ALL}
+WEIGHT_DTYPES = ("float64", "float32", "float16", "bfloat16")  # what a dense, unquantised model may hold
+
+
+def widen(data: bytes | bytearray, dtype: DType) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """The numbers in `data` (little-endian elements of one of WEIGHT_DTYPES) as float64, exactly."""
+    if dtype.name == "bfloat16":  # the upper half of a float32
+        return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return np.frombuffer(data, f"<f{dtype.itemsize}").astype(np.float64)
