@@ -16,8 +16,8 @@ __all__ = ["describe", "dropped_scaling", "explain"]
 
 
 def _number(value: float) -> str:
-    """1 for 1.0, 500,000 for 5e5, 4,134,231.132 for 4134231.1318."""
-    return f"{value:,.3f}".rstrip("0").rstrip(".")
+    """1 for 1.0, 500,000 for 5e5, 4,134,231.132 for 4134231.1318, 0.0025 for 2.5e-3."""
+    return f"{value:,.3f}".rstrip("0").rstrip(".") if value >= 1.0 else f"{value:.6g}"
 
 
 def _pairs(indices: npt.NDArray[np.intp]) -> str:
@@ -77,21 +77,17 @@ def _describe_ramp(rope: RopeScaling) -> str:
     return f"{rope.type} {over} ({bounds}), {base}: {meaning}; {_pair_groups(rope)}"
 
 
-def explain(rope: RopeScaling | None = None) -> str:
+def explain(rope: RopeScaling) -> str:
     """`rope` in words and, for llama3 and yarn, how it relates to the UltraLong paper's "YaRN, alpha 1, beta 4"; one to four lines.
 
-    Says why the presets are of type llama3, how far the type yarn is from it, and how to train that other reading. None: for
-    UltraLong 4M, without the first line.
+    Says why the presets are of type llama3, how far the type yarn is from it, and how to train that other reading.
     """
-    if rope is None:
-        return "\n".join(_paper_scaling(128, 500_000.0, 512.0, 8192) + [_rival_override(1.0, 4.0)])
     lines = [describe(rope)]
     if rope.type == "llama3":
         low, high = rope.low_freq_factor, rope.high_freq_factor
-        lines += _paper_scaling(rope.head_dim, rope.rope_theta, rope.factor, rope.original_length, low=low, high=high)
-        lines.append(_rival_override(low, high))
+        lines += [*_paper_scaling(rope, low, high), _rival_override(low, high)]
     elif rope.type == "yarn":
-        lines += _paper_scaling(rope.head_dim, rope.rope_theta, rope.factor, rope.original_length)
+        lines += _paper_scaling(rope, 1.0, 4.0)  # the paper's bounds
     return "\n".join(lines)
 
 
@@ -99,7 +95,8 @@ def _rival_override(low: float, high: float) -> str:
     return f"To train that other reading, temperature included: rope.type=yarn rope.beta_fast={_number(high)} rope.beta_slow={_number(low)}"
 
 
-def _paper_scaling(d: int, base: float, s: float, original: int, *, low: float = 1.0, high: float = 4.0) -> list[str]:
+def _paper_scaling(rope: RopeScaling, low: float, high: float) -> list[str]:
+    d, base, s, original = rope.head_dim, rope.rope_theta, rope.factor, rope.original_length
     as_published = formulas.llama3_frequencies(d, base, s, original, low_freq_factor=low, high_freq_factor=high)
 
     def difference(beta_fast: float, beta_slow: float) -> str:
