@@ -94,7 +94,13 @@ class Journal:
     def begin(self, step: Step, stamp: dict[str, Any]) -> None:
         """Note that a step has started."""
         seconds = self.steps.get(step.name, {}).get("seconds", 0.0)
-        self.steps[step.name] = {"name": step.name, "state": "running", "about": list(step.about), "inputs": stamp, "seconds": seconds}
+        self.steps[step.name] = {
+            "name": step.name,
+            "state": "running",
+            "about": list(step.about),
+            "inputs": stamp,
+            "seconds": seconds,
+        }
         self._write()
 
     def end(self, step: Step, state: str, seconds: float, facts: dict[str, Any]) -> None:

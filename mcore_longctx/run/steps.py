@@ -39,9 +39,7 @@ def plan_steps(file: RecipeFile, resolved: Resolved) -> list[Step]:
     steps = [_import_step(recipe, resolved, folder)]
     has_tasks = recipe.evaluate.needle is not None or recipe.evaluate.loss_by_position is not None
     if has_tasks:
-        steps.append(
-            _evaluate_step(recipe, folder, "before", "base", "own", f"the model as it is: {resolved.own_rope.describe()}")
-        )
+        steps.append(_evaluate_step(recipe, folder, "before", "base", "own", f"the model as it is: {_own_rope(resolved)}"))
         steps.append(
             _evaluate_step(
                 recipe,
@@ -66,6 +64,10 @@ def plan_steps(file: RecipeFile, resolved: Resolved) -> list[Step]:
     return steps
 
 
+def _own_rope(resolved: Resolved) -> str:
+    return resolved.own_rope.describe() if resolved.model_found else "read from its config.json when it is there"
+
+
 def _import_step(recipe: Recipe, resolved: Resolved, folder: Path) -> Step:
     base = folder / "checkpoints" / "base"
 
@@ -77,7 +79,7 @@ def _import_step(recipe: Recipe, resolved: Resolved, folder: Path) -> Step:
     return Step(
         "import",
         None,
-        (f"{recipe.model.path} -> {base} (torch_dist)", f"carries the model's own rope: {resolved.own_rope.describe()}"),
+        (f"{recipe.model.path} -> {base} (torch_dist)", f"carries the model's own rope: {_own_rope(resolved)}"),
         ("model",),
         (recipe.model.path,),
         (base,),

@@ -89,8 +89,8 @@ def test_changed_inputs_are_refused_by_name(folder: Path, done: list[str]) -> No
     runner.run_recipe(recipe_of(folder), until="extend")
     with pytest.raises(ConfigError, match=r"stages.extend.optimizer.lr was 0.0001 when step train-extend ran, it is 0.0002 now; set it back"):
         runner.run_recipe(recipe_of(folder, "stages.extend.optimizer.lr=2e-4"))
-    with pytest.raises(ConfigError, match=r"data.long.separator was '<s>' when step data-extend ran, it is '###' now"):
-        runner.run_recipe(recipe_of(folder, "data.long.separator=###"))
+    with pytest.raises(ConfigError, match=r"data.long.separator was '<s>' when step data-extend ran, it is '<doc>' now"):
+        runner.run_recipe(recipe_of(folder, "data.long.separator=<doc>"))
     (folder / "books.txt").write_text("other text")
     with pytest.raises(ConfigError, match=r"books.txt has changed since step data-extend ran; restore it, or use another output folder"):
         runner.run_recipe(recipe_of(folder))
