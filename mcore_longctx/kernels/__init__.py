@@ -1,0 +1,1 @@
+"""Computation on one device: attention with its log-sum-exp and direct backward."""

@@ -1,0 +1,1 @@
+"""Exchange patterns of context parallelism over any process group: they know tensors and ranks, not Megatron."""

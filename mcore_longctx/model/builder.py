@@ -1,0 +1,248 @@
+"""A Llama on Megatron-Core from sizes, rope and layout. The only file that names Megatron's model class.
+
+megatron-core 0.19 calls GPTModel deprecated in favour of HybridModel; when it goes, this file changes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_model import GPTModel
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn import functional as F
+
+from mcore_longctx.errors import ConfigError, LayoutError
+from mcore_longctx.layout import check_seq_length
+from mcore_longctx.megatron_compat import NO_CUDA_GRAPHS, device_context
+from mcore_longctx.model.initial_weights import fill_with_nan, set_initial_weights
+from mcore_longctx.model.rotary import LongContextRotary, PhaseDtype
+from mcore_longctx.model.spec import longctx_block_spec
+from mcore_longctx.parallel.collectives import all_gather
+
+if TYPE_CHECKING:
+    from mcore_longctx.recipe.model_shape import ModelShape
+    from mcore_longctx.recipe.schema import Parallel
+    from mcore_longctx.rope import RopeScaling
+
+__all__ = ["LongContextGPTModel", "Precision", "build_gpt_model", "transformer_config"]
+
+Precision = Literal["fp32", "bf16"]
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def build_gpt_model(
+    shape: ModelShape,
+    rope: RopeScaling,
+    parallel: Parallel,
+    *,
+    precision: Precision,
+    seq_length: int,
+    phase_dtype: PhaseDtype = "float32",
+    seed: int | None = 0,
+) -> LongContextGPTModel:
+    """This rank's part of a Llama: its pipeline stage, tensor-parallel shard and context-parallel rank.
+
+    Call `init_process_groups` first, and stay inside `device_context` (opened here too) for everything that follows.
+
+    Args:
+        shape: sizes of the model.
+        rope: its rope; `head_dim` must be the shape's `kv_channels`.
+        parallel: the layout.
+        precision: of parameters and activations.
+        seq_length: tokens of a whole sample.
+        phase_dtype: see `LongContextRotary`.
+        seed: of the initial weights, which are the same for every layout. None: all weights are NaN until they are loaded, which
+            is faster for a large model and cannot be mistaken for training from random weights.
+
+    Raises:
+        LayoutError: heads, layers, sequence length or vocabulary do not divide by the layout.
+        ConfigError: a rope of another head dimension, or one that cannot be trained with.
+    """
+    _check_layout(shape, parallel, seq_length)
+    if rope.head_dim != shape.kv_channels:
+        raise ConfigError(f"rope is for heads of {rope.head_dim}, the model's heads have {shape.kv_channels} (kv_channels)")
+    with device_context():
+        config = transformer_config(shape, rope, parallel, precision=precision)
+        model = LongContextGPTModel(config, shape, rope, seq_length=seq_length, phase_dtype=phase_dtype)
+        if seed is None:
+            fill_with_nan(model)
+        else:
+            set_initial_weights(model, shape.vocab_size, seed)
+        if torch.cuda.is_available():
+            model.cuda()
+    return model
+
+
+def transformer_config(
+    shape: ModelShape, rope: RopeScaling, parallel: Parallel, *, precision: Precision, **overrides: Any
+) -> TransformerConfig:
+    """Megatron's config of a Llama without TransformerEngine or apex; `overrides` are further TransformerConfig fields.
+
+    Losses are summed per token and divided once by the number of tokens of all ranks (`calculate_per_token_loss`), so that uneven
+    loss masks are right under data and context parallelism. The attention factor a of the rope goes into the softmax scale.
+    """
+    _, attention_factor = rope.frequencies()
+    dtype = _DTYPES[precision]
+    fields: dict[str, Any] = {
+        "num_layers": shape.num_layers,
+        "hidden_size": shape.hidden_size,
+        "ffn_hidden_size": shape.ffn_hidden_size,
+        "num_attention_heads": shape.num_attention_heads,
+        "num_query_groups": shape.num_query_groups,
+        "kv_channels": shape.kv_channels,
+        "normalization": "RMSNorm",
+        "layernorm_epsilon": shape.layernorm_epsilon,
+        "gated_linear_unit": True,
+        "activation_func": F.silu,
+        "add_bias_linear": False,
+        "add_qkv_bias": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "softmax_scale": attention_factor**2 * float(shape.kv_channels) ** -0.5,
+        "tensor_model_parallel_size": parallel.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
+        "context_parallel_size": parallel.context_parallel_size,
+        "sequence_parallel": parallel.sequence_parallel,
+        "cp_comm_type": parallel.cp_comm_type,
+        "calculate_per_token_loss": True,
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype is torch.bfloat16,
+        # weights are set by set_initial_weights or loaded; Megatron's own draw depends on the layout
+        "perform_initialization": False,
+        "use_cpu_initialization": not torch.cuda.is_available(),
+        # each of these needs apex, TransformerEngine or a compiled kernel
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "apply_rope_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "persist_layer_norm": False,
+        # on gloo an asynchronous send may read a stage's output after it has been freed
+        "deallocate_pipeline_outputs": torch.cuda.is_available(),
+        **NO_CUDA_GRAPHS,
+    }
+    return TransformerConfig(**(fields | overrides))
+
+
+class LongContextGPTModel(GPTModel):
+    """GPTModel with explicit positions, a vocabulary whose padding is outside the softmax, and logits of chosen rows only.
+
+    `forward(input_ids, position_ids, labels=labels)` gives per-token losses [b, s/c] on the last pipeline stage; without labels it
+    gives logits [b, s/c, v/tp] with -inf in the padding; other stages give hidden states. All ids are [b, s/c]: the zigzag slice of
+    this context-parallel rank (`mcore_longctx.layout.zigzag_positions`).
+    """
+
+    def __init__(
+        self, config: TransformerConfig, shape: ModelShape, rope: RopeScaling, *, seq_length: int, phase_dtype: PhaseDtype
+    ) -> None:
+        super().__init__(
+            config=config,
+            transformer_layer_spec=longctx_block_spec(config),
+            vocab_size=shape.padded_vocab_size(config.tensor_model_parallel_size),
+            max_sequence_length=seq_length,
+            pre_process=parallel_state.is_pipeline_first_stage(),
+            post_process=parallel_state.is_pipeline_last_stage(),
+            parallel_output=True,
+            share_embeddings_and_output_weights=shape.tie_word_embeddings,
+            position_embedding_type="rope",
+        )
+        self.real_vocab_size = shape.vocab_size
+        # GPTModel takes no rotary module: its own table, made for the whole sequence and blind to position ids, is replaced
+        self.rotary_pos_emb = LongContextRotary(rope, self.pg_collection.cp, phase_dtype)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        attention_mask: None = None,
+        *,
+        labels: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """See the class. Positions are needed on every pipeline stage: each makes its own angles."""
+        self.rotary_pos_emb.set_positions(position_ids)
+        try:
+            return super().forward(input_ids, position_ids, attention_mask, labels=labels, **options)
+        finally:
+            self.rotary_pos_emb.set_positions(None)
+
+    def logits_at(self, input_ids: Tensor, position_ids: Tensor, rows: Tensor) -> Tensor:
+        """Logits over the whole real vocabulary at some rows, float32 [len(rows), vocab_size], on every tensor-parallel rank.
+
+        No other row's logits are ever made. Every rank of the model must call it; ranks of one tensor-parallel group with the same
+        rows, context-parallel ranks each with rows of their own (none is fine).
+
+        Args:
+            input_ids: [b, s/c].
+            position_ids: [b, s/c].
+            rows: int64, indices into the flattened [b * s/c] local tokens.
+
+        Raises:
+            LayoutError: the model is split over pipeline stages.
+        """
+        if not (self.pre_process and self.post_process):
+            raise LayoutError(
+                "logits of chosen rows need a model without pipeline stages", fix="use pipeline_model_parallel_size 1"
+            )
+        with torch.no_grad(), device_context():
+            self._rows_wanted = rows
+            try:
+                return self(input_ids, position_ids)
+            finally:
+                self._rows_wanted = None
+
+    _rows_wanted: Tensor | None = None
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
+        """Hidden states [s/c (/tp with sequence parallel), b, h] -> losses, logits, or themselves on an inner stage."""
+        if not self.post_process:
+            return hidden_states
+        if self._rows_wanted is not None:
+            return self._logits_of_rows(hidden_states, self._rows_wanted)
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        logits, _ = self.output_layer(hidden_states, weight=weight)  # [s/c, b, v/tp]
+        logits = self._without_padding(logits)
+        if labels is None:
+            return logits.transpose(0, 1).contiguous()
+        return self.compute_language_model_loss(labels, logits)
+
+    def _without_padding(self, logits: Tensor) -> Tensor:
+        """Set the columns that stand for no token to -inf: they take no part in the softmax and get no gradient."""
+        width = logits.size(-1)
+        real = self.real_vocab_size - self.pg_collection.tp.rank() * width
+        if real >= width:
+            return logits
+        padding = torch.arange(width, device=logits.device) >= real
+        return logits.masked_fill(padding, float("-inf"))
+
+    def _logits_of_rows(self, hidden_states: Tensor, rows: Tensor) -> Tensor:
+        group = self.pg_collection.tp
+        length = hidden_states.size(0)
+        split = group.size() if self.config.sequence_parallel else 1
+        sample, position = rows // (length * split), rows % (length * split)
+        first = length * group.rank() if split > 1 else 0
+        mine = (position >= first) & (position < first + length)
+        hidden = hidden_states[(position - first).clamp(0, length - 1), sample]  # [rows, h]
+        if split > 1:  # each row lies on one rank of the group: exchange these rows, not the sequence
+            hidden = hidden * mine.unsqueeze(-1)
+            dist.all_reduce(hidden, group=group)
+        tied = self.share_embeddings_and_output_weights
+        weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
+        logits = F.linear(hidden, weight).float()  # [rows, v/tp]
+        return all_gather(logits, group).permute(1, 0, 2).flatten(1)[:, : self.real_vocab_size]
+
+
+def _check_layout(shape: ModelShape, parallel: Parallel, seq_length: int) -> None:
+    tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
+    shape.check_layout(tp, parallel.pipeline_model_parallel_size)
+    check_seq_length(seq_length, cp)
+    if parallel.sequence_parallel and seq_length // cp % tp:
+        raise LayoutError(
+            f"seq_length / context_parallel_size ({seq_length // cp:,}) is not a multiple of tensor_model_parallel_size {tp}",
+            fix="sequence parallelism splits these tokens over the tensor-parallel group",
+        )

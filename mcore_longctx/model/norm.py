@@ -1,0 +1,29 @@
+"""RMSNorm for Megatron layers that works under sequence parallelism (Megatron's WrappedTorchNorm refuses it)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["RMSNorm"]
+
+
+class RMSNorm(torch.nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, over the last axis; computed in float32 inside.
+
+    Under sequence parallelism each rank of the tensor-parallel group sees other tokens: the weight is marked so that
+    `finalize_model_grads` sums its gradient over the group.
+    """
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise [..., hidden_size]."""
+        return F.rms_norm(x, (x.size(-1),), self.weight, self.eps)

@@ -1,0 +1,51 @@
+"""Layer specs of a Llama with long-context attention, for `GPTModel` and for Megatron-LM's `--spec`.
+
+--spec mcore_longctx.model.spec llama           a ready ModuleSpec (every Megatron-LM version)
+--spec mcore_longctx.model.spec llama_block     a function (0.19 calls it): needed under sequence parallelism, where the final
+                                                norm must be ours as well
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
+from mcore_longctx.megatron_compat import num_layers_to_build
+from mcore_longctx.model.attention import LongContextAttention
+from mcore_longctx.model.norm import RMSNorm
+
+__all__ = ["llama", "llama_block", "longctx_block_spec", "longctx_layer_spec"]
+
+
+def longctx_layer_spec() -> ModuleSpec:
+    """One Llama layer: Megatron's local layer with `LongContextAttention` and an RMSNorm that knows sequence parallelism.
+
+    A fresh object each time, to be changed at will. Checkpoint names are those of Megatron's local and TransformerEngine specs.
+    """
+    spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    spec.submodules.input_layernorm = RMSNorm
+    spec.submodules.pre_mlp_layernorm = RMSNorm
+    spec.submodules.self_attention.submodules.core_attention = LongContextAttention
+    return spec
+
+
+def longctx_block_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """All layers of this pipeline stage and the final norm.
+
+    `config` is a TransformerConfig. With a bare layer spec Megatron chooses the final norm itself: one that refuses sequence
+    parallelism.
+    """
+    layers = [longctx_layer_spec()] * num_layers_to_build(config, vp_stage)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+
+
+def llama_block(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+    """`longctx_block_spec` as Megatron-LM 0.19 calls it: with its GPTModelConfig, whose `transformer` is the TransformerConfig."""
+    return longctx_block_spec(getattr(config, "transformer", config), vp_stage)
+
+
+llama = longctx_layer_spec()
+"""The layer spec, ready: for Megatron-LM versions that take the attribute of `--spec` as it is."""

@@ -1,0 +1,141 @@
+"""Load model weights from a torch_dist folder, whoever wrote it, at any layout.
+
+Only tensors are read. A torch_dist folder holds pickles in three places, and none of them is trusted: `.metadata` must name nothing
+outside an allow-list before torch reads it, `common.pt` and the `_extra_state` objects are not read at all. So folders of
+megatron-core 0.16 (with a common.pt) and 0.19 (without) load alike.
+"""
+
+from __future__ import annotations
+
+import pickle
+import warnings
+from pathlib import Path
+from typing import Any
+
+from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
+from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factory_merges
+from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from mcore_longctx.errors import CheckpointError
+from mcore_longctx.megatron_compat import device_context
+
+__all__ = ["load_model_weights", "read_metadata"]
+
+_EXTRA_STATE = "_extra_state"
+_VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")  # padded differently at each TP
+
+
+def load_model_weights(model: Any, folder: Path) -> None:
+    """Fill every parameter of `model` from `folder`. All ranks of the model must call it.
+
+    Whatever dtype the folder holds is cast to the model's. Optimizer state in the folder is left alone. The vocabulary's padding
+    may differ; whether the vocabulary is the model's own is for the checkpoint's card to say (`recipe.card`).
+
+    Args:
+        model: a model of `build_gpt_model` (not wrapped).
+        folder: holds `.metadata` and `*.distcp`.
+
+    Raises:
+        CheckpointError: not a finished torch_dist folder, a tensor of the model is missing in it or has another shape, or its
+            metadata names something that a checkpoint has no use for.
+    """
+    folder = Path(folder)
+    stored = read_metadata(folder)
+    with device_context():
+        wanted = model.sharded_state_dict(metadata=_request_style(stored))
+        wanted, _, factories = load_preprocess(wanted)
+        wanted, _ = extract_matching_values(wanted, lambda leaf: isinstance(leaf, ShardedTensor))
+        _check_stored(wanted, stored, model, folder)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # megatron-core calls torch's older names
+                loaded = TorchDistLoadShardedStrategy().load(wanted, folder)
+        except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise CheckpointError(
+                f"cannot be read: {first_line}", where=folder, fix="use another copy of the checkpoint"
+            ) from error
+        loaded = apply_factory_merges(loaded, factories)
+        result = model.load_state_dict(loaded, strict=False)
+    missing = [key for key in result.missing_keys if not key.endswith(_EXTRA_STATE)]
+    if missing or result.unexpected_keys:
+        raise CheckpointError(f"not loaded: {', '.join(missing + list(result.unexpected_keys))}", where=folder)
+
+
+def read_metadata(folder: Path) -> dict[str, tuple[int, ...] | None]:
+    """Names in a torch_dist folder: global shape of each tensor, None for an object.
+
+    Raises:
+        CheckpointError: nothing here, not finished, damaged, or naming Python objects outside the allow-list.
+    """
+    path = folder / ".metadata"
+    if not folder.is_dir() or not any(folder.iterdir()):
+        raise CheckpointError("no checkpoint here", where=folder, fix="check the path")
+    if not path.is_file() or not (folder / "metadata.json").is_file():
+        missing = ".metadata" if not path.is_file() else "metadata.json"
+        raise CheckpointError(f"no {missing}: not a torch_dist checkpoint, or one that was not finished", where=folder)
+    try:
+        with path.open("rb") as file:
+            metadata = _AllowListUnpickler(file, path).load()
+        entries = metadata.state_dict_metadata.items()
+    except CheckpointError:
+        raise
+    except Exception as error:  # a damaged pickle can raise anything
+        raise CheckpointError("damaged", where=path, fix="use another copy of the checkpoint") from error
+    return {key: tuple(entry.size) if isinstance(entry, TensorStorageMetadata) else None for key, entry in entries}
+
+
+_ALLOWED = {
+    "torch": {"Size", "device", "strided", *(f"{kind}{bits}" for kind in ("float", "int", "uint") for bits in (8, 16, 32, 64))}
+    | {"bfloat16", "bool", "float8_e4m3fn", "float8_e5m2", "contiguous_format"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.metadata": {
+        *("Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata"),
+        *("TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING"),
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
+    "torch.distributed.checkpoint.planner": {
+        *("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData"),
+    },
+    "megatron.core.dist_checkpointing.strategies.torch": {"MCoreMetadata", "MCoreSavePlan"},
+    "pathlib": {"Path", "PosixPath", "PurePosixPath"},
+    "collections": {"OrderedDict", "defaultdict"},
+}
+
+
+class _AllowListUnpickler(pickle.Unpickler):
+    """Refuses every global that a checkpoint's metadata has no use for, before anything is called."""
+
+    def __init__(self, file: Any, path: Path) -> None:
+        super().__init__(file)
+        self.path = path
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in _ALLOWED.get(module, ()):
+            raise CheckpointError(
+                f"names the Python object {module}.{name}, which a checkpoint has no use for",
+                where=self.path,
+                fix="do not load this folder; get it from a source that you trust",
+            )
+        return super().find_class(module, name)
+
+
+def _request_style(stored: dict[str, tuple[int, ...] | None]) -> dict[str, bool]:
+    """How to ask: layers stacked on a leading axis (the usual way), or one key a layer, as the folder has them."""
+    per_layer = any(key.startswith("decoder.layers.0.") for key in stored)
+    return {"singleton_local_shards": False, "non_homogeneous_layers": per_layer}
+
+
+def _check_stored(wanted: Any, stored: dict[str, tuple[int, ...] | None], model: Any, folder: Path) -> None:
+    for tensor in nested_values(wanted):
+        shape, asked = stored.get(tensor.key), tuple(tensor.global_shape)
+        if shape is None:
+            raise CheckpointError(f"holds no tensor {tensor.key}", where=folder, fix="use a checkpoint of this model")
+        if tensor.key in _VOCABULARY and shape[0] >= model.real_vocab_size:
+            shape = (asked[0], *shape[1:])
+        if shape != asked:
+            raise CheckpointError(
+                f"{tensor.key} is {list(shape)}, the model has {list(asked)}", where=folder, fix="use a checkpoint of this model"
+            )

@@ -1,0 +1,133 @@
+"""A tiny Llama in transformers and the same weights under Megatron's names: the independent oracle of the model tests."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mcore_longctx.layout import zigzag_positions
+from mcore_longctx.megatron_compat import device_context
+from mcore_longctx.model import LongContextGPTModel, build_gpt_model, init_process_groups
+from mcore_longctx.model.initial_weights import global_name, tensor_parallel_shard
+from mcore_longctx.recipe.model_shape import ModelShape
+from mcore_longctx.recipe.schema import Parallel
+from mcore_longctx.rope import RopeScaling, write_hf_rope
+
+SHAPE = ModelShape(
+    num_layers=4,
+    hidden_size=64,
+    ffn_hidden_size=96,
+    num_attention_heads=8,
+    num_query_groups=4,
+    kv_channels=8,
+    vocab_size=264,  # padded to 384 at TP 1 and 512 at TP 2
+)
+SEQ_LENGTH = 64
+PLAIN_ROPE = RopeScaling(type="none", head_dim=8, rope_theta=10_000.0)
+
+
+def hf_llama(shape: ModelShape = SHAPE, rope: RopeScaling = PLAIN_ROPE, seed: int = 0) -> Any:
+    """LlamaForCausalLM in float32 with weights large enough for gradients to matter."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        **write_hf_rope(replace(rope, max_position_embeddings=rope.max_position_embeddings or 1024)),
+        vocab_size=shape.vocab_size,
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.ffn_hidden_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_attention_heads,
+        num_key_value_heads=shape.num_query_groups,
+        head_dim=shape.kv_channels,
+        rms_norm_eps=shape.layernorm_epsilon,
+        tie_word_embeddings=shape.tie_word_embeddings,
+        initializer_range=0.1,
+        attn_implementation="eager",
+    )
+    return LlamaForCausalLM(config).float().eval()
+
+
+def megatron_names(tensors: dict[str, Tensor], shape: ModelShape) -> dict[str, Tensor]:
+    """Tensors of transformers' names and shapes (weights or gradients) under Megatron's global names; padding is not added."""
+    named = {
+        "embedding.word_embeddings.weight": tensors["model.embed_tokens.weight"],
+        "decoder.final_layernorm.weight": tensors["model.norm.weight"],
+    }
+    if not shape.tie_word_embeddings:
+        named["output_layer.weight"] = tensors["lm_head.weight"]
+    groups, width = shape.num_query_groups, shape.kv_channels
+    for i in range(shape.num_layers):
+        hf, ours = f"model.layers.{i}.", f"decoder.layers.{i}."
+        q, k, v = (tensors[f"{hf}self_attn.{name}_proj.weight"].unflatten(0, (groups, -1, width)) for name in "qkv")
+        named |= {
+            f"{ours}input_layernorm.weight": tensors[f"{hf}input_layernorm.weight"],
+            f"{ours}pre_mlp_layernorm.weight": tensors[f"{hf}post_attention_layernorm.weight"],
+            f"{ours}self_attention.linear_qkv.weight": torch.cat((q, k, v), dim=1).flatten(0, 2),
+            f"{ours}self_attention.linear_proj.weight": tensors[f"{hf}self_attn.o_proj.weight"],
+            f"{ours}mlp.linear_fc1.weight": torch.cat([tensors[f"{hf}mlp.{name}_proj.weight"] for name in ("gate", "up")]),
+            f"{ours}mlp.linear_fc2.weight": tensors[f"{hf}mlp.down_proj.weight"],
+        }
+    return named
+
+
+def own_part(model: LongContextGPTModel, name: str, parameter: Tensor, whole: dict[str, Tensor]) -> Tensor:
+    """What this rank should hold of the tensor that `name` stands for, padded with zeros where it is a vocabulary."""
+    key = global_name(name, model.config)
+    if key == "output_layer.weight" and key not in whole:
+        key = "embedding.word_embeddings.weight"
+    tensor = whole[key]
+    if key in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        rows = parameter.size(0) * model.config.tensor_model_parallel_size
+        tensor = torch.nn.functional.pad(tensor, (0, 0, 0, rows - tensor.size(0)))
+    return tensor_parallel_shard(key, tensor, parameter, model.pg_collection.tp)
+
+
+def fill(model: LongContextGPTModel, whole: dict[str, Tensor]) -> None:
+    """Give the model this rank's part of the whole weights."""
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(own_part(model, name, parameter, whole))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Whole samples: tokens and labels [n, s], mask [n, s]."""
+
+    tokens: Tensor
+    labels: Tensor
+    mask: Tensor
+
+    def on_rank(self, cp_size: int, cp_rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Zigzag slice: tokens, positions, labels, mask, each [n, s/c]."""
+        positions = torch.from_numpy(zigzag_positions(self.tokens.size(1), cp_size, cp_rank))
+        parts = [tensor[:, positions].contiguous() for tensor in (self.tokens, self.labels, self.mask)]
+        return parts[0], positions.expand(self.tokens.size(0), -1), parts[1], parts[2]
+
+
+def build(parallel: Parallel, weights: dict[str, Tensor] | None = None, **options: Any) -> LongContextGPTModel:
+    """Process groups, model and weights of one layout."""
+    init_process_groups(parallel, seed=1)
+    settings = {"shape": SHAPE, "rope": PLAIN_ROPE, "precision": "fp32", "seq_length": SEQ_LENGTH} | options
+    with device_context():
+        model = build_gpt_model(parallel=parallel, **settings)
+        if weights is not None:
+            fill(model, weights)
+    return model
+
+
+def save_torch_dist(model: LongContextGPTModel, folder: Path) -> None:
+    """Save the model's weights with megatron-core's own writer."""
+    from megatron.core import dist_checkpointing
+
+    if torch.distributed.get_rank() == 0:
+        folder.mkdir(parents=True)
+    torch.distributed.barrier()
+    with device_context():
+        state = {"model": model.sharded_state_dict(metadata={"singleton_local_shards": False}), "iteration": 7}
+        dist_checkpointing.save(state, str(folder))
+    assert (folder / "metadata.json").is_file(), json.dumps([path.name for path in folder.iterdir()])
