@@ -1,0 +1,77 @@
+"""`mcore-longctx evaluate`: one column of before and after."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from mcore_longctx.errors import ConfigError
+
+_DESCRIPTION = """\
+Measure one checkpoint of a run under one rope: pass keys by length and depth, loss by position, short-context loss. `run` does
+this by itself; by hand it is started on as many ranks as evaluate.parallel asks for:
+
+  torchrun --nproc-per-node 2 -m mcore_longctx evaluate runs/NAME/recipe.yaml --checkpoint base --rope own --column before
+  torchrun --nproc-per-node 2 -m mcore_longctx evaluate runs/NAME/recipe.yaml --checkpoint base --rope recipe --column scaled
+  torchrun --nproc-per-node 2 -m mcore_longctx evaluate runs/NAME/recipe.yaml --checkpoint extend --rope recipe --column extend
+
+Results go to RUN_FOLDER/evaluate/COLUMN/*.jsonl, one line per sample as soon as it is known; started again, it goes on from there.
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the verb to the command line."""
+    parser = subparsers.add_parser(
+        "evaluate",
+        help="measure a checkpoint: pass keys, loss by position, short-context loss",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="YAML file or preset; of a run: RUN_FOLDER/recipe.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="section.name=value", help="change single values of the recipe")
+    parser.add_argument("--checkpoint", required=True, metavar="NAME", help="`base`, or a stage: its newest checkpoint is taken")
+    parser.add_argument(
+        "--rope", required=True, choices=("own", "recipe"), help="measure with the checkpoint's own rope, or with the recipe's"
+    )
+    parser.add_argument(
+        "--column", required=True, metavar="NAME", help="`before`, `scaled` or the stage: the folder of the results"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure the column."""
+    from mcore_longctx.recipe.load import open_recipe
+    from mcore_longctx.recipe.resolve import resolve
+    from mcore_longctx.run.steps import newest_checkpoint
+
+    file = open_recipe(args.recipe, args.overrides)
+    recipe = file.recipe
+    stages = [stage.name for stage in recipe.stages]
+    _check_name("--checkpoint", args.checkpoint, ["base", *stages])
+    _check_name("--column", args.column, ["before", "scaled", *stages])
+    if recipe.evaluate.needle is None and recipe.evaluate.loss_by_position is None:
+        raise ConfigError("nothing to measure: neither needle nor loss_by_position is given", where=file.where("evaluate"))
+    resolved = resolve(file)
+    folder = recipe.run_folder / "checkpoints" / args.checkpoint
+    own = resolved.own_rope if args.checkpoint == "base" else resolved.rope
+
+    from mcore_longctx.evaluate import EvaluateJob, evaluate_column
+
+    job = EvaluateJob(
+        evaluate=recipe.evaluate,
+        shape=resolved.shape,
+        rope=resolved.rope if args.rope == "recipe" else own,
+        checkpoint=folder if args.checkpoint == "base" else newest_checkpoint(folder),
+        checkpoint_rope=own,
+        tokenizer=recipe.tokenizer_folder,
+        out=recipe.run_folder / "evaluate" / args.column,
+        phase_dtype=recipe.rope.phase_dtype,
+        seed=recipe.seed,
+    )
+    evaluate_column(job, say=lambda line: print(f"  {line}", flush=True))
+    return 0
+
+
+def _check_name(option: str, name: str, names: list[str]) -> None:
+    if name not in names:
+        raise ConfigError(f"{name!r} is not known here", where=option, fix=f"one of {', '.join(names)}")

@@ -1,0 +1,108 @@
+"""JSON lines that survive a kill: one line per sample as soon as it is known, and going on from what is there."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, TypeVar
+
+import torch.distributed as dist
+
+from mcore_longctx.errors import ConfigError, LongctxError
+
+__all__ = ["RowFile", "on_first_rank"]
+
+Result = TypeVar("Result")
+
+
+def on_first_rank(action: Callable[[], Result]) -> Result:
+    """Run `action` on rank 0 alone and give its result to all ranks. All ranks must call it.
+
+    Raises:
+        LongctxError: what `action` raised, on every rank, so that none waits for another.
+    """
+    outcome: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            outcome[0] = action()
+        except LongctxError as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    result: Result = outcome[0]
+    return result
+
+
+class RowFile:
+    """Rows of one task and column. Rank 0 reads and writes; every rank knows which samples are done.
+
+    Args:
+        path: the .jsonl file; it may be there already.
+        key_fields: fields that name a sample.
+        identity: fields that every row must have with these values (model, rope, seed): a file of another model is refused.
+
+    Raises:
+        ConfigError: the file holds rows of another model, rope or seed, or a damaged line.
+    """
+
+    def __init__(self, path: Path, key_fields: tuple[str, ...], identity: Mapping[str, Any]) -> None:
+        self.path, self.key_fields, self.identity = path, key_fields, dict(identity)
+        self.rows: dict[tuple[Any, ...], dict[str, Any]] = on_first_rank(self._read)
+        self._file: IO[bytes] | None = None
+
+    def __enter__(self) -> RowFile:
+        if dist.get_rank() == 0:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("ab")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __contains__(self, key: tuple[Any, ...]) -> bool:
+        return key in self.rows
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Write one row, on disk before this returns."""
+        whole = {**row, **self.identity}
+        self.rows[self._key(whole)] = whole
+        if self._file is not None:
+            self._file.write(json.dumps(whole).encode() + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+
+    def _key(self, row: Mapping[str, Any]) -> tuple[Any, ...]:
+        return tuple(row[name] for name in self.key_fields)
+
+    def _read(self) -> dict[tuple[Any, ...], dict[str, Any]]:
+        """Rows that are there. A last line that a kill cut off is removed from the file."""
+        if not self.path.exists():
+            return {}
+        raw = self.path.read_bytes()
+        whole = raw[: raw.rfind(b"\n") + 1]
+        rows = {}
+        for number, line in enumerate(whole.splitlines(), 1):
+            where = f"{self.path}:{number}"
+            try:
+                row = json.loads(line)
+                key = self._key(row)
+                wrong = [name for name, value in self.identity.items() if row[name] != value]
+            except (ValueError, KeyError, TypeError):
+                raise ConfigError("damaged line", where=where, fix="remove the file and measure again") from None
+            if wrong:
+                raise ConfigError(
+                    f"{wrong[0]} is {row[wrong[0]]!r}, this evaluation has {self.identity[wrong[0]]!r}",
+                    where=where,
+                    fix="remove the file to measure again, or use another column",
+                )
+            rows[key] = row
+        if len(whole) < len(raw):
+            with self.path.open("r+b") as file:
+                file.truncate(len(whole))
+        return rows

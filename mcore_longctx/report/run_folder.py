@@ -1,0 +1,229 @@
+"""What a run folder holds, read for the report. A missing part is named, never an error; a damaged one is an error."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mcore_longctx.errors import ConfigError
+from mcore_longctx.recipe.load import load_recipe
+from mcore_longctx.recipe.schema import Recipe
+
+__all__ = ["Column", "RunFolder", "read_run_folder"]
+
+Row = Mapping[str, Any]
+Key = TypeVar("Key")
+SampleKey = tuple[int, float, int]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One evaluated state of the model: a folder below `evaluate/`.
+
+    Attributes:
+        name: `before`, `scaled` or the name of a stage.
+        label: what a reader calls it.
+        needle: (length, depth, index) -> row.
+        loss_by_position: window -> row.
+        short_context: window -> row.
+    """
+
+    name: str
+    label: str
+    needle: dict[SampleKey, Row] = field(default_factory=dict)
+    loss_by_position: dict[int, Row] = field(default_factory=dict)
+    short_context: dict[int, Row] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Everything that the report shows. `missing` names what is not there, in words."""
+
+    path: Path
+    recipe: Recipe | None
+    run: Mapping[str, Any]
+    columns: list[Column]
+    metrics: dict[str, list[Row]]
+    cards: dict[str, Mapping[str, Any]]
+    data: dict[str, Mapping[str, Any]]
+    verify: Mapping[str, Any] | None
+    missing: list[str]
+
+    @property
+    def name(self) -> str:
+        """The recipe's name, or the folder's."""
+        return self.recipe.name if self.recipe is not None else self.path.resolve().name
+
+    @property
+    def original_length(self) -> int | None:
+        """Tokens that the base model was made for."""
+        rope = self.cards.get("base", {}).get("rope", {})
+        length = rope.get("max_position_embeddings") or rope.get("original_max_position_embeddings")
+        if length is None and self.recipe is not None:
+            length = self.recipe.rope.original_max_position_embeddings
+        return int(length) if length is not None else None
+
+    @property
+    def trained_length(self) -> int | None:
+        """Tokens of the longest sequence that was trained on."""
+        return max((int(stage.seq_length) for stage in self.recipe.stages), default=None) if self.recipe is not None else None
+
+
+def read_run_folder(path: Path) -> RunFolder:
+    """Read a run folder, finished or not.
+
+    Raises:
+        ConfigError: no such folder, nothing of a run in it, or a damaged file (with its line).
+    """
+    if not path.is_dir():
+        raise ConfigError("no such run folder", where=path)
+    if not any((path / part).exists() for part in ("recipe.yaml", "run.json", "evaluate", "metrics")):
+        raise ConfigError("not a run folder: no recipe.yaml, run.json, evaluate or metrics", where=path)
+    missing: list[str] = []
+    recipe = load_recipe(path / "recipe.yaml") if (path / "recipe.yaml").is_file() else None
+    if recipe is None:
+        missing.append("recipe.yaml: what was asked for is not known")
+    run = _read_json(path / "run.json")
+    if run is None:
+        missing.append("run.json: states, times and versions of the steps are not known")
+    stages = [stage.name for stage in recipe.stages] if recipe is not None else _folders(path / "metrics", ".jsonl")
+    return RunFolder(
+        path=path,
+        recipe=recipe,
+        run=run or {},
+        columns=_read_columns(path, recipe, missing),
+        metrics=_read_metrics(path, stages, missing),
+        cards=_read_cards(path, stages, missing),
+        data=_read_data(path, stages, missing),
+        verify=_read_verify(path, missing),
+        missing=missing,
+    )
+
+
+def _read_columns(path: Path, recipe: Recipe | None, missing: list[str]) -> list[Column]:
+    there = _folders(path / "evaluate")
+    stages = [stage.name for stage in recipe.stages] if recipe is not None else []
+    wanted = ["before", "scaled", *stages]
+    names = wanted if recipe is not None else []
+    names = [*names, *(name for name in [*wanted, *there] if name in there and name not in names)]
+    has_needle = recipe is None or recipe.evaluate.needle is not None
+    has_loss = recipe is None or recipe.evaluate.loss_by_position is not None
+    columns = []
+    for name in names:
+        folder = path / "evaluate" / name
+        label = _label(name, recipe)
+        column = Column(
+            name,
+            label,
+            _read_rows(folder / "needle.jsonl", lambda row: (int(row["length"]), float(row["depth"]), int(row["index"]))),
+            _read_rows(folder / "loss_by_position.jsonl", lambda row: int(row["index"])),
+            _read_rows(folder / "short_context.jsonl", lambda row: int(row["index"])),
+        )
+        parts = {
+            "needle": (has_needle, column.needle),
+            "loss by position": (has_loss, column.loss_by_position),
+            "short context": (has_loss, column.short_context),
+        }
+        absent = [part for part, (is_wanted, rows) in parts.items() if is_wanted and not rows]
+        if len(absent) == sum(is_wanted for is_wanted, _ in parts.values()):
+            if absent:
+                missing.append(f"evaluate/{name}: {label} was not measured")
+            continue
+        missing.extend(f"evaluate/{name}: no {part}" for part in absent)
+        columns.append(column)
+    return columns
+
+
+def _label(name: str, recipe: Recipe | None) -> str:
+    if name in ("before", "scaled"):
+        return {"before": "base", "scaled": "base + scaled rope"}[name]
+    kinds = {stage.name: stage.kind for stage in recipe.stages} if recipe is not None else {}
+    if name not in kinds:
+        return f"after {name}"
+    label = {"pretrain": "after pretraining", "sft": "after SFT"}[kinds[name]]
+    return label if list(kinds.values()).count(kinds[name]) == 1 else f"{label} ({name})"
+
+
+def _read_metrics(path: Path, stages: list[str], missing: list[str]) -> dict[str, list[Row]]:
+    found = {}
+    for stage in stages:
+        rows = _read_rows(path / "metrics" / f"{stage}.jsonl", lambda row: int(row["step"]))
+        if rows:
+            found[stage] = [rows[step] for step in sorted(rows)]
+        else:
+            missing.append(f"metrics/{stage}.jsonl: no loss curve of stage {stage}")
+    return found
+
+
+def _read_cards(path: Path, stages: list[str], missing: list[str]) -> dict[str, Mapping[str, Any]]:
+    """The facts that travel with the weights: of the base and of the newest checkpoint of each stage."""
+    found = {}
+    for name in ("base", *stages):
+        folder = path / "checkpoints" / name
+        newest = sorted(folder.glob("iter_*/mcore_longctx.json"))
+        card = _read_json(newest[-1] if newest else folder / "mcore_longctx.json")
+        if card is None:
+            missing.append(f"checkpoints/{name}: no checkpoint, so its rope is not known")
+        else:
+            found[name] = card
+    return found
+
+
+def _read_data(path: Path, stages: list[str], missing: list[str]) -> dict[str, Mapping[str, Any]]:
+    found = {}
+    for stage in stages:
+        manifest = _read_json(path / "data" / stage / "manifest.json")
+        if manifest is None:
+            missing.append(f"data/{stage}: no packed data of stage {stage}")
+        else:
+            found[stage] = manifest
+    return found
+
+
+def _read_verify(path: Path, missing: list[str]) -> Mapping[str, Any] | None:
+    verify = _read_json(path / "verify.json")
+    if verify is None:
+        missing.append("verify.json: the export was not compared with the checkpoint")
+    return verify
+
+
+def _folders(path: Path, suffix: str = "") -> list[str]:
+    """Names below `path`: of folders, or of files with a suffix."""
+    if not path.is_dir():
+        return []
+    if suffix:
+        return sorted(entry.name.removesuffix(suffix) for entry in path.iterdir() if entry.name.endswith(suffix))
+    return sorted(entry.name for entry in path.iterdir() if entry.is_dir())
+
+
+def _read_json(path: Path) -> Mapping[str, Any] | None:
+    if not path.is_file():
+        return None
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"damaged: {error}", where=path) from None
+    if not isinstance(value, dict):
+        raise ConfigError("damaged: not a JSON object", where=path)
+    return value
+
+
+def _read_rows(path: Path, key: Callable[[Row], Key]) -> dict[Key, Row]:
+    """JSON lines by key. A last line without newline is still being written, or was cut off, and is left out."""
+    if not path.is_file():
+        return {}
+    rows = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
+        if not line.endswith("\n"):
+            break
+        try:
+            row = json.loads(line)
+            rows[key(row)] = row
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"damaged line: {error!r}", where=f"{path}:{number}", fix="remove the file and measure again"
+            ) from None
+    return rows

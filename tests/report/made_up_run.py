@@ -1,0 +1,150 @@
+"""A run folder with made-up figures, in the formats that the other rooms write."""
+
+import json
+import math
+import random
+from pathlib import Path
+
+from mcore_longctx.recipe.card import CheckpointCard, write_card
+from mcore_longctx.recipe.load import dump_recipe, load_recipe
+from mcore_longctx.recipe.model_shape import ModelShape
+from mcore_longctx.rope import RopeScaling
+
+SHAPE = ModelShape(
+    num_layers=4, hidden_size=128, ffn_hidden_size=352, num_attention_heads=4, num_query_groups=2, kv_channels=32, vocab_size=262
+)
+OWN = RopeScaling(type="none", head_dim=32, rope_theta=10000.0, max_position_embeddings=512)
+SCALED = RopeScaling(type="llama3", head_dim=32, rope_theta=10000.0, factor=8, original_max_position_embeddings=512)
+
+# chance to find the key, by column and length; losses by column and bin; loss of short windows against the base
+FOUND = {
+    "before": {512: 1.0, 1024: 0.72, 2048: 0.05, 4096: 0.0},
+    "scaled": {512: 1.0, 1024: 0.8, 2048: 0.06, 4096: 0.0},
+    "extend": {512: 0.99, 1024: 0.97, 2048: 0.98, 4096: 0.93},
+    "instruct": {512: 0.99, 1024: 0.97, 2048: 0.97, 4096: 0.91},
+}
+EDGES = [0, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
+LOSSES = {
+    "before": [2.25, 1.68, 1.97, 1.90, 2.00, 1.93, 1.96, 2.11, 2.56],
+    "scaled": [2.25, 1.68, 1.98, 1.92, 2.03, 1.98, 2.01, 2.08, 2.11],
+    "extend": [2.26, 1.73, 2.01, 1.95, 2.02, 1.94, 1.93, 1.94, 1.94],
+    "instruct": [2.26, 1.73, 2.01, 1.95, 2.02, 1.94, 1.93, 1.94, 1.94],
+}
+SHORT = {"before": 1.0, "scaled": 1.021, "extend": 1.009, "instruct": 1.011}
+
+
+def write_lines(path: Path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def make_run(folder: Path, found=FOUND, losses=LOSSES, short=SHORT, name="tiny-cpu") -> Path:
+    recipe = load_recipe("tiny-cpu", [f"name={name}"])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    for column in found:
+        write_needles(folder / "evaluate" / column / "needle.jsonl", found[column])
+    for column in losses:
+        write_losses(folder / "evaluate" / column, losses[column], short[column])
+    for stage, first, last, steps in (("extend", 2.6, 1.9, 36), ("instruct", 2.9, 2.1, 10)):
+        write_metrics(folder / "metrics" / f"{stage}.jsonl", first, last, steps)
+    for stage, rope in (("base", OWN), ("extend/iter_0000036", SCALED), ("instruct/iter_0000010", SCALED)):
+        (folder / "checkpoints" / stage).mkdir(parents=True)
+        write_card(folder / "checkpoints" / stage, CheckpointCard(shape=SHAPE, rope=rope, stage=stage.split("/")[0]))
+    write_run_json(folder / "run.json")
+    verify = {
+        "tensors": 39,
+        "different": 0,
+        "inverse_frequencies": "equal",
+        "logits": {"largest_difference": 3.1e-6, "argmax_equal": True},
+    }
+    (folder / "verify.json").write_text(json.dumps(verify), encoding="utf-8")
+    return folder
+
+
+def write_needles(path: Path, rates):
+    rows = []
+    for length, rate in rates.items():
+        rng = random.Random(f"{length} {rate}")
+        for d in range(6):
+            for index in range(10):
+                correct = rng.random() < rate
+                expected = random.Random(f"{length} {d} {index}").sample("0123456789", 3)
+                rows.append(
+                    {"task": "needle", "length": length, "depth": round(d / 5, 6), "index": index, "correct": correct}
+                    | {"score": -0.02 if correct else -4.3, "seed": 1234, "tokens": length, "key": "dolu", "unique_share": 1.0}
+                    | {
+                        "expected": " " + "".join(expected),
+                        "got": " " + "".join(expected if correct else reversed(expected)),
+                        "seconds": 0.1,
+                    }
+                )
+    write_lines(path, rows)
+
+
+def write_losses(folder: Path, levels, short):
+    counts = [15, 16, 32, 64, 128, 256, 512, 1024, 2048]
+    by_position, short_rows = [], []
+    for window in range(12):
+        lift = random.Random(window).gauss(0, 0.12)
+        rng = random.Random(f"{levels} {window}")
+        sums = [count * (level + lift + rng.gauss(0, 0.01)) for level, count in zip(levels, counts, strict=True)]
+        by_position.append(
+            {"task": "loss_by_position", "length": 4096, "depth": None, "index": window, "correct": None, "seed": 1234}
+            | {"score": sum(sums) / sum(counts), "edges": EDGES, "counts": counts, "sums": sums, "start": 5000 * window}
+        )
+    for window in range(96):
+        level = short * (1.95 + random.Random(window).gauss(0, 0.2)) + random.Random(f"{short} {window}").gauss(0, 0.01)
+        short_rows.append(
+            {
+                "task": "short_context",
+                "length": 512,
+                "depth": None,
+                "index": window,
+                "correct": None,
+                "score": level,
+                "seed": 1234,
+            }
+            | {"count": 511, "sum": 511 * level, "start": 1000 * window}
+        )
+    write_lines(folder / "loss_by_position.jsonl", by_position)
+    write_lines(folder / "short_context.jsonl", short_rows)
+
+
+def write_metrics(path: Path, first, last, steps):
+    rng = random.Random(steps)
+    rows = []
+    for step in range(1, steps + 1):
+        loss = last + (first - last) * math.exp(-4 * step / steps) + rng.gauss(0, 0.03)
+        lr = 2e-4 * min(step / 4, 0.5 * (1 + math.cos(math.pi * step / steps)))
+        rows.append(
+            {
+                "step": step,
+                "loss": loss,
+                "lr": lr,
+                "grad_norm": 0.6 + rng.random() / 3,
+                "tokens_per_second": 2100 + rng.random() * 200,
+            }
+            | {"memory_bytes": 1_234_567_890, "seconds": 1.9}
+        )
+    write_lines(path, rows)
+
+
+def write_run_json(path: Path):
+    steps = [
+        ("import", "examples/tiny-llama -> checkpoints/base (torch_dist)", 6.1),
+        ("evaluate-before", "the model as it is: none: no scaling, base 10,000", 52.4),
+        ("evaluate-scaled", "the model with the recipe's rope, not yet trained", 51.0),
+        ("data-extend", "long-documents: 36 samples of 4,096 tokens", 3.2),
+        ("train-extend", "pretrain: 36 iterations x 1 sequences x 4,096 tokens = 147,456 tokens", 84.0),
+        ("evaluate-extend", "after stage extend", 52.8),
+        ("data-instruct", "chats: chats -> samples of 512 tokens, loss on answers only", 1.4),
+        ("train-instruct", "sft: 10 iterations x 4 sequences x 512 tokens", 14.6),
+        ("evaluate-instruct", "after stage instruct", 53.3),
+        ("export", "checkpoints/instruct -> export (Hugging Face safetensors, both rope spellings)", 2.0),
+        ("verify", "the export against the checkpoint", 9.8),
+    ]
+    rows = [{"name": n, "state": "done", "about": [about], "inputs": {}, "seconds": s, "outputs": []} for n, about, s in steps]
+    rows.append({"name": "report", "state": "running", "about": ["report.html"], "inputs": {}})
+    versions = {"mcore-longctx": "0.1.0", "numpy": "2.3.5", "torch": "2.13.0", "megatron-core": "0.16.1"}
+    path.write_text(json.dumps({"format": 1, "name": "tiny-cpu", "versions": versions, "steps": rows}), encoding="utf-8")
