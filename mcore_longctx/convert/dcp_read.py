@@ -54,7 +54,7 @@ _ALLOWED = frozenset(
     | {Global(_PLANNER, name) for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData")}
     # written by megatron-core up to 0.15
     | {Global("megatron.core.dist_checkpointing.strategies.torch", name) for name in ("MCoreMetadata", "MCoreSavePlan")}
-    | {Global("pathlib", "PosixPath"), Global("pathlib._local", "PosixPath")}
+    | {Global(module, name) for module in ("pathlib", "pathlib._local") for name in ("Path", "PosixPath", "PurePosixPath")}
 )
 
 
@@ -153,7 +153,6 @@ class _Reader:
         items = self.items(storage)
         tensors: dict[str, SavedTensor] = {}
         objects: list[str] = []
-        used = 0
         for name, entry in entries.items():
             if not isinstance(name, str):
                 self.refuse("names a tensor by something that is not text")
@@ -161,12 +160,8 @@ class _Reader:
                 if (name, None) not in items:
                     self.refuse(f"object {name[:200]} has no stored item")
                 objects.append(name)
-                used += 1
-                continue
-            tensors[name] = self.tensor(name, entry, items)
-            used += len(tensors[name].chunks)
-            if used > len(items):
-                self.refuse("two chunks share one stored item")
+            else:
+                tensors[name] = self.tensor(name, entry, items)
         return TorchDist(tensors, tuple(objects))
 
     def state(self, value: Any, *classes: str) -> dict[str, Any]:
@@ -221,7 +216,7 @@ class _Reader:
         )
         if not isinstance(listed, list) or len(listed) > len(items):
             self.refuse(f"{name[:200]} has no list of chunks")
-        chunks = []
+        chunks: dict[tuple[int, ...], Chunk] = {}
         for value in listed:
             chunk = self.state(value, "ChunkStorageMetadata")
             offsets, sizes = self.sizes(chunk.get("offsets"), name), self.sizes(chunk.get("sizes"), name)
@@ -231,8 +226,10 @@ class _Reader:
                 self.refuse(f"chunk of {name[:200]} at {list(offsets)} leaves the tensor {list(shape)}")
             if (name, offsets) not in items:
                 self.refuse(f"chunk of {name[:200]} at {list(offsets)} has no stored item")
-            chunks.append(Chunk(offsets, sizes, *items[name, offsets]))
-        return SavedTensor(dtype, shape, tuple(chunks))
+            if offsets in chunks:
+                self.refuse(f"two chunks of {name[:200]} at {list(offsets)}")
+            chunks[offsets] = Chunk(offsets, sizes, *items[name, offsets])
+        return SavedTensor(dtype, shape, tuple(chunks.values()))
 
     def dtype(self, name: str, properties: Any) -> DType:
         state = properties.state if isinstance(properties, Instance) else None

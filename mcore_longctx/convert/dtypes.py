@@ -16,7 +16,7 @@ class DType:
 
     name: str
     safetensors: str
-    storage: str
+    storage: str | None  # None: torch has no storage class of this type
     itemsize: int
 
 
@@ -31,8 +31,8 @@ _ALL = (
     DType("int8", "I8", "CharStorage", 1),
     DType("uint8", "U8", "ByteStorage", 1),
     DType("bool", "BOOL", "BoolStorage", 1),
-    DType("float8_e4m3fn", "F8_E4M3", "Float8_e4m3fnStorage", 1),
-    DType("float8_e5m2", "F8_E5M2", "Float8_e5m2Storage", 1),
+    DType("float8_e4m3fn", "F8_E4M3", None, 1),
+    DType("float8_e5m2", "F8_E5M2", None, 1),
 )
 BY_TORCH = {dtype.name: dtype for dtype in _ALL}
 BY_SAFETENSORS = {dtype.safetensors: dtype for dtype in _ALL}

@@ -193,11 +193,10 @@ def read_folder(folder: Path) -> dict[str, StoredTensor]:
             if shard_of.get(name) != shard:
                 raise CheckpointError(f"holds {name[:200]!r}, which {INDEX} does not place here", where=folder / shard)
             tensors[name] = tensor
-    missing = sorted(set(shard_of) - set(tensors))
-    if missing:
+    if missing := sorted(set(shard_of) - set(tensors)):
+        first = missing[0]
         raise CheckpointError(
-            f"{len(missing):,} tensors are not in their shards (first: {missing[0][:200]!r} in {shard_of[missing[0]]})",
-            where=index,
+            f"{first[:200]!r} is not in {shard_of[first]} ({len(missing):,} such in all)", where=index, fix=_AGAIN
         )
     return tensors
 

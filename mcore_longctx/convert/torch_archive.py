@@ -38,7 +38,7 @@ _MAX_SMALL = 65536
 
 _REBUILD = Global("torch._utils", "_rebuild_tensor_v2")
 _ORDERED_DICT = Global("collections", "OrderedDict")
-_STORAGES = {Global("torch", dtype.storage): dtype for dtype in BY_TORCH.values()}
+_STORAGES = {Global("torch", dtype.storage): dtype for dtype in BY_TORCH.values() if dtype.storage}
 _ALLOWED = frozenset({_REBUILD, _ORDERED_DICT, *_STORAGES})
 
 
@@ -64,6 +64,7 @@ def write_tensor_item(file: BinaryIO, dtype: DType, shape: tuple[int, ...], payl
         ValueError: the pieces do not add up to the tensor's size.
     """
     stride, count = _row_major(shape)
+    assert dtype.storage is not None
     storage = PersistentId(("storage", Global("torch", dtype.storage), "0", "cpu", count))
     pickle = encode(Call(_REBUILD, (storage, 0, shape, stride, False, Call(_ORDERED_DICT, ()))))
     item = file.tell()
