@@ -112,8 +112,11 @@ def transformer_config(
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
         "bf16": dtype is torch.bfloat16,
-        # weights are set by set_initial_weights or loaded; Megatron's own draw depends on the layout
-        "perform_initialization": False,
+        # Weights are set by set_initial_weights or loaded; Megatron's own draw depends on the layout. `perform_initialization` must
+        # stay on: without it the weights are not marked as tensor parallel, and gradient norms come out wrong.
+        "init_method": _leave_unset,
+        "output_layer_init_method": _leave_unset,
+        "embedding_init_method": _leave_unset,
         "use_cpu_initialization": not torch.cuda.is_available(),
         # each of these needs apex, TransformerEngine or a compiled kernel
         "bias_activation_fusion": False,
@@ -235,6 +238,10 @@ class LongContextGPTModel(GPTModel):
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         logits = F.linear(hidden, weight).float()  # [rows, v/tp]
         return all_gather(logits, group).permute(1, 0, 2).flatten(1)[:, : self.real_vocab_size]
+
+
+def _leave_unset(weight: Tensor) -> None:
+    """An initialisation that draws nothing."""
 
 
 def _check_layout(shape: ModelShape, parallel: Parallel, seq_length: int) -> None:

@@ -131,7 +131,7 @@ def _join(ranks: RankInfo, timeout: timedelta) -> None:
         torch.cuda.set_device(device_id)
     if ranks.master_addr is None:
         dist.init_process_group(
-            backend, store=torch.distributed.HashStore(), rank=0, world_size=1, timeout=timeout, device_id=device_id
+            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, device_id=device_id
         )
         return
     # torchrun's agent already serves the store at its address, and only env:// knows that
