@@ -62,9 +62,15 @@ EVERY_TYPE = [
             OVER_8K | {"type": "llama3", "low_freq_factor": 0},
             "low_freq_factor is 0, expected a number above 0 and up to 1,000,000,000",
         ),
-        (OVER_8K | {"type": "llama3", "attention_factor": 1.0}, "attention_factor is given, but rope type llama3 does not use it"),
+        (
+            OVER_8K | {"type": "llama3", "attention_factor": 1.0},
+            "attention_factor is given, but rope type llama3 does not use it",
+        ),
         (OVER_8K | {"type": "llama3", "beta_fast": 4}, "beta_fast is given, but rope type llama3 does not use it"),
-        (OVER_8K | {"type": "yarn", "high_freq_factor": 8}, "high_freq_factor is given, but rope type yarn with ramp index does not use it"),
+        (
+            OVER_8K | {"type": "yarn", "high_freq_factor": 8},
+            "high_freq_factor is given, but rope type yarn with ramp index does not use it",
+        ),
         (OVER_8K | {"type": "yarn", "beta": 4}, "beta is given, but rope type yarn with ramp index does not use it"),
         (
             OVER_8K | {"type": "yarn", "ramp": "rotations", "beta_fast": 4},
