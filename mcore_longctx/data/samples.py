@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -66,6 +67,10 @@ class PackedSamples:
     def __len__(self) -> int:
         """Number of samples."""
         return len(self._tokens)
+
+    def tokens(self, index: int) -> npt.NDArray[Any]:
+        """The stored ids of one sample, [seq_length]: a read-only view of the map."""
+        return self._tokens[index]
 
     def sample(self, index: int) -> tuple[IntArray, IntArray, BoolArray]:
         """Tokens, labels and loss mask of one sample, each [seq_length].
