@@ -1,0 +1,118 @@
+"""`mcore-longctx train`: one training stage of a recipe. This is what torchrun and srun start."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mcore_longctx.train import TrainJob
+
+_DESCRIPTION = """\
+Train one stage of a recipe, or go on where it stopped: from its newest checkpoint if it has one, else from the stage before it
+(the first stage: from RUN_FOLDER/checkpoints/base, which `convert import` makes).
+
+Start one process a GPU, as many as the stage's layout needs:
+
+  torchrun --nproc-per-node 8 -m mcore_longctx train RECIPE --stage extend
+  srun --ntasks 256 --ntasks-per-node 8 python -m mcore_longctx train RECIPE --stage extend
+  mcore-longctx train tiny-cpu --stage extend stages.extend.parallel.context_parallel_size=1
+
+SIGTERM and SIGUSR1 save a checkpoint and end with exit code 75: start the same command again to go on. torchrun turns every exit
+code into 1; RUN_FOLDER/logs/STAGE/STATUS tells the truth. Metrics go to RUN_FOLDER/metrics/STAGE.jsonl and tensorboard/STAGE.
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the verb to the command line."""
+    parser = subparsers.add_parser(
+        "train",
+        help="train one stage of a recipe (started by torchrun or srun)",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="YAML file or preset")
+    parser.add_argument("overrides", nargs="*", metavar="section.name=value", help="change single values of the recipe")
+    # argparse hands positional arguments behind an option to that option only
+    parser.add_argument(
+        "--stage", nargs="+", metavar=("NAME", "section.name=value"), help="which stage (not needed when there is one)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, and return the exit code of `train_stage`."""
+    name, *more = args.stage or [None]
+    try:
+        job = train_job(args.recipe, [*args.overrides, *more], name)
+        from mcore_longctx.train.loop import train_stage
+    except Exception:
+        if _rank() > 0:  # rank 0 meets the same and says it
+            sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115
+        raise
+    code = train_stage(job)
+    if code not in (0, 75):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # another rank may be gone: an orderly end would wait for it
+    return code
+
+
+def train_job(recipe_name: str, overrides: list[str], stage_name: str | None) -> TrainJob:
+    """The job of one stage of a recipe.
+
+    Raises:
+        ConfigError: no such stage, or the stage before it is not finished.
+    """
+    from mcore_longctx.convert.sidecars import tokenizer_sha256
+    from mcore_longctx.errors import ConfigError
+    from mcore_longctx.recipe.load import open_recipe
+    from mcore_longctx.recipe.resolve import resolve
+    from mcore_longctx.train import TrainJob, iteration_folder, latest_checkpoint
+
+    file = open_recipe(recipe_name, overrides)
+    recipe, resolved = file.recipe, resolve(file)
+    names = [stage.name for stage in recipe.stages]
+    if stage_name is None and len(names) == 1:
+        stage_name = names[0]
+    if stage_name not in names:
+        what = "--stage is missing" if stage_name is None else f"no stage {stage_name!r}"
+        raise ConfigError(what, where=file.file, fix=f"stages: {', '.join(names)}")
+    at = names.index(stage_name)
+    stage, folder = recipe.stages[at], recipe.run_folder
+    start, start_rope = folder / "checkpoints" / "base", resolved.own_rope
+    if at > 0:
+        before = recipe.stages[at - 1]
+        checkpoints = folder / "checkpoints" / before.name
+        newest, start, start_rope = (
+            latest_checkpoint(checkpoints),
+            iteration_folder(checkpoints, before.iterations),
+            resolved.rope,
+        )
+        if newest != start:
+            state = f"is at {newest.name}" if newest is not None else "has no checkpoint"
+            raise ConfigError(
+                f"stage {before.name}, which {stage.name} goes on from, {state}, its end is {start.name}",
+                where=checkpoints,
+                fix=f"train stage {before.name} to its end first",
+            )
+    return TrainJob(
+        shape=resolved.shape,
+        rope=resolved.rope,
+        start_rope=start_rope,
+        stage=stage,
+        data_prefix=folder / "data" / stage.name / stage.data,
+        start_checkpoint=start,
+        checkpoints=folder / "checkpoints" / stage.name,
+        metrics_path=folder / "metrics" / f"{stage.name}.jsonl",
+        tensorboard=folder / "tensorboard" / stage.name,
+        log_folder=folder / "logs" / stage.name,
+        phase_dtype=recipe.rope.phase_dtype,
+        tokenizer_sha256=tokenizer_sha256(recipe.tokenizer_folder),
+        seed=recipe.seed,
+    )
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))

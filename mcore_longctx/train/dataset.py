@@ -1,0 +1,147 @@
+"""Which samples make up which step, and this rank's share of them as tensors.
+
+The samples of step i are a pure function of (seed, i): stopping, resuming and another layout change nothing. Each pass over the
+data has its own permutation; data-parallel ranks take disjoint micro-batches, context-parallel ranks their zigzag slice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from mcore_longctx.errors import DataError
+from mcore_longctx.recipe import Stage
+
+__all__ = ["MicroBatch", "SampleOrder", "Samples", "StepData"]
+
+IntArray = npt.NDArray[np.int64]
+
+
+class Samples(Protocol):
+    """What is needed of a data set: `mcore_longctx.data.PackedSamples` is one."""
+
+    seq_length: int
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        ...
+
+    def cp_slice(self, index: int, cp_size: int, cp_rank: int) -> tuple[IntArray, IntArray, npt.NDArray[np.bool_], IntArray]:
+        """Tokens, labels, loss mask and positions of one context-parallel rank, each [seq_length / cp_size]."""
+        ...
+
+
+class SampleOrder:
+    """Sample ids in the order of training, without end: pass after pass, each in an order of its own.
+
+    >>> order = SampleOrder(5, seed=1)
+    >>> sorted(order[i] for i in range(5, 10))
+    [0, 1, 2, 3, 4]
+    """
+
+    def __init__(self, num_samples: int, *, seed: int) -> None:
+        self.num_samples, self.seed = num_samples, seed
+        self._passes: dict[int, IntArray] = {}
+
+    def __getitem__(self, index: int) -> int:
+        """Id of the sample at a place (0 is the first of the first step)."""
+        number, place = divmod(index, self.num_samples)
+        if number not in self._passes:
+            self._passes = {k: v for k, v in self._passes.items() if k == number - 1}  # a step may touch two passes
+            self._passes[number] = self._permutation(number)
+        return int(self._passes[number][place])
+
+    def _permutation(self, number: int) -> IntArray:
+        # raw Philox bits are the same in every numpy; Generator.permutation promises no such thing
+        bits = np.random.Philox(np.random.SeedSequence([self.seed, number])).random_raw(self.num_samples)
+        return np.argsort(bits, kind="stable").astype(np.int64)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """One micro-batch of one rank. Tensors are [micro_batch_size, seq_length / cp_size] on the training device."""
+
+    sample_ids: tuple[int, ...]
+    tokens: Tensor  # int64
+    labels: Tensor  # int64
+    loss_mask: Tensor  # bool
+    positions: Tensor  # int64, global
+
+
+class StepData:
+    """The samples of every step, and one rank's share of them.
+
+    Args:
+        samples: the data set.
+        stage: sequence length, batch sizes and layout.
+        seed: of the order.
+        vocab_size: ids must be below it.
+        dp_rank: this rank among the data-parallel ones.
+        cp_rank: this rank among the context-parallel ones.
+        device: where the tensors go.
+        where: the data's path, for messages.
+
+    Raises:
+        DataError: the samples have another length than the stage, or there are none.
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        stage: Stage,
+        *,
+        seed: int,
+        vocab_size: int,
+        dp_rank: int,
+        cp_rank: int,
+        device: torch.device,
+        where: object = None,
+    ) -> None:
+        if samples.seq_length != stage.seq_length:
+            raise DataError(
+                f"samples have {samples.seq_length:,} tokens, stage {stage.name} trains on {stage.seq_length:,}",
+                where=where,
+                fix="build the data again",
+            )
+        if len(samples) == 0:
+            raise DataError("no samples", where=where, fix="build the data again with more documents")
+        self.samples, self.stage, self.vocab_size = samples, stage, vocab_size
+        self.dp_rank, self.cp_rank, self.device, self.where = dp_rank, cp_rank, device, where
+        self.order = SampleOrder(len(samples), seed=seed)
+
+    def sample_ids(self, iteration: int) -> list[int]:
+        """Ids of all samples of a step, in order. The first step is 0."""
+        size = self.stage.global_batch_size
+        return [self.order[index] for index in range(iteration * size, (iteration + 1) * size)]
+
+    def passes_begun(self, iteration: int) -> int:
+        """How many passes over the data have begun when a step is done."""
+        return ((iteration + 1) * self.stage.global_batch_size - 1) // len(self.samples) + 1
+
+    def micro_batches(self, iteration: int) -> Iterator[MicroBatch]:
+        """This rank's micro-batches of a step, read as they are asked for."""
+        ids = self.sample_ids(iteration)
+        size, dp_size = self.stage.micro_batch_size, self.stage.parallel.data_parallel_size
+        for number in range(self.stage.num_microbatches):
+            first = (number * dp_size + self.dp_rank) * size
+            yield self._read(tuple(ids[first : first + size]))
+
+    def _read(self, ids: tuple[int, ...]) -> MicroBatch:
+        rows = [self.samples.cp_slice(index, self.stage.parallel.context_parallel_size, self.cp_rank) for index in ids]
+        for index, (tokens, labels, _, _) in zip(ids, rows, strict=True):
+            # Megatron's embedding turns an id beyond its table into a zero row, or takes one of the padding, without a word
+            largest, smallest = max(tokens.max(), labels.max()), min(tokens.min(), labels.min())
+            if largest >= self.vocab_size or smallest < 0:
+                raise DataError(
+                    f"sample {index} holds token {largest if smallest >= 0 else smallest}, the vocabulary has {self.vocab_size:,}",
+                    where=self.where,
+                    fix="build the data again with the model's tokenizer",
+                )
+        columns = [torch.from_numpy(np.stack(column)).to(self.device, non_blocking=True) for column in zip(*rows, strict=True)]
+        return MicroBatch(ids, *columns)

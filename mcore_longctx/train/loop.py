@@ -1,0 +1,383 @@
+"""The training loop of one stage, on megatron-core's schedules, gradient buffers and distributed optimizer.
+
+Everything that decides the next step is in a checkpoint or a pure function of (seed, step), so a run that is killed and started again
+ends with the same weights as one that never stopped; on CPU bit for bit.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import resource
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mcore_longctx import megatron_compat as _imports_megatron_quietly  # noqa: F401  # isort: skip
+
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from mcore_longctx.data import PackedSamples
+from mcore_longctx.errors import CheckpointError, StoppedBySignal, TrainingError
+from mcore_longctx.megatron_compat import MEGATRON_VERSION, device_context, training_device
+from mcore_longctx.model import build_gpt_model, destroy_process_groups, init_process_groups
+from mcore_longctx.model.process_groups import rank_info
+from mcore_longctx.model.weights import load_model_weights
+from mcore_longctx.recipe import read_card
+from mcore_longctx.train import store
+from mcore_longctx.train.checkpoint import Checkpointer, verify_checkpoint
+from mcore_longctx.train.control import Control
+from mcore_longctx.train.dataset import MicroBatch, StepData
+from mcore_longctx.train.job import TrainJob, data_fingerprint, refuse_changed_settings
+from mcore_longctx.train.metrics import MetricsWriter, StepMetrics, iteration_line, sample_digest
+from mcore_longctx.train.optimizer import build_optimizer, build_schedule, learning_rate, wrap_model
+from mcore_longctx.train.outcome import Outcome, open_log
+from mcore_longctx.train.signals import StopRequest
+
+__all__ = ["train_stage"]
+
+logger = logging.getLogger(__name__)
+
+_MOST_IDS = 16  # named in an error message
+
+
+def train_stage(job: TrainJob) -> int:
+    """Train one stage from its start checkpoint, or go on from its newest own checkpoint. Every rank of the job calls it.
+
+    Never raises for a failure of the training: one rank says in one line what happened (stderr, `STATUS`, `rank0.log`).
+
+    Returns:
+        The exit code: 0 done, 1 failed, 2 bad input, 75 stopped on a signal with a checkpoint saved. The same on every rank.
+    """
+    rank = dist.get_rank() if dist.is_initialized() else rank_info().rank
+    outcome = Outcome(job.log_folder, rank)
+    with open_log(job.log_folder, rank), StopRequest() as stop, ExitStack() as held:
+        try:
+            with device_context():
+                reason = _train(job, outcome, stop, held)
+        except BaseException as error:
+            return outcome.failed(error)
+        return outcome.done(reason)
+
+
+def _train(job: TrainJob, outcome: Outcome, stop: StopRequest, held: ExitStack) -> str:
+    init_process_groups(job.stage.parallel, seed=job.seed)
+    control = Control()
+    control.on_rank0(lambda: _hold_folder(job, outcome, held))
+    outcome.started()
+    start = control.on_rank0(lambda: _find_start(job))
+    job = replace(job, tokenizer_sha256=start.tokenizer_sha256)
+    trainer = Trainer(job, start, control, stop)
+    try:
+        reason = trainer.run()
+    finally:
+        trainer.close()
+    destroy_process_groups()
+    return reason
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start:
+    """Where a job begins: at another stage's weights, or at its own newest checkpoint."""
+
+    folder: Path
+    resumes: bool
+    settings: dict[str, Any]
+    tokenizer_sha256: str | None
+
+
+def _hold_folder(job: TrainJob, outcome: Outcome, held: ExitStack) -> None:
+    held.enter_context(store.FolderLock(job.checkpoints))
+    outcome.write_running()
+    store.remove_leftovers(job.checkpoints)
+
+
+def _find_start(job: TrainJob) -> Start:
+    """Verify data and checkpoint, every byte, before anything is built. Rank 0 only."""
+    settings = job.settings(data=data_fingerprint(job.data_prefix, tokenizer_sha256=job.tokenizer_sha256))
+    newest = store.latest_checkpoint(job.checkpoints)
+    if newest is None:
+        folder = job.start_checkpoint
+        verify_checkpoint(folder, shape=job.shape, rope=job.start_rope)
+    else:
+        folder = newest
+        manifest = verify_checkpoint(folder, shape=job.shape, rope=job.rope)
+        if manifest.get("stage") != job.stage.name:
+            raise CheckpointError(f"belongs to stage {manifest.get('stage')!r}, not {job.stage.name!r}", where=folder)
+        refuse_changed_settings(manifest["settings"], settings, where=folder)
+    made_for = read_card(folder).tokenizer_sha256
+    if made_for and job.tokenizer_sha256 and made_for != job.tokenizer_sha256:
+        raise CheckpointError(
+            f"made for another tokenizer ({made_for[:12]}, the recipe's is {job.tokenizer_sha256[:12]})",
+            where=folder,
+            fix="use the tokenizer that belongs to the model",
+        )
+    return Start(folder=folder, resumes=newest is not None, settings=settings, tokenizer_sha256=made_for or job.tokenizer_sha256)
+
+
+class Trainer:
+    """One rank of one job: model, optimizer, data, and the steps over them."""
+
+    def __init__(self, job: TrainJob, start: Start, control: Control, stop: StopRequest) -> None:
+        stage = job.stage
+        self.job, self.stage, self.control, self.stop = job, stage, control, stop
+        self.data = StepData(
+            PackedSamples(job.data_prefix),
+            stage,
+            seed=job.seed,
+            vocab_size=job.shape.vocab_size,
+            dp_rank=parallel_state.get_data_parallel_rank(),
+            cp_rank=parallel_state.get_context_parallel_rank(),
+            device=training_device(),
+            where=job.data_prefix,
+        )
+        model = build_gpt_model(
+            job.shape,
+            job.rope,
+            stage.parallel,
+            precision=stage.precision,
+            seq_length=stage.seq_length,
+            phase_dtype=job.phase_dtype,
+            seed=None,  # NaN until loaded: nothing can be trained from random weights
+        )
+        load_model_weights(model, start.folder)
+        self.wrapped = wrap_model(model)
+        self.optimizer = build_optimizer(self.wrapped, stage)
+        self.schedule = build_schedule(self.optimizer, stage.optimizer, stage.iterations)
+        self.checkpointer = Checkpointer(
+            job,
+            settings=start.settings,
+            source=start.folder,
+            wrapped=self.wrapped,
+            optimizer=self.optimizer,
+            schedule=self.schedule,
+            control=control,
+        )
+        self.finished = self.checkpointer.load(start.folder) if start.resumes else 0  # steps
+        self.saved = self.finished
+        self.seconds: list[float] = []  # of the steps of this start
+        # losses are counted once: by one tensor-parallel rank of the last pipeline stage
+        self.counts_losses = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
+        self.metrics: MetricsWriter | None = None
+        if control.rank == 0:
+            self.metrics = MetricsWriter(job.metrics_path, job.tensorboard, resumed_step=self.finished)
+        self._announce(start)
+
+    def run(self) -> str:
+        """Train to the end. Returns how it ended, in words.
+
+        Raises:
+            StoppedBySignal: all ranks agreed to stop; the last finished step is saved.
+            TrainingError: a loss or gradient that is no number, or a save that failed.
+        """
+        if self.finished >= self.stage.iterations:
+            return f"{self.finished} iterations (nothing left to do)"
+        self.checkpointer.check_free_space()
+        while self.finished < self.stage.iterations:
+            try:
+                signal_number = self._step()
+            except _StopInStep as stop:
+                signal_number = stop.number
+            is_last = self.finished == self.stage.iterations
+            if self.finished % self.stage.save_interval == 0 or is_last or signal_number:
+                self._save()
+            if signal_number and not is_last:
+                raise self._stopped(signal_number)
+        return f"{self.finished} iterations"
+
+    def close(self) -> None:
+        """Close the metrics files."""
+        if self.metrics is not None:
+            self.metrics.close()
+
+    # ------------------------------------------------------------------ one step
+
+    def _step(self) -> int:
+        """Forward and backward over all micro-batches, the checks, the update. Returns the signal to stop on, or 0."""
+        began = time.perf_counter()
+        iteration = self.finished
+        ids = self.data.sample_ids(iteration)
+        losses = self._forward_backward(iteration)
+        facts = self.control.gather([*self._own_sums(losses), float(self.stop.number), float(_memory_bytes())])
+        loss_sum, loss_tokens = (float(total) for total in facts[:, :2].sum(dim=0))
+        self._check_loss(loss_sum, loss_tokens, losses, ids)
+        self.optimizer.prepare_grads()
+        self._check_grad_norm(float(self.optimizer.get_grad_norm()), ids)
+        lr = learning_rate(self.optimizer)
+        _, grad_norm, _ = self.optimizer.step()
+        self.schedule.step(increment=1)
+        self.finished += 1
+        self.seconds.append(time.perf_counter() - began)
+        if self.metrics is not None:
+            tokens = self.stage.global_batch_size * self.stage.seq_length
+            self._report(
+                self.metrics,
+                StepMetrics(
+                    step=self.finished,
+                    loss=loss_sum / loss_tokens,
+                    lr=lr,
+                    grad_norm=float(grad_norm),
+                    tokens_per_second=tokens / self.seconds[-1],
+                    memory_bytes=int(facts[:, 3].max()),
+                    seconds=self.seconds[-1],
+                    consumed_samples=self.finished * self.stage.global_batch_size,
+                    loss_tokens=int(loss_tokens),
+                    samples=sample_digest(ids),
+                ),
+            )
+        return int(facts[:, 2].max())
+
+    def _forward_backward(self, iteration: int) -> list[tuple[tuple[int, ...], torch.Tensor]]:
+        """Gradients of a step in the main gradient buffers. Returns (sample ids, [loss sum, tokens]) of each own micro-batch."""
+        self.wrapped.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        losses: list[tuple[tuple[int, ...], torch.Tensor]] = []
+        may_stop_inside = self.stage.parallel.pipeline_model_parallel_size == 1  # a pipeline has sends under way
+
+        def forward_step(batches: Iterator[MicroBatch], model: Any) -> tuple[torch.Tensor, Any]:
+            batch = next(batches)
+            if losses and may_stop_inside and (number := self.control.largest(self.stop.number)):
+                raise _StopInStep(number)
+            output = model(batch.tokens, batch.positions, None, labels=batch.labels)
+
+            def loss_function(per_token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+                loss_sum, tokens = (per_token.float() * batch.loss_mask).sum(), batch.loss_mask.sum()
+                report = torch.stack([loss_sum.detach().double(), tokens.double()])
+                losses.append((batch.sample_ids, report))
+                return loss_sum, tokens.to(torch.int), {"lm loss": report}
+
+            return output, loss_function
+
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=self.data.micro_batches(iteration),
+            model=[self.wrapped],
+            num_microbatches=self.stage.num_microbatches,
+            seq_length=self.stage.seq_length,
+            micro_batch_size=self.stage.micro_batch_size,
+            forward_only=False,
+        )
+        return losses
+
+    def _own_sums(self, losses: list[tuple[tuple[int, ...], torch.Tensor]]) -> list[float]:
+        if not self.counts_losses:
+            return [0.0, 0.0]
+        sums: list[float] = torch.stack([report for _, report in losses]).sum(dim=0).tolist()
+        return sums
+
+    # ------------------------------------------------------------------ checks
+
+    def _check_loss(
+        self, loss_sum: float, loss_tokens: float, losses: list[tuple[tuple[int, ...], torch.Tensor]], ids: list[int]
+    ) -> None:
+        """Raise TrainingError on every rank alike, before the weights are touched."""
+        if loss_tokens == 0:
+            raise self._broken(f"no token of the step carries loss ({_listed(ids)})")
+        if math.isfinite(loss_sum):
+            return
+        mine = [ids for ids, report in losses if not math.isfinite(report[0].item())]
+        found = {number for rank in self.control.gather_objects(mine) for ids in rank for number in ids}
+        raise self._broken(f"loss is {loss_sum / loss_tokens} ({_listed(sorted(found))})")
+
+    def _check_grad_norm(self, grad_norm: float, ids: list[int]) -> None:
+        if not math.isfinite(grad_norm):
+            raise self._broken(f"grad norm is {grad_norm}, the loss is a number ({_listed(ids)})")
+
+    def _broken(self, what: str) -> TrainingError:
+        newest = store.latest_checkpoint(self.job.checkpoints)
+        error = TrainingError(
+            f"iteration {self.finished + 1}: {what}",
+            where=self.job.data_prefix,
+            fix="look at these samples or lower the learning rate; no step was taken, "
+            + (f"{newest.name} is the newest checkpoint" if newest else "nothing has been saved"),
+        )
+        error.agreed = True  # type: ignore[attr-defined]
+        return error
+
+    # ------------------------------------------------------------------ saving and telling
+
+    def _save(self) -> None:
+        if self.finished == self.saved:
+            return
+        began = time.perf_counter()
+        if self.metrics is not None:
+            self.metrics.sync()
+        folder = self.checkpointer.save(self.finished)
+        self.saved = self.finished
+        logger.info("saved %s in %.1f s", folder.name, time.perf_counter() - began)
+
+    def _stopped(self, signal_number: int) -> StoppedBySignal:
+        saved = "checkpoint saved" if self.finished else "before the first step, nothing to save"
+        error = StoppedBySignal(
+            f"{StopRequest.name(signal_number)} at iteration {self.finished}, {saved}", fix="start again to go on"
+        )
+        error.agreed = True  # type: ignore[attr-defined]
+        return error
+
+    def _announce(self, start: Start) -> None:
+        stage = self.stage
+        parameters = self.control.gather([float(self._own_parameters())]).sum()
+        logger.info(
+            "stage %s (%s): %s iterations x %s sequences x %s tokens, %s, %s",
+            *(stage.name, stage.kind, f"{stage.iterations:,}", stage.global_batch_size, f"{stage.seq_length:,}"),
+            *(stage.precision, stage.parallel.describe()),
+        )
+        logger.info("%s parameters, rope: %s", f"{int(parameters):,}", self.job.rope.describe())
+        logger.info("%s samples in %s, order of seed %s", f"{len(self.data.samples):,}", self.job.data_prefix, self.job.seed)
+        logger.info("megatron-core %s, torch %s, %s", MEGATRON_VERSION, torch.__version__, training_device().type)
+        verb = f"going on after iteration {self.finished}" if start.resumes else "starting"
+        logger.info("%s from %s", verb, start.folder)
+
+    def _own_parameters(self) -> int:
+        """Parameters that this rank alone counts: replicas over data and context, and what tensor parallelism repeats, once."""
+        if parallel_state.get_data_parallel_rank(with_context_parallel=True):
+            return 0
+        first = parallel_state.get_tensor_model_parallel_rank() == 0
+        return sum(p.numel() for p in self.wrapped.parameters() if getattr(p, "tensor_model_parallel", False) or first)
+
+    def _report(self, metrics: MetricsWriter, step: StepMetrics) -> None:
+        metrics.write(step)
+        # the first step of a start also pays for allocations and compilation
+        typical = statistics.median(self.seconds[1:]) if len(self.seconds) > 1 else None
+        left = None if typical is None else typical * (self.stage.iterations - step.step)
+        logger.info(
+            "%s",
+            iteration_line(
+                step, iterations=self.stage.iterations, global_batch_size=self.stage.global_batch_size, eta_seconds=left
+            ),
+        )
+        passes = self.data.passes_begun(step.step - 1)
+        if step.step > 1 and passes > self.data.passes_begun(step.step - 2):
+            logger.info(
+                "iteration %s: all %s samples have been seen %s, pass %s goes on in a new order",
+                *(step.step, f"{len(self.data.samples):,}", "once" if passes == 2 else f"{passes - 1} times", passes),
+            )
+
+
+class _StopInStep(Exception):
+    """All ranks agreed, between two micro-batches, to drop the step and stop."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def _memory_bytes() -> int:
+    """Peak memory of this process: of the CUDA allocator, or resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _listed(ids: list[int]) -> str:
+    shown = ", ".join(str(number) for number in ids[:_MOST_IDS])
+    more = f" and {len(ids) - _MOST_IDS:,} more" if len(ids) > _MOST_IDS else ""
+    return f"samples {shown}{more}" if len(ids) > 1 else f"sample {shown}"

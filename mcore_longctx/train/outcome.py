@@ -1,0 +1,156 @@
+"""How a job ends: one line on stderr, the STATUS file, the exit code, tracebacks in the log folder.
+
+`logs/<stage>/STATUS` is one line, `STATE CODE REASON`:
+
+    running - process 4711 on node07
+    done 0 36 iterations
+    stopped 75 SIGTERM at iteration 12, checkpoint saved
+    failed 2 checkpoints/base: no checkpoint here; check the path
+
+torchrun turns every exit code into 1, so this file tells the truth. It stays `running` when the process was killed.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mcore_longctx.errors import LongctxError, StoppedBySignal
+from mcore_longctx.manifest import write_atomic
+from mcore_longctx.train.control import PeerFailed
+
+__all__ = ["Outcome", "open_log"]
+
+logger = logging.getLogger("mcore_longctx")
+
+_INTERRUPTED = 130  # as a shell reports Ctrl-C
+
+
+class Outcome:
+    """Of one rank of one job. The first rank that fails speaks; the others leave quietly with its exit code."""
+
+    def __init__(self, log_folder: Path, rank: int) -> None:
+        self.folder, self.rank = log_folder, rank
+        self._claim = log_folder / ".failure"
+        self._has_started = False
+
+    def started(self) -> None:
+        """Called on every rank when the job holds its folder and all ranks have met."""
+        self._has_started = True
+
+    def write_running(self) -> None:
+        """STATUS of a job that begins. Rank 0 calls it, before any other rank can fail on its own."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._claim.unlink(missing_ok=True)
+        self._write_status("running", None, f"process {os.getpid()} on {socket.gethostname()}")
+
+    def done(self, reason: str) -> int:
+        """End well. Returns exit code 0."""
+        if self.rank == 0:
+            self._write_status("done", 0, reason)
+        return 0
+
+    def failed(self, error: BaseException) -> int:
+        """End badly, or stop on a signal. Returns the exit code, after this rank has said what it has to say."""
+        code = _exit_code(error)
+        if not isinstance(error, LongctxError | PeerFailed | KeyboardInterrupt):
+            self._write_traceback()
+        if isinstance(error, PeerFailed):
+            return self._claimed_code()
+        if getattr(error, "agreed", False) or (isinstance(error, LongctxError) and not self._has_started):
+            # every rank has raised the same
+            if self.rank == 0:
+                self._say(error, code)
+            return code
+        if not self._has_started or self._claim_failure(code):
+            self._say(error, code)
+            return code
+        return self._claimed_code()
+
+    def _say(self, error: BaseException, code: int) -> None:
+        line = self._line(error)
+        sys.stderr.write(f"mcore-longctx: {line}\n")
+        sys.stderr.flush()
+        if self._has_started:  # before that, the STATUS there may belong to another job that trains into this folder
+            logger.error("%s", line, extra={"log_file_only": True})
+            self._write_status("stopped" if isinstance(error, StoppedBySignal) else "failed", code, line)
+
+    def _line(self, error: BaseException) -> str:
+        if isinstance(error, LongctxError):
+            return str(error)
+        if isinstance(error, KeyboardInterrupt):
+            return "interrupted"
+        first = str(error).strip().splitlines()
+        text = f"{type(error).__name__}: {first[0]}" if first else type(error).__name__
+        return f"rank {self.rank}: {text} (details in {self._traceback_file()})"
+
+    def _traceback_file(self) -> Path:
+        return self.folder / f"rank{self.rank}.log"
+
+    def _write_traceback(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._traceback_file().open("a", encoding="utf-8") as file:
+            file.write(traceback.format_exc())
+
+    def _claim_failure(self, code: int) -> bool:
+        """Whether this rank is the first that fails. Decided by creating a file: the ranks may no longer be able to talk."""
+        try:
+            descriptor = os.open(self._claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+        except FileExistsError:
+            return False
+        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+            json.dump({"rank": self.rank, "exit_code": code}, file)
+        return True
+
+    def _claimed_code(self) -> int:
+        try:
+            return int(json.loads(self._claim.read_text(encoding="utf-8"))["exit_code"])
+        except (OSError, ValueError, KeyError):
+            return 1
+
+    def _write_status(self, state: str, code: int | None, reason: str) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(self.folder / "STATUS", f"{state} {'-' if code is None else code} {reason}\n")
+
+
+def _exit_code(error: BaseException) -> int:
+    if isinstance(error, LongctxError):
+        return error.exit_code
+    return _INTERRUPTED if isinstance(error, KeyboardInterrupt) else 1
+
+
+@contextmanager
+def open_log(log_folder: Path, rank: int) -> Iterator[None]:
+    """Rank 0: lines to stdout and, with the time, to `rank0.log`. Other ranks: warnings to stderr."""
+    handlers: list[logging.Handler] = []
+    if rank == 0:
+        log_folder.mkdir(parents=True, exist_ok=True)
+        console, file = logging.StreamHandler(sys.stdout), logging.FileHandler(log_folder / "rank0.log", encoding="utf-8")
+        console.addFilter(lambda record: not getattr(record, "log_file_only", False))
+        file.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%Y-%m-%d %H:%M:%S"))
+        handlers = [console, file]
+    else:
+        warnings = logging.StreamHandler(sys.stderr)
+        warnings.setLevel(logging.WARNING)
+        warnings.setFormatter(logging.Formatter(f"[rank {rank}] %(message)s"))
+        handlers = [warnings]
+    level, propagate = logger.level, logger.propagate
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    for handler in handlers:
+        logger.addHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            logger.removeHandler(handler)
+            handler.close()
+        logger.setLevel(level)
+        logger.propagate = propagate
