@@ -1,9 +1,13 @@
 """The rope in words: one line per type, the paper's scaling, the warning about a dropped scaling."""
 
+import doctest
 import hashlib
+import math
 import re
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mcore_longctx.recipe.load import load_recipe
@@ -122,3 +126,26 @@ def test_a_plain_rope_on_llama_31_is_warned_about() -> None:
 )
 def test_scalings_that_continue_the_models_own_pass_without_warning(rope: RopeScaling) -> None:
     assert dropped_scaling(LLAMA_31, rope) is None
+
+
+DOCS = Path(__file__).parents[2] / "docs" / "rope.md"
+
+
+def test_the_examples_of_the_documentation_are_true() -> None:
+    result = doctest.testfile(str(DOCS), module_relative=False)
+    assert result.attempted > 5
+    assert result.failed == 0
+
+
+def test_the_precision_table_of_the_documentation_is_true() -> None:
+    rows = re.findall(r"^\| ([\d,]+) \| ([\d.]+) rad \| ([\d.]+) rad \|$", DOCS.read_text(), re.MULTILINE)
+    assert len(rows) == 4
+    inv_freq = RopeScaling(type="llama3", factor=512, **OVER_8K).frequencies()[0]
+    for length, in_float32, in_float64 in ((int(row[0].replace(",", "")), float(row[1]), float(row[2])) for row in rows):
+        positions = np.append(np.arange(0, length, 997), np.arange(length - 512, length))
+        exact = positions[:, None] * inv_freq
+        float32 = (positions[:, None].astype(np.float32) * inv_freq.astype(np.float32)).astype(np.float64)
+        float64 = np.fmod(exact, 2 * math.pi).astype(np.float32)
+        assert np.abs(float32 - exact).max() == pytest.approx(in_float32, rel=0.03)
+        error = np.remainder(float64 - exact + math.pi, 2 * math.pi) - math.pi
+        assert np.abs(error).max() == pytest.approx(in_float64, rel=0.03)
