@@ -42,9 +42,22 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse a command line. `section.name=value` may stand anywhere after the recipe, also behind options."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    overrides = [text for text in rest if "=" in text and not text.startswith("-")]
+    unknown = [text for text in rest if text not in overrides]
+    if unknown or (overrides and not hasattr(args, "overrides")):
+        parser.error(f"unrecognized arguments: {' '.join(unknown or overrides)}")
+    if overrides:
+        args.overrides = [*args.overrides, *overrides]
+    return args
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return its exit code. An error is one line on stderr."""
-    args = build_parser().parse_args(argv)
+    args = parse(argv)
     try:
         return int(_module(args.verb).run(args))
     except LongctxError as error:

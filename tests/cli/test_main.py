@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from mcore_longctx.cli.main import VERBS, build_parser, main
+from mcore_longctx.cli.main import VERBS, build_parser, main, parse
 
 NO_TORCH = [["--help"], *([verb, "--help"] for verb in VERBS), ["run", "ultralong-8b-4m", "--dry-run"]]
 
@@ -48,3 +48,16 @@ def test_wrong_usage_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
         main(["rnu"])
     assert end.value.code == 2
     assert "invalid choice: 'rnu'" in capsys.readouterr().err
+
+
+def test_overrides_may_stand_behind_options() -> None:
+    args = parse(["run", "tiny-cpu", "seed=1", "--dry-run", "rope.factor=2", "--until", "import", "name=x"])
+    assert (args.overrides, args.dry_run, args.until) == (["seed=1", "rope.factor=2", "name=x"], True, "import")
+
+
+@pytest.mark.parametrize("arguments", [["run", "tiny-cpu", "--x=1"], ["run", "tiny-cpu", "--nope"], ["report", "runs/a", "b=c"]], ids=" ".join)
+def test_what_is_no_override_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse(arguments)
+    assert end.value.code == 2
+    assert "unrecognized arguments" in capsys.readouterr().err
