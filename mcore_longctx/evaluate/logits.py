@@ -11,6 +11,7 @@ import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,7 @@ class PositionDifference:
     @property
     def relative(self) -> float:
         """Largest difference as a share of the largest logit."""
-        return self.max_abs / self.scale if self.scale else float("inf")
+        return self.max_abs / self.scale if self.scale else inf
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,12 @@ class LogitsReport:
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON form."""
         rows = [{**asdict(difference), "relative": difference.relative} for difference in self.differences]
-        return {**asdict(self), "checkpoint": str(self.checkpoint), "hf": str(self.hf), "differences": rows, "equal": self.equal}
+        # JSON knows no NaN
+        finite = [
+            {name: value if isinstance(value, str) or isfinite(value) else None for name, value in row.items()} for row in rows
+        ]
+        whole = {**asdict(self), "checkpoint": str(self.checkpoint), "hf": str(self.hf), "differences": finite}
+        return {"equal": self.equal, **whole, "tolerance": TOLERANCE}
 
     def text(self) -> str:
         """For people: the verdict last."""

@@ -20,7 +20,7 @@ from mcore_longctx.report.results import Count, by_cell, loss_bins, needle_count
 from mcore_longctx.report.run_folder import Row, RunFolder
 from mcore_longctx.tasks.statistics import mean_interval
 
-__all__ = ["cell_colour", "change_by_position", "loss_by_position", "needle_png", "short_count", "training_curves"]
+__all__ = ["cell_colour", "change_by_position", "loss_by_position", "needle_png", "scientific", "short_count", "training_curves"]
 
 COLOURS = ("#767676", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9")
 DASHES = ("-", (0, (5, 2)), "-", (0, (1, 1.2)), (0, (6, 2, 1, 2)), "-")
@@ -66,6 +66,16 @@ def short_count(tokens: int) -> str:
     return f"{tokens:,}"
 
 
+def scientific(value: float) -> str:
+    """A learning rate: 2e-4, 7.5e-5.
+
+    >>> scientific(2e-4), scientific(7.5e-5)
+    ('2e-4', '7.5e-5')
+    """
+    mantissa, exponent = f"{value:.2e}".split("e")
+    return f"{float(mantissa):g}e{int(exponent)}"
+
+
 def cell_colour(count: Count) -> tuple[str, str]:
     """Background and text colour of a needle cell: hue by rate, strength by certainty, the same in every grid."""
     rate = count.rate
@@ -74,7 +84,7 @@ def cell_colour(count: Count) -> tuple[str, str]:
     strength = 0.15 + 0.85 * count.certainty
     mixed = [round(255 + (value - 255) * strength) for value in pure]
     luminance = sum(weight * _linear(value) for weight, value in zip((0.2126, 0.7152, 0.0722), mixed, strict=True))
-    text = "#ffffff" if luminance < 0.22 else INK
+    text = "#ffffff" if 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.05 else "#000000"  # whichever contrasts more
     return "#{:02x}{:02x}{:02x}".format(*mixed), text
 
 
@@ -98,11 +108,13 @@ def loss_by_position(folder: RunFolder) -> str | None:
             axes.plot(x, [f.mean for f in found], label=column.label, **_line(i))
             if all(f.count > 1 for f in found):
                 axes.fill_between(x, [f.low for f in found], [f.high for f in found], color=_colour(i), alpha=0.10, linewidth=0)
+        if not drawn:
+            return None
         axes.set_title("Loss by position")
         axes.set_ylabel("nats per token")
         _position_axis(axes, folder)
         figure.legend(loc="outside lower center", ncols=2, columnspacing=1.5, handlelength=2.6)
-        return _svg(figure) if drawn else None
+        return _svg(figure)
 
 
 def change_by_position(folder: RunFolder) -> str | None:
@@ -126,12 +138,14 @@ def change_by_position(folder: RunFolder) -> str | None:
             axes.errorbar(
                 x, heights, yerr=[c.half_width for c in points.values()], capsize=2, elinewidth=1, label=column.label, **_line(i)
             )
+        if not drawn:
+            return None
         axes.axhline(0, color="#555555", linewidth=0.8)
         axes.set_title("Change from the base, window by window")
         axes.set_ylabel("nats per token")
         _position_axis(axes, folder)
         figure.legend(loc="outside lower center", ncols=2, columnspacing=1.5, handlelength=2.6)
-        return _svg(figure) if drawn else None
+        return _svg(figure)
 
 
 def training_curves(stage: str, rows: Sequence[Row]) -> str:
@@ -146,8 +160,8 @@ def training_curves(stage: str, rows: Sequence[Row]) -> str:
         rate.plot(steps, [row["lr"] for row in rows], color=COLOURS[1], linewidth=1.4)
         rate.set_ylabel("lr")
         rate.set_ylim(bottom=0)
-        rate.yaxis.set_major_locator(MaxNLocator(2))
-        rate.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}".replace("e-0", "e-")))
+        highest = max(float(row["lr"]) for row in rows)
+        rate.set_yticks([0, highest], ["0", scientific(highest)])
         rate.set_xlabel("step")
         rate.xaxis.set_major_locator(MaxNLocator(7, integer=True))
         return _svg(figure)

@@ -92,7 +92,7 @@ def _content(folder: RunFolder) -> dict[str, Any]:
         "training": _training(folder),
         "data": _data(folder),
         "recipe": _recipe(folder),
-        "verify": _flat(folder.verify) if folder.verify is not None else None,
+        "verify": _verify(folder.verify) if folder.verify is not None else None,
         "steps": _steps(folder),
         "versions": folder.run.get("versions") or versions(),
     }
@@ -295,7 +295,7 @@ def _model_in_words(shape: Mapping[str, Any]) -> str:
 def _stage_in_words(recipe: Recipe, i: int) -> list[str]:
     stage = recipe.stages[i]
     tokens = stage.iterations * stage.global_batch_size * stage.seq_length
-    decay = f"cosine to {stage.optimizer.min_lr:g}" if stage.optimizer.lr_decay_style == "cosine" else "constant"
+    decay = f"cosine to {plots.scientific(stage.optimizer.min_lr)}" if stage.optimizer.lr_decay_style == "cosine" else "constant"
     kind = {"pretrain": "continued pretraining", "sft": "instruction tuning"}[stage.kind]
     return [
         stage.name,
@@ -304,7 +304,7 @@ def _stage_in_words(recipe: Recipe, i: int) -> list[str]:
         f"{stage.iterations:,} × {stage.global_batch_size:,}",
         f"{tokens:,}",
         stage.parallel.describe(),
-        f"{stage.optimizer.lr:g}, {decay}",
+        f"{plots.scientific(stage.optimizer.lr)}, {decay}",
         stage.precision,
     ]
 
@@ -313,7 +313,9 @@ def _recipe_facts(recipe: Recipe) -> list[tuple[str, str]]:
     facts = [("model", str(recipe.model.path)), ("tokenizer", str(recipe.tokenizer_folder)), ("seed", str(recipe.seed))]
     for name, section in recipe.data.items():
         sources = ", ".join(f"{source.name} ({source.path})" for source in section.sources)
-        facts.append((f"data “{name}”", f"{sources}; separator {section.separator!r}; packing: {section.packing}"))
+        is_long = any(stage.data == name and stage.kind == "pretrain" for stage in recipe.stages)
+        how = f"; separator {section.separator!r}, no mask between documents; packing: {section.packing}" if is_long else ""
+        facts.append((f"data “{name}”", sources + how))
     facts.append(("phase of the rope", recipe.rope.phase_dtype))
     facts.append(("evaluation", f"{recipe.evaluate.parallel.describe()}, {recipe.evaluate.precision}"))
     return facts
@@ -345,16 +347,35 @@ def _duration(seconds: float) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def _flat(value: Any, at: str = "") -> list[tuple[str, str]]:
-    """Dotted names and values of a JSON tree, for a table."""
-    if isinstance(value, Mapping):
-        return [pair for key, inner in value.items() for pair in _flat(inner, f"{at}.{key}" if at else str(key))]
-    if isinstance(value, list) and any(isinstance(item, Mapping | list) for item in value):
-        return [pair for i, inner in enumerate(value) for pair in _flat(inner, f"{at}.{i}")]
-    if isinstance(value, list):
-        return [(at, ", ".join(map(str, value)))]
-    if isinstance(value, bool):
-        return [(at, "yes" if value else "no")]
-    if isinstance(value, float):
-        return [(at, f"{value:.6g}")]
-    return [(at, f"{value:,}" if isinstance(value, int) else str(value))]
+def _verify(verify: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """`convert verify` of the export against the checkpoint, in words."""
+    words = {True: "equal", False: "DIFFERENT", None: "not compared"}
+    rows = [("tensors", f"{words[verify.get('equal')]}, {verify.get('tensors', 0):,} compared, {verify.get('bytes', 0):,} bytes")]
+    problems = [
+        *verify.get("other", ()),
+        *(f"only on one side: {name}" for name in [*verify.get("only_a", ()), *verify.get("only_b", ())]),
+    ]
+    problems += [f"{row.get('name')}: {row.get('elements', 0):,} elements" for row in verify.get("differences", ())]
+    rows += [("differs", problem) for problem in problems[:20]]
+    if "rope_equal" in verify:
+        rows.append(("rope fingerprint", words[verify["rope_equal"]]))
+    logits = verify.get("logits")
+    if not isinstance(logits, Mapping):
+        return [*rows, ("logits", "not compared")]
+    rows.append(
+        (
+            "logits",
+            f"{words[logits.get('equal')]} within {logits.get('tolerance', 0):g}, read by transformers {logits.get('transformers', '?')}",
+        )
+    )
+    rows.append(("inverse frequencies", words[logits.get("inverse_frequencies_equal")]))
+    for row in logits.get("differences", ()):
+        relative = row.get("relative")
+        difference = "not a number" if relative is None else f"{relative:.1e} of the largest logit"
+        rows.append(
+            (
+                f"at positions {row.get('positions')}",
+                f"largest difference {difference}, same most probable token in {100 * row.get('argmax_equal', 0):.1f} %",
+            )
+        )
+    return rows

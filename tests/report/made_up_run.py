@@ -5,6 +5,9 @@ import math
 import random
 from pathlib import Path
 
+import numpy as np
+
+from mcore_longctx.data.lengths import SourceLengths, plot_lengths
 from mcore_longctx.recipe.card import CheckpointCard, write_card
 from mcore_longctx.recipe.load import dump_recipe, load_recipe
 from mcore_longctx.recipe.model_shape import ModelShape
@@ -33,32 +36,46 @@ LOSSES = {
 SHORT = {"before": 1.0, "scaled": 1.021, "extend": 1.009, "instruct": 1.011}
 
 
+VERIFY = {"equal": True, "tensors": 39, "bytes": 3_216_896, "rope_equal": True, "other": [], "differences": []} | {
+    "logits": {
+        "equal": True,
+        "tolerance": 1e-5,
+        "transformers": "4.57.6",
+        "inverse_frequencies_equal": True,
+        "differences": [
+            {"positions": "0..255", "max_abs": 1e-5, "scale": 13.0, "relative": 8e-7, "argmax_equal": 1.0},
+            {"positions": "0..31 and 4,064..4,095", "max_abs": 1e-5, "scale": 12.0, "relative": 8e-7, "argmax_equal": 1.0},
+        ],
+    }
+}
+
+
 def write_lines(path: Path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
-def make_run(folder: Path, found=FOUND, losses=LOSSES, short=SHORT, name="tiny-cpu") -> Path:
-    recipe = load_recipe("tiny-cpu", [f"name={name}"])
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+def write_results(folder: Path, found, losses, short):
     for column in found:
         write_needles(folder / "evaluate" / column / "needle.jsonl", found[column])
     for column in losses:
         write_losses(folder / "evaluate" / column, losses[column], short[column])
+
+
+def make_run(folder: Path) -> Path:
+    recipe = load_recipe("tiny-cpu")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    write_results(folder, FOUND, LOSSES, SHORT)
     for stage, first, last, steps in (("extend", 2.6, 1.9, 36), ("instruct", 2.9, 2.1, 10)):
         write_metrics(folder / "metrics" / f"{stage}.jsonl", first, last, steps)
     for stage, rope in (("base", OWN), ("extend/iter_0000036", SCALED), ("instruct/iter_0000010", SCALED)):
         (folder / "checkpoints" / stage).mkdir(parents=True)
         write_card(folder / "checkpoints" / stage, CheckpointCard(shape=SHAPE, rope=rope, stage=stage.split("/")[0]))
     write_run_json(folder / "run.json")
-    verify = {
-        "tensors": 39,
-        "different": 0,
-        "inverse_frequencies": "equal",
-        "logits": {"largest_difference": 3.1e-6, "argmax_equal": True},
-    }
-    (folder / "verify.json").write_text(json.dumps(verify), encoding="utf-8")
+    for stage, sources in (("extend", ("books", "dictionary")), ("instruct", ("chats",))):
+        write_data(folder / "data" / stage, sources)
+    (folder / "verify.json").write_text(json.dumps(VERIFY), encoding="utf-8")
     return folder
 
 
@@ -128,6 +145,25 @@ def write_metrics(path: Path, first, last, steps):
             | {"memory_bytes": 1_234_567_890, "seconds": 1.9}
         )
     write_lines(path, rows)
+
+
+def write_data(folder: Path, names):
+    rng = np.random.default_rng(len(names))
+    sources = []
+    for name in names:
+        length = rng.lognormal(6.5, 1.2, 300).astype(np.int64) + 20
+        keep = np.where(length < 512, rng.random(300) < 0.5, 1) * np.where(length > 2048, 2, 1)
+        sources.append(SourceLengths(name=name, length=length, used=length * keep))
+    folder.mkdir(parents=True)
+    plot_lengths(sources, folder / "lengths.png", title="36 samples of 4,096 tokens", words=("documents read", "in the samples"))
+    facts = {
+        "samples": 36,
+        "seq_length": 4096,
+        "tokens": 147_456,
+        "tokens_with_loss": 147_456,
+        "sources": {s.name: s.as_dict() for s in sources},
+    }
+    (folder / "manifest.json").write_text(json.dumps({"format": 1, "kind": "data", **facts}), encoding="utf-8")
 
 
 def write_run_json(path: Path):
