@@ -34,7 +34,7 @@ def set_initial_weights(model: Any, vocab_size: int, seed: int) -> None:
         drawn = torch.zeros(size)
         rows = vocab_size if key in _EMBEDDINGS else size[0]
         source = _EMBEDDINGS[0] if tied and key in _EMBEDDINGS else key
-        generator = torch.Generator().manual_seed((seed << 32) + zlib.crc32(source.encode()))
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {source}".encode()))  # it reads 32 bits
         drawn[:rows] = torch.randn(rows, size[1], generator=generator) * _STANDARD_DEVIATION
         parameter.data.copy_(tensor_parallel_shard(key, drawn, parameter, model.pg_collection.tp))
 

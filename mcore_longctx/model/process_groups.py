@@ -130,9 +130,7 @@ def _join(ranks: RankInfo, timeout: timedelta) -> None:
         backend, device_id = "nccl", torch.device("cuda", ranks.local_rank)
         torch.cuda.set_device(device_id)
     if ranks.master_addr is None:
-        dist.init_process_group(
-            backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, device_id=device_id
-        )
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, device_id=device_id)
         return
     # torchrun's agent already serves the store at its address, and only env:// knows that
     meeting = "env://" if "RANK" in os.environ else f"tcp://{ranks.master_addr}:{ranks.master_port}"

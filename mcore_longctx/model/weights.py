@@ -16,6 +16,7 @@ from megatron.core.dist_checkpointing.dict_utils import extract_matching_values,
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factory_merges
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from mcore_longctx.errors import CheckpointError
@@ -50,13 +51,10 @@ def load_model_weights(model: Any, folder: Path) -> None:
         _check_stored(wanted, stored, model, folder)
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # megatron-core calls torch's older names
+                warnings.simplefilter("ignore")  # megatron-core calls torch by older names
                 loaded = TorchDistLoadShardedStrategy().load(wanted, folder)
-        except (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
-            first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise CheckpointError(
-                f"cannot be read: {first_line}", where=folder, fix="use another copy of the checkpoint"
-            ) from error
+        except (CheckpointException, RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            raise CheckpointError(f"cannot be read: {_reason(error)}", where=folder, fix="use another copy") from error
         loaded = apply_factory_merges(loaded, factories)
         result = model.load_state_dict(loaded, strict=False)
     missing = [key for key in result.missing_keys if not key.endswith(_EXTRA_STATE)]
@@ -120,6 +118,13 @@ class _AllowListUnpickler(pickle.Unpickler):
                 fix="do not load this folder; get it from a source that you trust",
             )
         return super().find_class(module, name)
+
+
+def _reason(error: BaseException) -> str:
+    """First line of what went wrong; torch wraps the failures of all ranks into one exception."""
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _request_style(stored: dict[str, tuple[int, ...] | None]) -> dict[str, bool]:

@@ -37,7 +37,7 @@ def hf_llama(shape: ModelShape = SHAPE, rope: RopeScaling = PLAIN_ROPE, seed: in
 
     torch.manual_seed(seed)
     config = LlamaConfig(
-        **write_hf_rope(replace(rope, max_position_embeddings=rope.max_position_embeddings or 1024)),
+        **write_hf_rope(replace(rope, max_position_embeddings=rope.resolved_max_position_embeddings or 1024)),
         vocab_size=shape.vocab_size,
         hidden_size=shape.hidden_size,
         intermediate_size=shape.ffn_hidden_size,

@@ -20,7 +20,6 @@ from mcore_longctx.model.initial_weights import global_name
 from mcore_longctx.model.weights import load_model_weights
 from mcore_longctx.recipe.schema import Parallel
 from tests.model.llama import (
-    PLAIN_ROPE,
     SEQ_LENGTH,
     SHAPE,
     Batch,
@@ -35,7 +34,9 @@ from tests.multiproc import run_processes
 # float32 sums in another order: the worst seen is 2e-6
 TOLERANCE = 1e-5
 SAMPLES = 4
-TIED = replace(SHAPE, tie_word_embeddings=True)
+BF16_TOLERANCE = 5e-3  # of the loss, against float32
+# at TP 2 the second rank holds nothing but padding of this vocabulary
+TIED = replace(SHAPE, tie_word_embeddings=True, vocab_size=100)
 
 
 def layout(tp: int = 1, pp: int = 1, cp: int = 1, dp: int = 1, sp: bool = False, comm: Any = "p2p") -> Parallel:
@@ -68,9 +69,9 @@ FOUR_RANKS = [
 ]
 
 
-def batches() -> dict[str, Batch]:
+def batches(vocab_size: int) -> dict[str, Batch]:
     """Uneven: other token counts on every DP and CP rank. Middle masked: the last CP rank has no token at all."""
-    tokens = torch.randint(SHAPE.vocab_size, (SAMPLES, SEQ_LENGTH + 1), generator=torch.Generator().manual_seed(5))
+    tokens = torch.randint(vocab_size, (SAMPLES, SEQ_LENGTH + 1), generator=torch.Generator().manual_seed(5))
     uneven = (torch.arange(SAMPLES * SEQ_LENGTH).view(SAMPLES, -1) % 5 != 0).float()
     uneven[: SAMPLES // 2, SEQ_LENGTH // 2 :] = 0
     middle = torch.ones(SAMPLES, SEQ_LENGTH)
@@ -138,7 +139,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, shape in (("untied", SHAPE), ("tied", TIED)):
         weights = megatron_names(dict(hf_llama(shape).state_dict()), shape)
         saved: dict[str, Any] = {"weights": weights}
-        for case, batch in batches().items():
+        for case, batch in batches(shape.vocab_size).items():
             model = build(Parallel(), weights, shape=shape)
             result = forward_backward(model, batch)
             saved[case] = (result.loss, {key: gradient for key, (_, _, gradient) in result.gradients.items()})
@@ -156,7 +157,7 @@ def compare_layouts(folder: Path, name: str, layouts: list[Parallel]) -> dict[st
     shape = TIED if name == "tied" else SHAPE
     errors: dict[str, float] = {}
     for parallel in layouts:
-        for case, batch in batches().items():
+        for case, batch in batches(shape.vocab_size).items():
             model = build(parallel, saved["weights"], shape=shape)
             result = forward_backward(model, batch)
             loss, gradients = saved[case]
@@ -168,6 +169,9 @@ def compare_layouts(folder: Path, name: str, layouts: list[Parallel]) -> dict[st
                 largest = gradients.get(key, gradients["embedding.word_embeddings.weight"]).abs().max()
                 errors[f"{label}: gradient of {key}"] = ((gradient - expected).abs().max() / largest).item()
         label = parallel.describe()
+        in_bf16 = forward_backward(build(parallel, saved["weights"], shape=shape, precision="bf16"), batch)
+        if in_bf16.loss is not None:
+            errors[f"{label}: bf16 loss"] = abs(in_bf16.loss - loss) / loss * TOLERANCE / BF16_TOLERANCE
         if parallel.pipeline_model_parallel_size == 1:
             errors[f"{label}: logits of chosen rows"] = chosen_rows_error(model, batch, saved["logits"])
         loaded = build(parallel, shape=shape, seed=None)
@@ -183,7 +187,7 @@ def chosen_rows_error(model: LongContextGPTModel, batch: Batch, logits: Tensor) 
     tokens, positions, _, _ = batch.on_rank(parallel_state.get_context_parallel_world_size(), cp_rank)
     rows = torch.tensor([] if cp_rank == 1 else [0, 3, tokens.size(1) - 1, 2 * tokens.size(1) + 7], dtype=torch.int64)
     found = model.logits_at(tokens, positions, rows)
-    assert found.shape == (len(rows), SHAPE.vocab_size)
+    assert found.shape == (len(rows), logits.size(-1))
     assert found.dtype is torch.float32
     sample, row = rows // tokens.size(1), rows % tokens.size(1)
     expected = logits[sample, positions[0][row]]
@@ -219,7 +223,7 @@ def test_four_ranks_give_the_loss_and_gradients_of_one_process_in_every_layout(r
 def test_one_process_gives_the_loss_and_gradients_of_transformers(reference: Path) -> None:
     for name, shape in (("untied", SHAPE), ("tied", TIED)):
         saved = torch.load(reference / f"{name}.pt", weights_only=True)
-        for case, batch in batches().items():
+        for case, batch in batches(shape.vocab_size).items():
             hf = hf_llama(shape)
             logits = hf(batch.tokens).logits
             losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten(), reduction="none")
@@ -235,6 +239,3 @@ def test_one_process_gives_the_loss_and_gradients_of_transformers(reference: Pat
                 assert not padding.any(), f"{key}: vocabulary padding has a gradient"
                 error = (ours[key][: len(gradient)] - gradient).abs().max() / gradient.abs().max()
                 assert error < TOLERANCE, f"{name}, {case}, {key}: {error:.1e}"
-
-
-assert PLAIN_ROPE.head_dim == SHAPE.kv_channels

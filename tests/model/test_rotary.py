@@ -1,0 +1,140 @@
+"""Angles at explicit positions: bit-equal to transformers in float32, exact in float64."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from mcore_longctx.errors import ConfigError
+from mcore_longctx.model.rotary import LongContextRotary, hf_inverse_frequencies
+from mcore_longctx.rope import RopeScaling, write_hf_rope
+
+LLAMA = {"head_dim": 128, "rope_theta": 500_000.0, "original_max_position_embeddings": 8192}
+ROPES = {
+    "none": RopeScaling(type="none", head_dim=128, rope_theta=500_000.0),
+    "abf": RopeScaling(type="abf", head_dim=64, rope_theta=3_580_165_449.0),
+    "ntk": RopeScaling(type="ntk", factor=8, **LLAMA),
+    "linear": RopeScaling(type="linear", factor=4, **LLAMA),
+    "llama3 x8": RopeScaling(type="llama3", factor=8, **LLAMA),
+    "llama3 x512": RopeScaling(type="llama3", factor=512, **LLAMA),
+    "yarn x32": RopeScaling(type="yarn", factor=32, **LLAMA),
+    "yarn x512, 4/1": RopeScaling(type="yarn", factor=512, beta_fast=4, **LLAMA),
+    "yarn not truncated": RopeScaling(type="yarn", factor=16, truncate=False, **LLAMA),
+    "yarn attention factor": RopeScaling(type="yarn", factor=4, attention_factor=1.1, **LLAMA),
+    "yarn mscale pair": RopeScaling(type="yarn", factor=40, mscale=0.707, mscale_all_dim=1.0, **LLAMA),
+}
+NEAR_4M = torch.tensor([[0, 1, 511, 131_071, 1_048_575, 4_194_303]])
+
+
+def hf_rotary(rope: RopeScaling) -> Any:
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    fields = write_hf_rope(replace(rope, max_position_embeddings=rope.resolved_max_position_embeddings or 4_194_304))
+    return LlamaRotaryEmbedding(LlamaConfig(**fields, hidden_size=rope.head_dim, num_attention_heads=1, head_dim=rope.head_dim))
+
+
+@pytest.mark.parametrize("name", ROPES)
+def test_float32_angles_are_the_bits_that_transformers_makes(name: str) -> None:
+    rope = ROPES[name]
+    theirs = hf_rotary(rope)
+    assert torch.equal(hf_inverse_frequencies(rope), theirs.inv_freq)
+    cos, sin = theirs(torch.zeros(1), NEAR_4M)
+    angles = LongContextRotary(rope).angles(NEAR_4M)[:, 0, 0]
+    assert angles.dtype is torch.float32
+    assert torch.equal(angles.cos() * theirs.attention_scaling, cos[0])
+    assert torch.equal(angles.sin() * theirs.attention_scaling, sin[0])
+    assert theirs.attention_scaling == pytest.approx(rope.frequencies()[1], rel=1e-15)
+
+
+@pytest.mark.parametrize("name", ROPES)
+def test_float32_frequencies_round_the_exact_ones(name: str) -> None:
+    exact = torch.from_numpy(ROPES[name].frequencies()[0])
+    assert ((hf_inverse_frequencies(ROPES[name]).double() - exact).abs() / exact).max() < 1e-6
+
+
+def test_yarn_with_its_ramp_in_rotations_has_float32_frequencies_too() -> None:
+    rope = RopeScaling(type="yarn", factor=512, ramp="rotations", alpha=1, beta=4, **LLAMA)
+    exact = torch.from_numpy(rope.frequencies()[0])
+    assert ((hf_inverse_frequencies(rope).double() - exact).abs() / exact).max() < 1e-6
+
+
+@pytest.mark.parametrize("name", ["none", "llama3 x512", "yarn x512, 4/1"])
+def test_float64_phases_are_exact_up_to_4m(name: str) -> None:
+    angles = LongContextRotary(ROPES[name], phase_dtype="float64").angles(NEAR_4M)[:, 0, 0, : ROPES[name].head_dim // 2]
+    turns = np.longdouble(2) * np.longdouble("3.14159265358979323846264338327950288")
+    exact = np.outer(NEAR_4M[0].numpy().astype(np.longdouble), ROPES[name].frequencies()[0].astype(np.longdouble)) % turns
+    difference = np.abs(angles.double().numpy() - exact.astype(np.float64))
+    assert np.minimum(difference, 2 * math.pi - difference).max() < 5e-7
+
+
+def rotated_products(phase_dtype: Any, start: int) -> torch.Tensor:
+    """q . k at a fixed distance of 1,000 tokens, for 64 positions from `start`."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(128, generator=generator) for _ in range(2))
+    rotary = LongContextRotary(ROPES["none"], phase_dtype=phase_dtype)
+
+    def turn(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        angles = rotary.angles(positions[None])[:, 0, 0].double()
+        rotated = torch.cat((-x[64:], x[:64]))
+        return x * angles.cos() + rotated * angles.sin()
+
+    positions = torch.arange(start, start + 64)
+    return (turn(q, positions) * turn(k, positions - 1000)).sum(-1)
+
+
+def test_float64_phases_keep_q_k_constant_near_4m_where_float32_does_not() -> None:
+    near = rotated_products("float64", 1000)
+    assert (rotated_products("float64", 4_194_304 - 64) - near.mean()).abs().max() < 1e-5
+    assert (rotated_products("float32", 4_194_304 - 64) - near.mean()).abs().max() > 1e-2
+
+
+def test_positions_of_each_sample_are_used_as_they_are_given() -> None:
+    rotary = LongContextRotary(ROPES["llama3 x8"])
+    positions = torch.tensor([[5, 0, 7], [1, 2, 3]])
+    angles = rotary.angles(positions)
+    assert angles.shape == (3, 2, 1, 128)
+    for sample in range(2):
+        alone = rotary.angles(positions[sample : sample + 1])
+        assert alone.shape == (3, 1, 1, 128)
+        assert torch.equal(angles[:, sample], alone[:, 0])
+    assert rotary.angles(positions[:1].expand(4, -1)).shape == (3, 1, 1, 128)
+
+
+class TwoRanks:
+    """A context-parallel group of two, seen from one of them."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+
+    def size(self) -> int:
+        return 2
+
+    def rank(self) -> int:
+        return self._rank
+
+
+def test_a_stock_model_that_sets_no_positions_gets_the_zigzag_positions_of_its_rank() -> None:
+    for rank, expected in ((0, [0, 1, 6, 7]), (1, [2, 3, 4, 5])):
+        rotary = LongContextRotary(ROPES["none"], TwoRanks(rank))
+        assert torch.equal(rotary(8), rotary.angles(torch.tensor([expected])))
+        rotary.set_positions(torch.tensor([[9, 8, 7, 6]]))
+        assert torch.equal(rotary(8), rotary.angles(torch.tensor([[9, 8, 7, 6]])))
+
+
+def test_a_model_cast_to_bf16_keeps_its_frequencies() -> None:
+    rotary = LongContextRotary(ROPES["none"])
+    before = rotary.inv_freq.clone()
+    assert torch.equal(rotary.bfloat16().inv_freq, before)
+    assert not rotary.state_dict()
+
+
+def test_dynamic_scaling_is_refused() -> None:
+    rope = RopeScaling(type="dynamic", head_dim=128, rope_theta=1e4, factor=2, max_position_embeddings=4096)
+    with pytest.raises(ConfigError, match="dynamic"):
+        LongContextRotary(rope)
