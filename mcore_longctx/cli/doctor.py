@@ -30,9 +30,11 @@ def run(args: argparse.Namespace) -> int:
     if args.recipe:
         from mcore_longctx.recipe.load import open_recipe
         from mcore_longctx.recipe.resolve import resolve
-        from mcore_longctx.rope import explain
+        from mcore_longctx.rope import dropped_scaling, explain
 
-        rope = explain(resolve(open_recipe(args.recipe, args.overrides), need_model=False).rope)
+        resolved = resolve(open_recipe(args.recipe, args.overrides), need_model=False)
+        warning = dropped_scaling(resolved.own_rope, resolved.rope) if resolved.model_found else None
+        rope = explain(resolved.rope) + (f"\nWARNING: {warning}" if warning else "")
     if args.json:
         print(json.dumps({"findings": [asdict(finding) for finding in findings], "rope": rope}, indent=1))
     else:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mcore_longctx.errors import ConfigError, LongctxError
 from mcore_longctx.recipe.load import RecipeFile
 from mcore_longctx.recipe.model_shape import ModelShape
-from mcore_longctx.rope import RopeScaling, read_hf_rope
+from mcore_longctx.rope import RopeScaling, read_hf_rope, write_hf_rope
 
 __all__ = ["Resolved", "resolve"]
 
@@ -55,13 +55,34 @@ def resolve(file: RecipeFile, *, need_model: bool = True) -> Resolved:
                 "missing; without the model's config.json the base must stand in the recipe", where=file.where("rope.rope_theta")
             )
         own_rope = RopeScaling(type="none", head_dim=shape.kv_channels, rope_theta=recipe.rope.rope_theta)
-    try:
-        rope = recipe.rope.scaling(own_rope)
-    except (LongctxError, ValueError) as error:
-        raise ConfigError(str(error), where=file.where("rope")) from None
+    rope = _rope(file, own_rope)
     _check_layouts(file, shape)
     _check_lengths(file, rope)
     return Resolved(shape, own_rope, rope, found)
+
+
+def _rope(file: RecipeFile, own_rope: RopeScaling) -> RopeScaling:
+    """The recipe's rope. What cannot be trained with or written for others is refused before anything is spent on it."""
+    section = file.recipe.rope
+    if section.type == "abf" and section.rope_theta is None:
+        raise ConfigError("missing; type abf is a changed base", where=file.where("rope.rope_theta"))
+    try:
+        rope = section.scaling(own_rope)
+        if rope.type == "none" and rope.max_position_embeddings is None:
+            rope = replace(rope, max_position_embeddings=own_rope.resolved_max_position_embeddings)
+        rope.check_trainable()
+        if rope.resolved_max_position_embeddings is None:
+            raise ConfigError(
+                f"missing; the length does not follow from rope type {rope.type}",
+                where=file.where("rope.max_position_embeddings"),
+            )
+        write_hf_rope(rope)
+    except ValueError as error:
+        raise ConfigError(str(error), where=file.where("rope")) from None
+    except LongctxError as error:
+        where = error.where if error.where is not None else file.where("rope")
+        raise ConfigError(error.what, where=where, fix=error.fix) from None
+    return rope
 
 
 def _read_json(path: Any) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from mcore_longctx.manifest import write_atomic
 from mcore_longctx.recipe.load import RecipeFile, dump_recipe
 from mcore_longctx.recipe.resolve import Resolved, resolve
 from mcore_longctx.recipe.schema import Recipe
-from mcore_longctx.rope import explain
+from mcore_longctx.rope import dropped_scaling, explain
 from mcore_longctx.run.journal import Journal, lock_folder
 from mcore_longctx.run.steps import Step, plan_steps
 
@@ -95,6 +95,9 @@ def _describe_model(recipe: Recipe, resolved: Resolved) -> Iterator[tuple[str, s
     yield "tokenizer", str(recipe.tokenizer_folder)
     for i, line in enumerate(explain(resolved.rope).splitlines()):
         yield "rope" if i == 0 else "", line
+    warning = dropped_scaling(resolved.own_rope, resolved.rope) if resolved.model_found else None
+    if warning is not None:
+        yield "WARNING", warning
     yield "phases", f"{recipe.rope.phase_dtype}"
     yield "seed", str(recipe.seed)
 

@@ -87,12 +87,16 @@ def test_a_removed_output_is_made_again(folder: Path, done: list[str]) -> None:
 
 def test_changed_inputs_are_refused_by_name(folder: Path, done: list[str]) -> None:
     runner.run_recipe(recipe_of(folder), until="extend")
-    with pytest.raises(ConfigError, match=r"stages.extend.optimizer.lr was 0.0001 when step train-extend ran, it is 0.0002 now; set it back"):
+    with pytest.raises(
+        ConfigError, match=r"stages.extend.optimizer.lr was 0.0001 when step train-extend ran, it is 0.0002 now; set it back"
+    ):
         runner.run_recipe(recipe_of(folder, "stages.extend.optimizer.lr=2e-4"))
     with pytest.raises(ConfigError, match=r"data.long.separator was '<s>' when step data-extend ran, it is '<doc>' now"):
         runner.run_recipe(recipe_of(folder, "data.long.separator=<doc>"))
     (folder / "books.txt").write_text("other text")
-    with pytest.raises(ConfigError, match=r"books.txt has changed since step data-extend ran; restore it, or use another output folder"):
+    with pytest.raises(
+        ConfigError, match=r"books.txt has changed since step data-extend ran; restore it, or use another output folder"
+    ):
         runner.run_recipe(recipe_of(folder))
     (folder / "books.txt").write_text("text")
     runner.run_recipe(recipe_of(folder), until="extend")
@@ -120,7 +124,7 @@ def test_a_failed_step_is_noted_and_tried_again(folder: Path, done: list[str], m
 
 def test_inputs_that_are_not_there_stop_the_run_before_its_first_step(folder: Path, done: list[str]) -> None:
     (folder / "books.txt").unlink()
-    with pytest.raises(ConfigError, match="books.txt: step data-extend needs it, but there is no such file or folder"):
+    with pytest.raises(ConfigError, match=r"books\.txt: step data-extend needs it, but there is no such file or folder"):
         runner.run_recipe(recipe_of(folder))
     assert done == []
     assert not (folder / "run").exists()
@@ -160,13 +164,38 @@ def test_two_runs_on_one_folder_are_refused(folder: Path, done: list[str]) -> No
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("stages.extend.parallel.tensor_model_parallel_size=3", "num_attention_heads 4 is not divisible by tensor_model_parallel_size 3; use one of 1, 2, 4"),
-        ("stages.extend.parallel.tensor_model_parallel_size=4", "num_query_groups 2 is not divisible by tensor_model_parallel_size 4; use one of 1, 2"),
-        ("stages.extend.parallel.pipeline_model_parallel_size=4", "num_layers 2 is not divisible by pipeline_model_parallel_size 4"),
-        ("stages.extend.seq_length=8k", "stages.extend.seq_length: 8,192 tokens, but the rope reaches 4,096; raise rope.factor or shorten it"),
+        (
+            "stages.extend.parallel.tensor_model_parallel_size=3",
+            "num_attention_heads 4 is not divisible by tensor_model_parallel_size 3; use one of 1, 2, 4",
+        ),
+        (
+            "stages.extend.parallel.tensor_model_parallel_size=4",
+            "num_query_groups 2 is not divisible by tensor_model_parallel_size 4; use one of 1, 2",
+        ),
+        (
+            "stages.extend.parallel.pipeline_model_parallel_size=4",
+            "num_layers 2 is not divisible by pipeline_model_parallel_size 4",
+        ),
+        (
+            "stages.extend.seq_length=8k",
+            "stages.extend.seq_length: 8,192 tokens, but the rope reaches 4,096; raise rope.factor or shorten it",
+        ),
         ("model.hidden_size=128", "model.hidden_size: 128 here, 64 in the model's config.json; remove it or correct it"),
         ("model.path=nowhere", "no config.json here: not a Hugging Face model folder"),
-        ("rope.factor=0.5", "rope: factor"),
+        ("rope.factor=0.5", "rope: factor is 0.5, expected 1 or more"),
+        ("rope={type: abf}", "rope.rope_theta: missing; type abf is a changed base"),
+        (
+            "rope={type: abf, rope_theta: 8e6}",
+            "rope.max_position_embeddings: missing; the length does not follow from rope type abf",
+        ),
+        (
+            "rope={type: dynamic, factor: 8, max_position_embeddings: 512}",
+            "rope type dynamic changes its frequencies with the sequence length",
+        ),
+        (
+            "rope={type: yarn, ramp: rotations, factor: 8, original_max_position_embeddings: 512}",
+            "yarn",
+        ),
     ],
 )
 def test_a_recipe_that_does_not_fit_its_model_is_refused_with_its_place(folder: Path, override: str, message: str) -> None:
@@ -202,3 +231,18 @@ def test_the_plan_of_the_4m_preset_needs_no_model(capsys: pytest.CaptureFixture[
         "beta_fast",
     ):
         assert text in plan
+
+
+def test_a_scaling_that_drops_the_models_own_is_warned_of(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    (folder / "model" / "config.json").write_text(json.dumps(CONFIG | {"rope_scaling": own}))
+    runner.print_plan(recipe_of(folder, "rope={type: yarn, factor: 8, original_max_position_embeddings: 512}"))
+    assert "WARNING" in capsys.readouterr().out
+    runner.print_plan(recipe_of(folder, "rope.original_max_position_embeddings=64", "rope.factor=64"))
+    assert "WARNING" not in capsys.readouterr().out
