@@ -116,7 +116,7 @@ def test_without_transformers_one_line_says_what_to_install(folders, monkeypatch
 
 
 def test_a_folder_that_is_none_is_refused(folders, tmp_path):
-    with pytest.raises(CheckpointError, match="no config.json: not a Hugging Face folder"):
+    with pytest.raises(CheckpointError, match=r"no config\.json: not a Hugging Face folder"):
         compare_logits(folders["none"][0], tmp_path)
     with pytest.raises(CheckpointError, match=r"no mcore_longctx\.json here"):
         compare_logits(tmp_path, folders["none"][1])

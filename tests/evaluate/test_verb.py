@@ -1,0 +1,95 @@
+"""`mcore-longctx evaluate` from a recipe to the files of a column."""
+
+import json
+
+import pytest
+
+from mcore_longctx.cli.main import main
+
+from . import tiny_checkpoint as tiny
+
+RECIPE = """\
+name: verb
+output: {folder}/run
+model: {{path: {folder}/hf}}
+rope: {{type: llama3, factor: 8, original_max_position_embeddings: 128}}
+data:
+  books: {{sources: [{{name: books, path: {folder}/held-out.txt}}]}}
+stages:
+  - {{name: extend, kind: pretrain, data: books, seq_length: 256, train_iters: 1, global_batch_size: 1, optimizer: {{lr: 1e-4}}}}
+evaluate:
+  needle: {{haystack: {folder}/held-out.txt, lengths: [128], depths: 2, samples: 1, digits: 3}}
+  loss_by_position: {{path: {folder}/held-out.txt, seq_length: 256, short_length: 128, windows: 2, short_windows: 2}}
+  precision: fp32
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tiny.make(tmp_path_factory.mktemp("verb"))
+    (made / "run" / "checkpoints").mkdir(parents=True)
+    (made / "base").rename(made / "run" / "checkpoints" / "base")
+    (made / "recipe.yaml").write_text(RECIPE.format(folder=made))
+    return made
+
+
+def evaluate(folder, *arguments):
+    return main(["evaluate", str(folder / "recipe.yaml"), *arguments])
+
+
+def test_a_column_is_measured_and_said(folder, capsys):
+    assert evaluate(folder, "--checkpoint", "base", "--rope", "own", "--column", "before") == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in said] == [["before", "needle"], ["before", "loss"], ["before", "short"]]
+    column = folder / "run" / "evaluate" / "before"
+    assert {path.name: len(path.read_text().splitlines()) for path in column.iterdir()} == {
+        "needle.jsonl": 2,
+        "loss_by_position.jsonl": 2,
+        "short_context.jsonl": 2,
+    }
+
+
+def test_own_and_recipe_rope_are_different_measurements(folder):
+    assert evaluate(folder, "--checkpoint", "base", "--rope", "own", "--column", "before") == 0
+    assert evaluate(folder, "--checkpoint", "base", "--rope", "recipe", "--column", "scaled") == 0
+    rows = {
+        column: json.loads((folder / "run" / "evaluate" / column / "loss_by_position.jsonl").read_text().splitlines()[0])
+        for column in ("before", "scaled")
+    }
+    assert rows["before"]["rope"] == tiny.OWN.fingerprint()[:16]
+    assert rows["scaled"]["rope"] == tiny.SCALED.fingerprint()[:16]
+    assert rows["before"]["start"] == rows["scaled"]["start"]
+    assert rows["before"]["sums"] != rows["scaled"]["sums"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ("--checkpoint", "other", "--rope", "own", "--column", "before"),
+            "--checkpoint: 'other' is not known here; one of base, extend",
+        ),
+        (
+            ("--checkpoint", "base", "--rope", "own", "--column", "../x"),
+            "--column: '../x' is not known here; one of before, scaled, extend",
+        ),
+        (
+            ("--checkpoint", "extend", "--rope", "recipe", "--column", "extend"),
+            "no finished checkpoint here; run the training stage first",
+        ),
+        (
+            ("--checkpoint", "base", "--rope", "own", "--column", "before", "evaluate.parallel.context_parallel_size=2"),
+            "the layout needs TP 1 x PP 1 x CP 2 p2p x DP 1 = 2 ranks, but 1 was started",
+        ),
+        (
+            ("--checkpoint", "base", "--rope", "own", "--column", "before", "evaluate.loss_by_position.windows=99"),
+            "99 windows of 256 need",
+        ),
+    ],
+)
+def test_bad_input_ends_in_one_line_and_exit_code_2(folder, capsys, arguments, message):
+    assert evaluate(folder, *arguments) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert said.count("\n") == 1
+    assert not (folder / "run" / "x").exists()
