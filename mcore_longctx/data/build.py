@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+
 from mcore_longctx.data.indexed import token_dtype
 from mcore_longctx.data.lengths import SourceLengths, length_name, measure_lengths, plot_lengths
 from mcore_longctx.data.pack import lay_out, pack_whole, separators, write_samples
@@ -254,8 +255,11 @@ def _finish(
     lengths = {source.name: source.as_dict() for source in sources}
     (folder / "lengths.json").write_text(json.dumps({"unit": "tokens", "sources": lengths}, indent=1) + "\n")
     what = "documents" if facts["method"] == "pretrain" else "chats"
-    title = f"{name}: {len(runs):,} samples of {runs.seq_length:,} tokens"
-    plot_lengths(sources, folder / "lengths.png", title=title, words=(f"{what} read", "in the samples"))
+    title = f"{name}: {_many(len(runs), 'sample')} of {runs.seq_length:,} tokens"
+    sampling = section.length_sampling
+    borders = [int(sampling.short_below)] if sampling.keep_probability < 1 else []
+    borders += [int(sampling.long_above)] if sampling.repetition > 1 else []
+    plot_lengths(sources, folder / "lengths.png", title=title, words=(f"{what} read", "in the samples"), borders=borders)
     write_manifest(
         folder,
         "data",
@@ -288,7 +292,7 @@ def _report(out: Path, name: str, sources: list[SourceLengths], runs: Runs, samp
 def _pretrain_text(
     section: DataSection, name: str, sources: list[SourceLengths], runs: Runs, samples_needed: int | None, too_short: int
 ) -> str:
-    head = f"{name}: {len(runs):,} samples of {runs.seq_length:,} tokens"
+    head = f"{name}: {_many(len(runs), 'sample')} of {runs.seq_length:,} tokens"
     if samples_needed is not None and len(runs) < samples_needed:
         head += f", FEWER than the {samples_needed:,} that the stage needs: the documents give no more"
     elif samples_needed is not None and len(runs) > samples_needed:
@@ -305,7 +309,7 @@ def _pretrain_text(
         rows.append([source.name, f"{documents:,}", f"{before:,}", f"{after:,}", *moved])
     lines = [head, *_table(rows), "  (share of the source's tokens in documents of these lengths: read -> in the samples)"]
     if too_short:
-        lines.append(f"  {too_short:,} documents are shorter than a sample and were dropped (packing: single)")
+        lines.append(f"  dropped: {_many(too_short, 'document')} shorter than a sample (packing: single)")
     return "\n".join(lines)
 
 
@@ -313,7 +317,7 @@ def _sft_text(name: str, sources: list[SourceLengths], runs: Runs, too_long: int
     total, padding = int(runs.length.sum()), int(runs.length[runs.source == PADDING].sum())
     learned = int(runs.length[runs.loss].sum())
     head = (
-        f"{name}: {len(runs):,} samples of {runs.seq_length:,} tokens, {_percent(learned, total)} learned (answers), "
+        f"{name}: {_many(len(runs), 'sample')} of {runs.seq_length:,} tokens, {_percent(learned, total)} learned (answers), "
         f"{_percent(padding, total)} padding"
     )
     rows = [["source", "chats", "tokens read", "in samples", "median", "longest"]]
@@ -323,7 +327,7 @@ def _sft_text(name: str, sources: list[SourceLengths], runs: Runs, too_long: int
         rows.append([source.name, f"{chats:,}", f"{before:,}", f"{after:,}", f"{median:,}", f"{longest:,}"])
     lines = [head, *_table(rows)]
     if too_long:
-        lines.append(f"  {too_long:,} conversations are longer than {runs.seq_length:,} tokens and were dropped")
+        lines.append(f"  dropped: {_many(too_long, 'conversation')} longer than {runs.seq_length:,} tokens")
     return "\n".join(lines)
 
 
@@ -333,6 +337,10 @@ def _table(rows: list[list[str]]) -> list[str]:
         "  " + "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
         for row in rows
     ]
+
+
+def _many(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'s' if count != 1 else ''}"
 
 
 def _percent(part: int, whole: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,10 +80,12 @@ def length_name(tokens: int) -> str:
     return str(tokens)
 
 
-def plot_lengths(sources: Sequence[SourceLengths], path: Path, *, title: str, words: tuple[str, str]) -> None:
+def plot_lengths(
+    sources: Sequence[SourceLengths], path: Path, *, title: str, words: tuple[str, str], borders: Sequence[int] = ()
+) -> None:
     """One panel a source: tokens by document length, before and after, as bars over powers of two.
 
-    words: what before and after are called.
+    words: what before and after are called; borders: lengths to mark with a line, in tokens.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -96,20 +99,24 @@ def plot_lengths(sources: Sequence[SourceLengths], path: Path, *, title: str, wo
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(sources), 1, sharex=True, squeeze=False)[:, 0]
     for panel, source, buckets in zip(panels, sources, rows, strict=True):
-        at = np.array([bucket["from"].bit_length() - 1 for bucket in buckets], float)
+        at = np.array([bucket["from"].bit_length() - 0.5 for bucket in buckets])  # between two ticks
         before, after = ([bucket[key] for bucket in buckets] for key in ("tokens_before", "tokens_after"))
         panel.bar(at - 0.2, before, 0.38, color=_BEFORE, label=f"{words[0]}: {sum(before):,} tokens")
         panel.bar(
             at + 0.2, after, 0.38, color=_AFTER, hatch="///", edgecolor="white", linewidth=0, label=f"{words[1]}: {sum(after):,}"
         )
-        panel.set_title(source.name, loc="left", fontsize=10)
+        for border in borders:
+            panel.axvline(math.log2(border), color="black", linewidth=0.8, linestyle=":")
+        panel.set_title(source.name, loc="left", fontsize=10, parse_math=False)  # a name may hold a $
         panel.set_ylabel("tokens")
         panel.yaxis.set_major_formatter(EngFormatter(sep=""))
         panel.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         panel.spines[["top", "right"]].set_visible(False)
         panel.grid(axis="y", linewidth=0.4, alpha=0.6)
         panel.set_axisbelow(True)
-    panels[-1].set_xticks(range(low, high + 1), [f"{length_name(1 << power)}-" for power in range(low, high + 1)])
-    panels[-1].set_xlabel("document length, tokens (each bar pair: up to the next power of two)")
-    figure.suptitle(title, fontsize=11)
+    panels[-1].set_xlim(low - 0.2, high + 1.2)
+    panels[-1].set_xticks(range(low, high + 2), [length_name(1 << power) for power in range(low, high + 2)])
+    note = f"; dotted: {' and '.join(f'{border:,}' for border in borders)}" if borders else ""
+    panels[-1].set_xlabel(f"document length in tokens{note}")
+    figure.suptitle(title, fontsize=11, parse_math=False)
     figure.savefig(path, metadata={"Software": None})

@@ -66,7 +66,8 @@ def plan_concatenated(
     Args:
         table: the documents.
         sampling: how often each is taken.
-        shares: share of the tokens for each source (any positive scale), or None: by what each holds after length sampling.
+        shares: share of the tokens for each source (any positive scale), or None: by what each holds after length sampling,
+            which keeps the mixture of the sources as it is.
         seed: of every decision.
         separator_length: tokens between two documents; they count for the document before them.
         token_budget: tokens of the stream, or None: all there is. The last document of a source is cut where its budget ends.
@@ -137,18 +138,21 @@ def _targets(
     table: DocumentTable, document: IntArray, cost: IntArray, shares: Sequence[float] | None, budget: int | None
 ) -> list[tuple[IntArray, int | None]]:
     """Groups of rows, and how much of each is wanted (None: all)."""
-    if shares is None:
-        return [(np.arange(len(document)), budget)]
     groups = [np.flatnonzero(table.source[document] == index) for index in range(len(table.sources))]
     have = np.array([int(cost[rows].sum()) for rows in groups])
-    for name, held in zip(table.sources, have, strict=True):
-        if not held:
-            raise DataError(
-                "nothing is left of this source after length sampling", where=f"source {name}", fix="change its share"
-            )
-    fraction = np.array(shares) / sum(shares)
-    possible = float((have / fraction).min())
-    total = int(possible) if budget is None else min(budget, int(possible))
+    if shares is None:
+        if budget is None or budget >= have.sum():
+            return [(rows, None) for rows in groups]
+        fraction, total = have / have.sum(), budget
+    else:
+        for name, held in zip(table.sources, have, strict=True):
+            if not held:
+                raise DataError(
+                    "nothing is left of this source after length sampling", where=f"source {name}", fix="change its share"
+                )
+        fraction = np.array(shares) / sum(shares)
+        possible = int((have / fraction).min())
+        total = possible if budget is None else min(budget, possible)
     exact = fraction * total
     wanted = np.floor(exact).astype(np.int64)
     # largest remainders first, so that the parts add up to the whole

@@ -23,7 +23,32 @@ LLAMA3_TEMPLATE = (
     "{{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n' + message['content'] | trim + '<|eot_id|>' }}"
     "{%- endfor %}{%- if add_generation_prompt %}{{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{%- endif %}"
 )
-WORDS = "the of whale ship sea and mast sail harpoon a in to night captain storm deck über naïve 海 鯨 x1 42 def return".split()
+WORDS = [
+    "the",
+    "of",
+    "whale",
+    "ship",
+    "sea",
+    "and",
+    "mast",
+    "sail",
+    "harpoon",
+    "a",
+    "in",
+    "to",
+    "night",
+    "captain",
+    "storm",
+    "deck",
+    "über",
+    "naïve",
+    "海",
+    "鯨",
+    "x1",
+    "42",
+    "def",
+    "return",
+]
 
 
 def words(seed: int, count: int) -> str:

@@ -107,6 +107,7 @@ def test_the_sidecar_names_the_origin_of_every_token(parts) -> None:
 
 
 @given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=60))
+@settings(deadline=None)
 def test_first_fit_takes_the_first_bin_with_room(lengths: list[int]) -> None:
     room: list[int] = []
     expected = []

@@ -125,6 +125,13 @@ def test_shares_hold_to_a_token(lengths, shares, budget, separator) -> None:
     assert (np.bincount(plan.document) <= 1).all()
 
 
+def test_a_budget_without_shares_keeps_the_mixture() -> None:
+    # the second source is one long document: drawing whole documents would take all of it or nothing
+    table = table_of([50] * 40 + [6000], [0] * 40 + [1], 2)
+    plan = plan_concatenated(table, PLAIN, None, seed=1, separator_length=0, token_budget=1000)
+    assert np.bincount(table.source[plan.document], weights=plan.length).tolist() == [250, 750]
+
+
 def test_a_budget_without_shares_is_met() -> None:
     table = table_of([50] * 40)
     plan = plan_concatenated(table, PLAIN, None, seed=1, separator_length=3, token_budget=1000)

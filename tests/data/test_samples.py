@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mcore_longctx.data import IndexedWriter, PackedSamples, Runs, read_runs
@@ -64,6 +64,7 @@ def test_labels_are_the_next_tokens_and_the_mask_is_theirs(made) -> None:
             np.testing.assert_array_equal(mask, np.append(flags[part][1:], False))
 
 
+@settings(deadline=None)
 @given(seed=st.integers(0, 3), index=st.integers(0, SAMPLES - 1), cp_size=st.sampled_from([1, 2, 3, 4, 6, 8, 12, 24]))
 def test_the_shares_of_all_ranks_are_the_sample(made, seed: int, index: int, cp_size: int) -> None:
     samples = PackedSamples(made[seed][0])
