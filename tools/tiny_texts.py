@@ -22,7 +22,7 @@ from pathlib import Path
 __all__ = ["HELDOUT_BOOKS", "NEEDLE", "QUESTION", "Texts", "fetch_texts", "new_keys", "new_value", "read_texts"]
 
 PACKAGES = ("bible-kjv-text", "bible-kjv", "dict-devil")
-HELDOUT_BOOKS = ("Job", "Ac")  # no near copy elsewhere, unlike a gospel or a book of Kings
+HELDOUT_BOOKS = ("Job", "Acts")  # no near copy elsewhere, unlike a gospel or a book of Kings
 HELDOUT_FROM = "T"  # entries of the dictionary from this letter on
 NEEDLE = "The pass key for {key} is {value}.\n"
 QUESTION = "The pass key for {key} is"
@@ -46,6 +46,7 @@ class Texts:
         return "\n".join([*self.books.values(), "\n".join(self.entries)]).encode("ascii")
 
     def heldout_text(self) -> bytes:
+        """All held-out documents joined in the same way."""
         return "\n".join([*self.heldout_books.values(), "\n".join(self.heldout_entries)]).encode("ascii")
 
 
@@ -63,8 +64,14 @@ def fetch_texts(folder: Path) -> None:
     subprocess.run(["apt-get", "download", *PACKAGES], cwd=root, check=True)
     for package in sorted(root.glob("*.deb")):
         subprocess.run(["dpkg-deb", "-x", package.name, "."], cwd=root, check=True)
-    whole = subprocess.run([str(root.resolve() / "usr/bin/bible"), "-f", "-p", "."], cwd=root / "usr/lib",
-                           input="gen1:1-rev22:21\n", capture_output=True, text=True, check=True).stdout
+    whole = subprocess.run(
+        [str(root.resolve() / "usr/bin/bible"), "-f", "-p", "."],
+        cwd=root / "usr/lib",
+        input="gen1:1-rev22:21\n",
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     kjv.write_text(whole, encoding="ascii")
     devil.write_bytes(gzip.decompress((root / "usr/share/dictd/devil.dict.dz").read_bytes()))
 
@@ -77,7 +84,8 @@ def read_texts(folder: Path) -> Texts:
         books={name: text for name, text in books.items() if name not in HELDOUT_BOOKS},
         entries=[entry for entry in entries if entry < HELDOUT_FROM],
         heldout_books={name: books[name] for name in HELDOUT_BOOKS},
-        heldout_entries=[entry for entry in entries if entry >= HELDOUT_FROM])
+        heldout_entries=[entry for entry in entries if entry >= HELDOUT_FROM],
+    )
 
 
 def parse_bible(printed: str) -> dict[str, str]:
