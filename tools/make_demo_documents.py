@@ -43,7 +43,7 @@ BOOKS = {  # 9,000 to 62,000 characters: every one is long beside the trained co
 HELDOUT = {"Job": "job", "Acts": "acts"}
 PRACTICE_LENGTH = 4093  # with the separator "<s>" one sample of 4,096
 PRACTICE_DOCUMENTS, PRACTICE_KEYS = 60, 14
-CHATS, CHAT_LENGTH = 200, 480
+CHATS, CHAT_LENGTH = 200, 460
 
 Segments = list[dict[str, object]]
 
