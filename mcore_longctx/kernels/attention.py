@@ -6,16 +6,16 @@ part is exact when it is given the merged out and lse. Every exchange pattern of
 Shapes: query, out [b, n, s_q, d]; key, value [b, g, s_k, d] with n a multiple of g (grouped queries are not expanded by the
 caller); lse [b, n, s_q], natural logarithm, float32 (float64 for float64 inputs). `causal` needs s_q = s_k.
 
-Which kernel is used where, decided by `attention_kernel` and by nothing else:
+Which kernel is used where, decided by `choose_kernel` and by nothing else (d: head dimension):
 
-    device                    dtype            kernel             grouped queries
-    CPU                       any float        cpu_flash          native
-    CUDA, compute >= 9.0      bf16, fp16       cudnn              native
-    CUDA                      bf16, fp16       flash              native
-    CUDA                      fp32             efficient          keys and values expanded inside, gradients summed
-    CUDA                      fp64             math               O(s^2) memory: for tests
+    device                  dtype          d                        kernel        grouped queries
+    CPU                     any float      any                      cpu_flash     native
+    CUDA, compute >= 9.0    bf16, fp16     <= 128, multiple of 8    cudnn         native
+    CUDA                    bf16, fp16     <= 256, multiple of 8    flash         native
+    CUDA                    fp32, rest     any                      efficient     keys and values expanded, gradients summed
+    CUDA                    fp64           any                      math          O(s^2) memory: for tests
 
-The CUDA kernels are torch's own (schemas of torch 2.13) and are not measured yet: they have a test marked `gpu`.
+The CUDA kernels are torch's own (schemas of torch 2.13) and are not measured yet: their tests are marked `gpu`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-__all__ = ["AttentionKernel", "LocalAttention", "MathKernel", "accumulator_dtype", "attention_kernel", "merge"]
+__all__ = ["AttentionKernel", "LocalAttention", "MathKernel", "accumulator_dtype", "attention_kernel", "choose_kernel", "merge"]
 
 OutAndLse: TypeAlias = tuple[Tensor, Tensor]
 Gradients: TypeAlias = tuple[Tensor, Tensor, Tensor]
@@ -48,14 +48,24 @@ class AttentionKernel(Protocol):
         """Gradients of query, key and value. `out` and `lse` may come from more keys than the ones given here."""
 
 
-def attention_kernel(query: Tensor) -> AttentionKernel:
-    """The kernel for this tensor's device and dtype, by the table above."""
-    if query.device.type == "cpu":
+def choose_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionKernel:
+    """The kernel for a device, dtype and head dimension, by the table above. Its `name` is worth a line in a log."""
+    if device.type == "cpu":
         return CpuFlashKernel()
-    if query.dtype in (torch.bfloat16, torch.float16):
-        hopper = torch.cuda.get_device_capability(query.device) >= (9, 0)
-        return CudnnKernel() if hopper and torch.backends.cudnn.is_available() else FlashKernel()
-    return EfficientKernel() if query.dtype is torch.float32 else MathKernel()
+    if dtype is torch.float64:
+        return MathKernel()
+    if dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0:
+        is_hopper = torch.cuda.get_device_capability(device) >= (9, 0)
+        if is_hopper and head_dim <= 128 and torch.backends.cudnn.is_available():
+            return CudnnKernel()
+        if head_dim <= 256:
+            return FlashKernel()
+    return EfficientKernel()
+
+
+def attention_kernel(query: Tensor) -> AttentionKernel:
+    """`choose_kernel` for a tensor [..., d]."""
+    return choose_kernel(query.device, query.dtype, query.size(-1))
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from mcore_longctx.parallel.all_gather import AllGatherAttention
 from mcore_longctx.parallel.ring import RingAttention
 
 __all__ = ["LongContextAttention"]
+
+logger = logging.getLogger(__name__)
 
 _EXCHANGES: dict[str, Any] = {"p2p": RingAttention, "all_gather": AllGatherAttention}
 
@@ -56,6 +59,8 @@ class LongContextAttention(torch.nn.Module):
         for name, wanted in (("attention_dropout", 0.0), ("window_size", None), ("softmax_type", "vanilla")):
             if getattr(config, name, wanted) != wanted:
                 raise ConfigError(f"{name} is {getattr(config, name)!r}, only {wanted!r} is supported", where=where)
+        if layer_number == 1:  # megatron-core 0.19 trains on with its own layer when --spec cannot be imported: be seen
+            logger.info("long-context attention: %s over %d context-parallel ranks", self.cp_comm_type, self.cp_group.size())
 
     def forward(
         self,

@@ -160,7 +160,7 @@ class LongContextGPTModel(GPTModel):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None,
         position_ids: Tensor,
         attention_mask: None = None,
         *,
@@ -168,6 +168,10 @@ class LongContextGPTModel(GPTModel):
         **options: Any,
     ) -> Tensor:
         """See the class. Positions are needed on every pipeline stage: each makes its own angles."""
+        if input_ids is not None and input_ids.shape != position_ids.shape:
+            raise LayoutError(
+                f"position_ids are {list(position_ids.shape)}, input_ids {list(input_ids.shape)}: every token has one"
+            )
         self.rotary_pos_emb.set_positions(position_ids)
         try:
             return super().forward(input_ids, position_ids, attention_mask, labels=labels, **options)
@@ -215,13 +219,15 @@ class LongContextGPTModel(GPTModel):
         return self.compute_language_model_loss(labels, logits)
 
     def _without_padding(self, logits: Tensor) -> Tensor:
-        """Set the columns that stand for no token to -inf: they take no part in the softmax and get no gradient."""
+        """Set the columns that stand for no token to -inf, in place: they take no part in the softmax.
+
+        Autograd is not told: the gradient of a softmax is exactly 0 where the logit is -inf, and a copy of all logits is saved.
+        """
         width = logits.size(-1)
         real = self.real_vocab_size - self.pg_collection.tp.rank() * width
-        if real >= width:
-            return logits
-        padding = torch.arange(width, device=logits.device) >= real
-        return logits.masked_fill(padding, float("-inf"))
+        if real < width:
+            logits.detach()[..., max(real, 0) :] = float("-inf")
+        return logits
 
     def _logits_of_rows(self, hidden_states: Tensor, rows: Tensor) -> Tensor:
         group = self.pg_collection.tp

@@ -127,16 +127,26 @@ def destroy_process_groups() -> None:
 def _join(ranks: RankInfo, timeout: timedelta) -> None:
     backend, device_id = "gloo", None
     if torch.cuda.is_available():
-        backend, device_id = "nccl", torch.device("cuda", ranks.local_rank)
+        backend, device_id = "nccl", _own_device(ranks.local_rank, torch.cuda.device_count())
         torch.cuda.set_device(device_id)
     if ranks.master_addr is None:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout, device_id=device_id)
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout, device_id=device_id)
         return
     # torchrun's agent already serves the store at its address, and only env:// knows that
     meeting = "env://" if "RANK" in os.environ else f"tcp://{ranks.master_addr}:{ranks.master_port}"
     dist.init_process_group(
         backend, init_method=meeting, rank=ranks.rank, world_size=ranks.world_size, timeout=timeout, device_id=device_id
     )
+
+
+def _own_device(local_rank: int, devices: int) -> torch.device:
+    """The CUDA device of this rank. A launcher that shows each rank one device of its own (srun --gpus-per-task) is fine."""
+    if devices > 1 and local_rank >= devices:
+        raise LayoutError(
+            f"rank {local_rank} of this machine has no CUDA device: there are {devices}", fix="start fewer ranks here"
+        )
+    return torch.device("cuda", 0 if devices == 1 else local_rank)
 
 
 def _text(env: Mapping[str, str], name: str) -> str:

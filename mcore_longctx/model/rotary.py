@@ -62,8 +62,8 @@ class LongContextRotary(torch.nn.Module):
         """
         if position_ids.size(0) > 1 and position_ids.stride(0) == 0:
             position_ids = position_ids[:1]
-        inv_freq = self.inv_freq.to(position_ids.device)
-        phase = position_ids.t().unsqueeze(-1).to(inv_freq.dtype) * inv_freq  # [s, b, d/2]
+        self.inv_freq = self.inv_freq.to(position_ids.device)  # once: afterwards it is there
+        phase = position_ids.t().unsqueeze(-1).to(self.inv_freq.dtype) * self.inv_freq  # [s, b, d/2]
         if self.phase_dtype == "float64":
             phase = torch.remainder(phase, 2 * math.pi).float()
         return torch.cat((phase, phase), dim=-1).unsqueeze(2)

@@ -145,6 +145,12 @@ def test_logits_at_rows_equal_the_full_logits_and_need_no_others() -> None:
     assert model(ids, positions).shape == (2, 64, 384)  # the next forward is an ordinary one
 
 
+def test_tokens_without_positions_are_refused() -> None:
+    model = build(Parallel())
+    with pytest.raises(LayoutError, match=r"position_ids are \[1, 8\], input_ids \[1, 64\]: every token has one"):
+        model(tokens(264, 64, samples=1), torch.arange(8)[None])
+
+
 def test_initial_weights_are_a_function_of_the_seed() -> None:
     first, again, other = (build(Parallel(), seed=seed).state_dict() for seed in (3, 3, 4))
     for name, tensor in first.items():

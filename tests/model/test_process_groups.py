@@ -11,7 +11,7 @@ from megatron.core import parallel_state
 
 from mcore_longctx.errors import ConfigError, LayoutError
 from mcore_longctx.model import destroy_process_groups, init_process_groups
-from mcore_longctx.model.process_groups import RankInfo, first_host, rank_info
+from mcore_longctx.model.process_groups import RankInfo, _own_device, first_host, rank_info
 from mcore_longctx.recipe.schema import Parallel
 from tests.multiproc import free_port, run_processes
 
@@ -55,6 +55,13 @@ def test_a_variable_that_is_missing_is_named(name: str) -> None:
 def test_a_variable_that_is_no_number_is_named() -> None:
     with pytest.raises(ConfigError, match="environment: RANK is 'x', expected a number"):
         rank_info(TORCHRUN | {"RANK": "x"})
+
+
+def test_each_rank_has_a_cuda_device_of_its_own() -> None:
+    assert [_own_device(rank, 4).index for rank in range(4)] == [0, 1, 2, 3]
+    assert _own_device(3, 1).index == 0  # the launcher shows each rank only its own
+    with pytest.raises(LayoutError, match="rank 4 of this machine has no CUDA device: there are 4; start fewer ranks here"):
+        _own_device(4, 4)
 
 
 def test_a_layout_of_another_size_is_refused_with_the_whole_product() -> None:
