@@ -43,13 +43,15 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, and return the exit code of `train_stage`."""
+    from mcore_longctx.errors import LongctxError
+
     name, *more = args.stage or [None]
     try:
         job = train_job(args.recipe, [*args.overrides, *more], name)
         from mcore_longctx.train.loop import train_stage
-    except Exception:
+    except LongctxError as error:
         if _rank() > 0:  # rank 0 meets the same and says it
-            sys.stderr = open(os.devnull, "w")  # noqa: PTH123, SIM115
+            return error.exit_code
         raise
     code = train_stage(job)
     if code not in (0, 75):

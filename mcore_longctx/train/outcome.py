@@ -18,8 +18,9 @@ import os
 import socket
 import sys
 import traceback
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from mcore_longctx.errors import LongctxError, StoppedBySignal
@@ -61,7 +62,7 @@ class Outcome:
         """End badly, or stop on a signal. Returns the exit code, after this rank has said what it has to say."""
         code = _exit_code(error)
         if not isinstance(error, LongctxError | PeerFailed | KeyboardInterrupt):
-            self._write_traceback()
+            self._write_traceback(error)
         if isinstance(error, PeerFailed):
             return self._claimed_code()
         if getattr(error, "agreed", False) or (isinstance(error, LongctxError) and not self._has_started):
@@ -94,10 +95,10 @@ class Outcome:
     def _traceback_file(self) -> Path:
         return self.folder / f"rank{self.rank}.log"
 
-    def _write_traceback(self) -> None:
+    def _write_traceback(self, error: BaseException) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._traceback_file().open("a", encoding="utf-8") as file:
-            file.write(traceback.format_exc())
+            file.write("".join(traceback.format_exception(error)))
 
     def _claim_failure(self, code: int) -> bool:
         """Whether this rank is the first that fails. Decided by creating a file: the ranks may no longer be able to talk."""
@@ -128,29 +129,38 @@ def _exit_code(error: BaseException) -> int:
 
 @contextmanager
 def open_log(log_folder: Path, rank: int) -> Iterator[None]:
-    """Rank 0: lines to stdout and, with the time, to `rank0.log`. Other ranks: warnings to stderr."""
-    handlers: list[logging.Handler] = []
+    """Rank 0: our lines to stdout and, with the time, to `rank0.log`. Other ranks: our warnings to stderr.
+
+    What megatron-core and Python's `warnings` say goes to `rank0.log` alone: it is about how libraries call each other.
+    """
+    console: logging.Handler
     if rank == 0:
         log_folder.mkdir(parents=True, exist_ok=True)
-        console, file = logging.StreamHandler(sys.stdout), logging.FileHandler(log_folder / "rank0.log", encoding="utf-8")
-        console.addFilter(lambda record: not getattr(record, "log_file_only", False))
+        file: logging.Handler = logging.FileHandler(log_folder / "rank0.log", encoding="utf-8")
         file.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%Y-%m-%d %H:%M:%S"))
-        handlers = [console, file]
+        console = logging.StreamHandler(sys.stdout)
+        console.addFilter(lambda record: not getattr(record, "log_file_only", False))
     else:
-        warnings = logging.StreamHandler(sys.stderr)
-        warnings.setLevel(logging.WARNING)
-        warnings.setFormatter(logging.Formatter(f"[rank {rank}] %(message)s"))
-        handlers = [warnings]
-    level, propagate = logger.level, logger.propagate
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    for handler in handlers:
-        logger.addHandler(handler)
-    try:
+        file, console = logging.NullHandler(), logging.StreamHandler(sys.stderr)
+        console.setLevel(logging.WARNING)
+        console.setFormatter(logging.Formatter(f"[rank {rank}] %(message)s"))
+    theirs = [logging.getLogger(name) for name in ("megatron", "py.warnings")]
+    with ExitStack() as undo, warnings.catch_warnings():
+        undo.callback(file.close)
+        undo.callback(logging.captureWarnings, False)
+        logging.captureWarnings(True)
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        _attach(undo, logger, logging.INFO, file, console)
+        for one in theirs:
+            _attach(undo, one, logging.WARNING, file)
         yield
-    finally:
-        for handler in handlers:
-            logger.removeHandler(handler)
-            handler.close()
-        logger.setLevel(level)
-        logger.propagate = propagate
+
+
+def _attach(undo: ExitStack, target: logging.Logger, level: int, *handlers: logging.Handler) -> None:
+    undo.callback(target.setLevel, target.level)
+    undo.callback(setattr, target, "propagate", target.propagate)
+    target.setLevel(level)
+    target.propagate = False
+    for handler in handlers:
+        target.addHandler(handler)
+        undo.callback(target.removeHandler, handler)

@@ -137,7 +137,8 @@ def _not_ours(folder: Path, stage: str) -> str:
     if manifest.get("stage") != stage:
         return f"it belongs to stage {manifest.get('stage')!r}"
     known = set(manifest["files"]) | {MANIFEST}
-    foreign = [path for path in folder.rglob("*") if not path.is_dir() and path.relative_to(folder).as_posix() not in known]
+    files = (path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    foreign = [path for path in files if path.relative_to(folder).as_posix() not in known]
     return f"it holds {foreign[0].name}, which is not in its manifest" if foreign else ""
 
 

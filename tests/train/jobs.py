@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
+import json
 import os
 import shutil
 import sys
@@ -17,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from mcore_longctx.convert import import_hf
+from mcore_longctx.convert.dcp_read import read_torch_dist
 from mcore_longctx.data import IndexedWriter, Runs
 from mcore_longctx.data.sidecar import write_runs
 from mcore_longctx.manifest import write_manifest
@@ -121,9 +125,15 @@ class Ranks:
     """
 
     def __init__(
-        self, job: TrainJob, *, before: Callable[..., None] | None = None, args: tuple[Any, ...] = (), deadline: float = 120
+        self,
+        job: TrainJob,
+        *,
+        before: Callable[..., None] | None = None,
+        args: tuple[Any, ...] = (),
+        deadline: float = 120,
+        size: int = 0,
     ):
-        self.job, self.size, self.deadline = job, job.stage.parallel.world_size, time.monotonic() + deadline
+        self.job, self.size, self.deadline = job, size or job.stage.parallel.world_size, time.monotonic() + deadline
         job.log_folder.mkdir(parents=True, exist_ok=True)
         self.folder = job.log_folder / "ranks"
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -224,3 +234,30 @@ def _rank_main(
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def rows(job: TrainJob) -> list[dict[str, Any]]:
+    """The metric lines, without what depends on the clock or the machine."""
+    clock = ("tokens_per_second", "memory_bytes", "seconds")
+    lines = [json.loads(line) for line in job.metrics_path.read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in clock} for line in lines]
+
+
+def tensor_hashes(folder: Path) -> dict[str, str]:
+    """Name and place of every tensor of a checkpoint, optimizer state included, and the sha256 of its bytes."""
+    import torch
+
+    found = {}
+    for name, tensor in read_torch_dist(folder).tensors.items():
+        for chunk in tensor.chunks:
+            with chunk.file.open("rb") as file:
+                file.seek(chunk.offset)
+                values = torch.load(io.BytesIO(file.read(chunk.length)), weights_only=True)
+            found[f"{name} {chunk.offsets}"] = hashlib.sha256(values.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+    return found
+
+
+def start_at(job: TrainJob, source: Path) -> TrainJob:
+    """Copy one checkpoint of another run into an empty job's folder, so that it goes on from there."""
+    shutil.copytree(source, job.checkpoints / source.name)
+    return job
