@@ -47,6 +47,12 @@ def add_parser(subparsers: Any) -> None:
     verifying = actions.add_parser("verify", help="compare two checkpoints of either format, tensor by tensor")
     verifying.add_argument("first", type=Path, metavar="A")
     verifying.add_argument("second", type=Path, metavar="B")
+    verifying.add_argument(
+        "--logits",
+        action="store_true",
+        help="also compare inverse frequencies and logits, up to the end of the context: A through megatron-core, B through "
+        "transformers (both must be installed)",
+    )
     verifying.add_argument("--json", action="store_true", help="print the result as JSON")
     verifying.add_argument("--json-file", type=Path, metavar="FILE", help="write the result as JSON to FILE, too")
 
@@ -79,11 +85,18 @@ def _verify(args: argparse.Namespace) -> int:
     from mcore_longctx.manifest import write_atomic
 
     report = compare(args.first, args.second)
-    text = json.dumps(report.as_dict(), indent=1)
+    equal, facts, texts = report.equal, report.as_dict(), [report.text()]
+    if args.logits:
+        from mcore_longctx.evaluate.logits import compare_logits
+
+        logits = compare_logits(args.first, args.second)
+        equal, facts = equal and logits.equal, {**facts, "equal": equal and logits.equal, "logits": logits.as_dict()}
+        texts.append(logits.text())
+    text = json.dumps(facts, indent=1)
     if args.json_file is not None:
         write_atomic(args.json_file, text + "\n")
-    print(text if args.json else report.text())
-    return 0 if report.equal else 1
+    print(text if args.json else "\n".join(texts))
+    return 0 if equal else 1
 
 
 def _parse_bytes(text: str) -> int:
