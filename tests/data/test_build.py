@@ -90,6 +90,14 @@ def test_the_samples_are_the_documents_with_the_separator_between(corpus, tokeni
     assert len(set(order)) == len(order) >= 78
 
 
+def test_a_separator_that_looks_like_a_control_token_is_ordinary_text(corpus, tokenizer_folder: Path, tmp_path: Path) -> None:
+    report = build(section(*corpus, separator="<|end_of_text|>"), tokenizer_folder, tmp_path / "out", num_samples=3)
+    separator = read_runs(report.prefix).literals.tolist()
+    tokenizer = load_tokenizer(tokenizer_folder)
+    assert separator == tokenizer.encode("<|end_of_text|>").tolist()
+    assert tokenizer.control_id("<|end_of_text|>") not in [*separator, *np.concatenate(samples_of(report)).tolist()]
+
+
 # ------------------------------------------------------------------ Megatron reads them
 def gpt_dataset(prefix: Path, cache: Path, *, extra: bool) -> GPTDataset:
     tokenizer = SimpleNamespace(eod=1, pad=-1, vocab_size=VOCABULARY, unique_identifiers={"class": "made-up"})

@@ -128,3 +128,8 @@ def test_no_verb_of_data_imports_torch(recipe: Path, tmp_path: Path) -> None:
         "assert not {'torch', 'transformers', 'megatron', 'safetensors'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+
+
+def test_reading_samples_needs_numpy_only() -> None:
+    code = "import sys, mcore_longctx.data; assert not {'torch', 'tokenizers', 'jinja2', 'matplotlib', 'yaml'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
