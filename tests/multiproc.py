@@ -36,7 +36,7 @@ def run_processes(
     function: Callable[..., Any],
     size: int,
     *args: Any,
-    timeout: float = 120.0,
+    timeout: float = 240.0,
     environment: Mapping[str, str] | None = None,
     init: bool = True,
 ) -> list[Any]:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+import random
+from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from mcore_longctx.kernels.attention import CpuFlashKernel, LocalAttention, MathKernel, attention_kernel, merge
@@ -84,6 +88,23 @@ def test_attention_over_parts_of_the_keys_merges_to_attention_over_all_in_any_or
         assert (part_key - gradients[1][:, :, part]).abs().max() < 1e-12
         assert (part_value - gradients[2][:, :, part]).abs().max() < 1e-12
     assert (grad_query - gradients[0]).abs().max() < 1e-12
+
+
+@settings(max_examples=50, deadline=None)
+@given(cuts=st.sets(st.integers(1, 39), min_size=1, max_size=6), seed=st.integers(0, 2**31), order=st.randoms())
+def test_any_cut_of_the_keys_in_any_order_merges_to_the_same(cuts: set[int], seed: int, order: random.Random) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    query, key, value = (torch.randn(1, 2, 40, 8, generator=generator, dtype=torch.float64) for _ in range(3))
+    expected, expected_lse = MathKernel().forward(query, key, value, causal=False, scale=SCALE)
+    edges = [0, *sorted(cuts), 40]
+    parts = [slice(a, b) for a, b in pairwise(edges)]
+    order.shuffle(parts)
+    merged = torch.zeros_like(query)
+    lse = torch.full(query.shape[:3], -math.inf, dtype=torch.float64)
+    for part in parts:
+        merge(merged, lse, *CpuFlashKernel().forward(query, key[:, :, part], value[:, :, part], causal=False, scale=SCALE))
+    assert (merged - expected).abs().max() < 1e-12
+    assert (lse - expected_lse).abs().max() < 1e-12
 
 
 def test_merging_scores_of_very_different_size_gives_no_nan():

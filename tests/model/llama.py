@@ -109,9 +109,12 @@ class Batch:
         return parts[0], positions.expand(self.tokens.size(0), -1), parts[1], parts[2]
 
 
-def build(parallel: Parallel, weights: dict[str, Tensor] | None = None, **options: Any) -> LongContextGPTModel:
-    """Process groups, model and weights of one layout."""
-    init_process_groups(parallel, seed=1)
+def build(
+    parallel: Parallel, weights: dict[str, Tensor] | None = None, *, new_groups: bool = True, **options: Any
+) -> LongContextGPTModel:
+    """Process groups, model and weights of one layout. Groups cost half a second: keep them where the layout stays."""
+    if new_groups:
+        init_process_groups(parallel, seed=1)
     settings = {"shape": SHAPE, "rope": PLAIN_ROPE, "precision": "fp32", "seq_length": SEQ_LENGTH} | options
     with device_context():
         model = build_gpt_model(parallel=parallel, **settings)

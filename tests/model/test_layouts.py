@@ -15,7 +15,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from mcore_longctx.megatron_compat import device_context
-from mcore_longctx.model import LongContextGPTModel, destroy_process_groups
+from mcore_longctx.model import LongContextGPTModel, destroy_process_groups, init_process_groups
 from mcore_longctx.model.initial_weights import global_name
 from mcore_longctx.model.weights import load_model_weights
 from mcore_longctx.recipe.schema import Parallel
@@ -157,8 +157,9 @@ def compare_layouts(folder: Path, name: str, layouts: list[Parallel]) -> dict[st
     shape = TIED if name == "tied" else SHAPE
     errors: dict[str, float] = {}
     for parallel in layouts:
+        init_process_groups(parallel, seed=1)
         for case, batch in batches(shape.vocab_size).items():
-            model = build(parallel, saved["weights"], shape=shape)
+            model = build(parallel, saved["weights"], shape=shape, new_groups=False)
             result = forward_backward(model, batch)
             loss, gradients = saved[case]
             label = f"{parallel.describe()}, {case}"
@@ -169,12 +170,12 @@ def compare_layouts(folder: Path, name: str, layouts: list[Parallel]) -> dict[st
                 largest = gradients.get(key, gradients["embedding.word_embeddings.weight"]).abs().max()
                 errors[f"{label}: gradient of {key}"] = ((gradient - expected).abs().max() / largest).item()
         label = parallel.describe()
-        in_bf16 = forward_backward(build(parallel, saved["weights"], shape=shape, precision="bf16"), batch)
+        in_bf16 = forward_backward(build(parallel, saved["weights"], shape=shape, precision="bf16", new_groups=False), batch)
         if in_bf16.loss is not None:
             errors[f"{label}: bf16 loss"] = abs(in_bf16.loss - loss) / loss * TOLERANCE / BF16_TOLERANCE
         if parallel.pipeline_model_parallel_size == 1:
             errors[f"{label}: logits of chosen rows"] = chosen_rows_error(model, batch, saved["logits"])
-        loaded = build(parallel, shape=shape, seed=None)
+        loaded = build(parallel, shape=shape, seed=None, new_groups=False)
         load_model_weights(loaded, folder / f"{name}.torch_dist")
         pairs = zip(loaded.parameters(), model.parameters(), strict=True)
         errors[f"{label}: loaded weights"] = max((a - b).abs().max().item() for a, b in pairs)

@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mcore_longctx.errors import ConfigError
 from mcore_longctx.model.rotary import LongContextRotary, hf_inverse_frequencies
@@ -56,6 +58,36 @@ def test_float32_angles_are_the_bits_that_transformers_makes(name: str) -> None:
 def test_float32_frequencies_round_the_exact_ones(name: str) -> None:
     exact = torch.from_numpy(ROPES[name].frequencies()[0])
     assert ((hf_inverse_frequencies(ROPES[name]).double() - exact).abs() / exact).max() < 1e-6
+
+
+@st.composite
+def ropes_that_transformers_knows(draw: st.DrawFn) -> RopeScaling:
+    common = {
+        "head_dim": draw(st.sampled_from([32, 64, 80, 96, 128])),
+        "rope_theta": draw(st.sampled_from([10_000.0, 500_000.0, 3_580_165_449.0])),
+    }
+    kind = draw(st.sampled_from(["none", "linear", "llama3", "yarn"]))
+    if kind == "none":
+        return RopeScaling(type="none", **common)
+    common |= {
+        "factor": draw(st.sampled_from([1.0, 1.5, 4.0, 8.0, 40.0, 128.0, 512.0])),
+        "original_max_position_embeddings": draw(st.sampled_from([2048, 8192, 131_072])),
+    }
+    slow = draw(st.sampled_from([0.5, 1.0, 2.0]))
+    fast = slow * draw(st.sampled_from([2.0, 4.0, 32.0]))
+    if kind == "linear":
+        return RopeScaling(type="linear", **common)
+    if kind == "llama3":
+        return RopeScaling(type="llama3", low_freq_factor=slow, high_freq_factor=fast, **common)
+    return RopeScaling(type="yarn", beta_slow=slow, beta_fast=fast, truncate=draw(st.booleans()), **common)
+
+
+@settings(max_examples=80, deadline=None)
+@given(ropes_that_transformers_knows())
+def test_float32_frequencies_are_transformers_bits_for_any_settings(rope: RopeScaling) -> None:
+    theirs = hf_rotary(rope)
+    assert torch.equal(hf_inverse_frequencies(rope), theirs.inv_freq)
+    assert theirs.attention_scaling == pytest.approx(rope.frequencies()[1], rel=1e-15)
 
 
 def test_yarn_with_its_ramp_in_rotations_has_float32_frequencies_too() -> None:
