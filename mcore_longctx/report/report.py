@@ -350,12 +350,13 @@ def _duration(seconds: float) -> str:
 def _verify(verify: Mapping[str, Any]) -> list[tuple[str, str]]:
     """`convert verify` of the export against the checkpoint, in words."""
     words = {True: "equal", False: "DIFFERENT", None: "not compared"}
-    rows = [("tensors", f"{words[verify.get('equal')]}, {verify.get('tensors', 0):,} compared, {verify.get('bytes', 0):,} bytes")]
     problems = [
         *verify.get("other", ()),
         *(f"only on one side: {name}" for name in [*verify.get("only_a", ()), *verify.get("only_b", ())]),
+        *(f"{row.get('name')}: {row.get('elements', 0):,} elements" for row in verify.get("differences", ())),
     ]
-    problems += [f"{row.get('name')}: {row.get('elements', 0):,} elements" for row in verify.get("differences", ())]
+    same = not problems if "differences" in verify else None  # its own `equal` also counts the logits
+    rows = [("tensors", f"{words[same]}, {verify.get('tensors', 0):,} compared, {verify.get('bytes', 0):,} bytes")]
     rows += [("differs", problem) for problem in problems[:20]]
     if "rope_equal" in verify:
         rows.append(("rope fingerprint", words[verify["rope_equal"]]))

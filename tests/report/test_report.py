@@ -1,10 +1,10 @@
 import html.parser
 import json
 import re
+import resource
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -90,6 +90,21 @@ def test_the_page_needs_no_network_and_runs_no_script(page):
     without_pictures = re.sub(r"data:image/[a-z+]+;base64,[A-Za-z0-9+/=]+", "", page)
     assert not re.search(r"https?:|//[a-z]|url\(|@import", without_pictures)
     assert "default-src 'none'" in page
+
+
+def test_a_difference_of_the_export_is_shown_where_it_is(copy):
+    file = copy / "verify.json"
+    facts = json.loads(file.read_text())
+    file.write_text(json.dumps(facts | {"equal": False, "logits": facts["logits"] | {"equal": False}}))
+    words = Words(write_report(copy).read_text(encoding="utf-8")).words
+    assert "tensors equal, 39 compared" in words
+    assert "logits DIFFERENT within 1e-05" in words
+    difference = {"name": "lm_head.weight", "elements": 1}
+    file.write_text(json.dumps(facts | {"equal": False, "differences": [difference], "rope_equal": False}))
+    words = Words(write_report(copy).read_text(encoding="utf-8")).words
+    assert "tensors DIFFERENT, 39 compared" in words
+    assert "differs lm_head.weight: 1 elements" in words
+    assert "rope fingerprint DIFFERENT" in words
 
 
 def test_links_inside_the_page_lead_somewhere(page):
@@ -289,12 +304,12 @@ def test_lengths_are_written_as_people_say_them():
 
 
 def test_the_report_verb_needs_no_torch_and_its_help_starts_at_once(run):
-    start = time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
     shown = subprocess.run(
         [sys.executable, "-m", "mcore_longctx", "report", "--help"], capture_output=True, text=True, check=True, timeout=60
     )
     assert "RUN_FOLDER" in shown.stdout
-    elapsed = time.monotonic() - start
+    seconds = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before  # of the processor: the machine may be busy
     code = (
         "import sys; from mcore_longctx.cli.main import main; code = main(['report', sys.argv[1]]); "
         "bad = {'torch', 'transformers', 'megatron', 'safetensors'} & set(sys.modules); assert not bad, bad; sys.exit(code)"
@@ -302,4 +317,4 @@ def test_the_report_verb_needs_no_torch_and_its_help_starts_at_once(run):
     done = subprocess.run([sys.executable, "-c", code, str(run)], capture_output=True, text=True, check=True, timeout=60)
     assert "Verdict: the context was extended." in done.stdout
     assert f"report: {run / 'report.html'}" in done.stdout
-    assert elapsed < 5  # on a busy machine; the library of the parser alone takes 0.1 s
+    assert seconds < 0.5
