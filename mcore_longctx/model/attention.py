@@ -10,7 +10,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from torch import Tensor
 
 from mcore_longctx.errors import ConfigError
-from mcore_longctx.kernels.attention import LocalAttention
+from mcore_longctx.kernels.attention import LocalAttention, choose_kernel
+from mcore_longctx.megatron_compat import training_device
 from mcore_longctx.parallel.all_gather import AllGatherAttention
 from mcore_longctx.parallel.ring import RingAttention
 
@@ -60,7 +61,11 @@ class LongContextAttention(torch.nn.Module):
             if getattr(config, name, wanted) != wanted:
                 raise ConfigError(f"{name} is {getattr(config, name)!r}, only {wanted!r} is supported", where=where)
         if layer_number == 1:  # megatron-core 0.19 trains on with its own layer when --spec cannot be imported: be seen
-            logger.info("long-context attention: %s over %d context-parallel ranks", self.cp_comm_type, self.cp_group.size())
+            kernel = choose_kernel(training_device(), config.params_dtype, config.kv_channels)
+            logger.info(
+                "long-context attention: %s over %d context-parallel ranks, kernel %s",
+                *(self.cp_comm_type, self.cp_group.size(), kernel.name),
+            )
 
     def forward(
         self,

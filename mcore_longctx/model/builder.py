@@ -242,7 +242,8 @@ class LongContextGPTModel(GPTModel):
             dist.all_reduce(hidden, group=group)
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
-        logits = F.linear(hidden, weight).float()  # [rows, v/tp]
+        # a few rows: in float32, so that bf16 ties do not decide the most probable token
+        logits = F.linear(hidden.float(), weight.float())  # [rows, v/tp]
         return all_gather(logits, group).permute(1, 0, 2).flatten(1)[:, : self.real_vocab_size]
 
 
