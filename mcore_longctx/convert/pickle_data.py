@@ -19,6 +19,7 @@ __all__ = ["Call", "Global", "Instance", "PersistentId", "PickleError", "decode"
 
 MAX_OPCODES = 30_000_000  # a checkpoint of 1,000 ranks with optimizer has a tenth of it; bounds time and memory
 _MARK = object()
+_U16, _U32, _U64, _I32, _F64 = (struct.Struct(form) for form in ("<H", "<I", "<Q", "<i", ">d"))
 
 
 class PickleError(ValueError):
@@ -79,8 +80,16 @@ class _Machine:
         self.position = end
         return chunk
 
-    def number(self, form: str) -> Any:
-        return struct.unpack(form, self.take(struct.calcsize(form)))[0]
+    def byte(self) -> int:
+        try:
+            value = self.data[self.position]
+        except IndexError:
+            raise PickleError(f"ends inside an argument at byte {self.position:,}") from None
+        self.position += 1
+        return value
+
+    def number(self, form: struct.Struct) -> Any:
+        return form.unpack(self.take(form.size))[0]
 
     def line(self) -> str:
         end = self.data.find(b"\n", self.position)
@@ -166,22 +175,22 @@ def _push(value: Callable[[_Machine], Any]) -> Callable[[_Machine], None]:
 
 
 _OPCODES: dict[int, Callable[[_Machine], None]] = {
-    0x80: lambda m: None if m.number("B") <= 5 else _refuse("has an unknown protocol"),  # PROTO
-    0x95: lambda m: None if m.number("<Q") <= len(m.data) - m.position else _refuse("has a frame beyond its end"),  # FRAME
+    0x80: lambda m: None if m.byte() <= 5 else _refuse("has an unknown protocol"),  # PROTO
+    0x95: lambda m: None if m.number(_U64) <= len(m.data) - m.position else _refuse("has a frame beyond its end"),  # FRAME
     ord("("): _push(lambda m: _MARK),
     ord("N"): _push(lambda m: None),
     0x88: _push(lambda m: True),
     0x89: _push(lambda m: False),
-    ord("J"): _push(lambda m: m.number("<i")),
-    ord("K"): _push(lambda m: m.number("B")),
-    ord("M"): _push(lambda m: m.number("<H")),
-    0x8A: _push(lambda m: int.from_bytes(m.take(m.number("B")), "little", signed=True)),  # LONG1
-    ord("G"): _push(lambda m: m.number(">d")),
-    ord("X"): _push(lambda m: m.take(m.number("<I")).decode()),
-    0x8C: _push(lambda m: m.take(m.number("B")).decode()),  # SHORT_BINUNICODE
-    0x8D: _push(lambda m: m.take(m.number("<Q")).decode()),  # BINUNICODE8
-    ord("C"): _push(lambda m: m.take(m.number("B"))),
-    ord("B"): _push(lambda m: m.take(m.number("<I"))),
+    ord("J"): _push(lambda m: m.number(_I32)),
+    ord("K"): _push(lambda m: m.byte()),
+    ord("M"): _push(lambda m: m.number(_U16)),
+    0x8A: _push(lambda m: int.from_bytes(m.take(m.byte()), "little", signed=True)),  # LONG1
+    ord("G"): _push(lambda m: m.number(_F64)),
+    ord("X"): _push(lambda m: m.take(m.number(_U32)).decode()),
+    0x8C: _push(lambda m: m.take(m.byte()).decode()),  # SHORT_BINUNICODE
+    0x8D: _push(lambda m: m.take(m.number(_U64)).decode()),  # BINUNICODE8
+    ord("C"): _push(lambda m: m.take(m.byte())),
+    ord("B"): _push(lambda m: m.take(m.number(_U32))),
     ord(")"): _push(lambda m: ()),
     ord("t"): _push(lambda m: tuple(m.pop_to_mark())),
     0x85: _push(lambda m: _last(m, 1)),
@@ -199,10 +208,10 @@ _OPCODES: dict[int, Callable[[_Machine], None]] = {
     0x81: lambda m: m.make(*_two(m), Instance),  # NEWOBJ
     ord("b"): _build,
     0x94: lambda m: m.remember(len(m.memo)),  # MEMOIZE
-    ord("q"): lambda m: m.remember(m.number("B")),
-    ord("r"): lambda m: m.remember(m.number("<I")),
-    ord("h"): lambda m: m.recall(m.number("B")),
-    ord("j"): lambda m: m.recall(m.number("<I")),
+    ord("q"): lambda m: m.remember(m.byte()),
+    ord("r"): lambda m: m.remember(m.number(_U32)),
+    ord("h"): lambda m: m.recall(m.byte()),
+    ord("j"): lambda m: m.recall(m.number(_U32)),
     ord("Q"): _push(lambda m: PersistentId(m.pop())),
 }
 
@@ -232,7 +241,7 @@ def decode(data: bytes, allowed: Collection[Global]) -> Any:
     machine = _Machine(data, allowed)
     try:
         for _ in range(MAX_OPCODES):
-            opcode = machine.number("B")
+            opcode = machine.byte()
             if opcode == ord("."):
                 value = machine.pop()
                 if machine.stack or machine.position != len(data):

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mcore_longctx.convert.pickle_data import Call, Global, Instance, PersistentId, PickleError, decode, encode
@@ -20,6 +20,8 @@ UNDERSTOOD = {
     *("TUPLE", "EMPTY_LIST", "APPENDS", "EMPTY_DICT", "SETITEMS", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET"),
     *("GLOBAL", "REDUCE", "NEWOBJ", "BUILD", "BINPERSID"),
 }
+# no deadline: the machine may be busy with other things
+unhurried = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 PLAIN = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False) | st.text(max_size=300),
     lambda inner: (
@@ -31,17 +33,20 @@ PLAIN = st.recursive(
 )
 
 
+@unhurried
 @given(PLAIN)
 def test_what_is_encoded_is_what_python_unpickles(value: Any) -> None:
     assert pickle.loads(encode(value)) == value
     assert decode(encode(value), ()) == value
 
 
+@unhurried
 @given(PLAIN, st.integers(2, 5))
 def test_what_python_pickles_is_what_is_decoded(value: Any, protocol: int) -> None:
     assert decode(pickle.dumps(value, protocol), ()) == value
 
 
+@unhurried
 @given(PLAIN)
 def test_encoding_uses_only_what_torch_load_with_weights_only_reads(value: Any) -> None:
     assert {opcode.name for opcode, _, _ in pickletools.genops(encode([value, value]))} <= UNDERSTOOD

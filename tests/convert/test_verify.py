@@ -82,7 +82,9 @@ def test_changed_weights_are_found_and_named(tmp_path: Path, name: str, sides: s
     )
 
 
-def test_one_flipped_bit_is_told_exactly(tmp_path: Path) -> None:
+@pytest.mark.parametrize("band_bytes", [1000, 8 << 20])
+def test_one_flipped_bit_is_told_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, band_bytes: int) -> None:
+    monkeypatch.setattr("mcore_longctx.convert.verify.BAND_BYTES", band_bytes)
     weights = random_weights(llama_config())
     a = write_folder(tmp_path / "a", llama_config(), weights)
     flip_bit("model.embed_tokens.weight", 125)(weights)
@@ -97,6 +99,7 @@ def test_a_bit_flipped_on_disk_beside_the_padding_is_found(tmp_path: Path) -> No
     (piece,) = open_checkpoint(tmp_path / "megatron").tensors["model.embed_tokens.weight"].pieces
     last = piece.offset + 126 * 32 * 4 - 1
     assert piece.file is not None
+    assert compare(tmp_path / "hf", tmp_path / "megatron").notes == ()  # the padding is zero
     flip_byte(piece.file, last)
     report = compare(tmp_path / "hf", tmp_path / "megatron")
     assert [difference.name for difference in report.differences] == ["model.embed_tokens.weight"]
