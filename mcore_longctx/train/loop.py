@@ -183,14 +183,12 @@ class Trainer:
         self.checkpointer.check_free_space()
         while self.finished < self.stage.iterations:
             try:
-                signal_number = self._step()
-            except _StopInStep as stop:
-                signal_number = stop.number
-            is_last = self.finished == self.stage.iterations
-            if self.finished % self.stage.save_interval == 0 or is_last or signal_number:
+                self._step()
+            except _StopRequested as stop:
                 self._save()
-            if signal_number and not is_last:
-                raise self._stopped(signal_number)
+                raise self._stopped(stop.number) from None
+            if self.finished % self.stage.save_interval == 0 or self.finished == self.stage.iterations:
+                self._save()
         return f"{self.finished} iterations"
 
     def close(self) -> None:
@@ -200,13 +198,18 @@ class Trainer:
 
     # ------------------------------------------------------------------ one step
 
-    def _step(self) -> int:
-        """Forward and backward over all micro-batches, the checks, the update. Returns the signal to stop on, or 0."""
+    def _step(self) -> None:
+        """Forward and backward over all micro-batches, the checks, the update.
+
+        Raises:
+            _StopRequested: a signal came before the last micro-batch began; the step has not been taken.
+        """
         began = time.perf_counter()
         iteration = self.finished
         ids = self.data.sample_ids(iteration)
+        self._leave_if_asked()
         losses = self._forward_backward(iteration)
-        facts = self.control.gather([*self._own_sums(losses), float(self.stop.number), float(_memory_bytes())])
+        facts = self.control.gather([*self._own_sums(losses), float(_memory_bytes())])
         loss_sum, loss_tokens = (float(total) for total in facts[:, :2].sum(dim=0))
         self._check_loss(loss_sum, loss_tokens, losses, ids)
         self.optimizer.prepare_grads()
@@ -226,14 +229,19 @@ class Trainer:
                     lr=lr,
                     grad_norm=float(grad_norm),
                     tokens_per_second=tokens / self.seconds[-1],
-                    memory_bytes=int(facts[:, 3].max()),
+                    memory_bytes=int(facts[:, 2].max()),
                     seconds=self.seconds[-1],
                     consumed_samples=self.finished * self.stage.global_batch_size,
                     loss_tokens=int(loss_tokens),
                     samples=sample_digest(ids),
                 ),
             )
-        return int(facts[:, 2].max())
+
+    def _leave_if_asked(self) -> None:
+        """All ranks agree, before each micro-batch, whether any of them has had a signal: a rank that left alone would hang the rest."""
+        number = self.control.largest(self.stop.number)
+        if number:
+            raise _StopRequested(number)
 
     def _forward_backward(self, iteration: int) -> list[tuple[tuple[int, ...], torch.Tensor]]:
         """Gradients of a step in the main gradient buffers. Returns (sample ids, [loss sum, tokens]) of each own micro-batch."""
@@ -244,8 +252,8 @@ class Trainer:
 
         def forward_step(batches: Iterator[MicroBatch], model: Any) -> tuple[torch.Tensor, Any]:
             batch = next(batches)
-            if losses and may_stop_inside and (number := self.control.largest(self.stop.number)):
-                raise _StopInStep(number)
+            if losses and may_stop_inside:
+                self._leave_if_asked()
             output = model(batch.tokens, batch.positions, None, labels=batch.labels)
 
             def loss_function(per_token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
@@ -362,8 +370,8 @@ class Trainer:
             )
 
 
-class _StopInStep(Exception):
-    """All ranks agreed, between two micro-batches, to drop the step and stop."""
+class _StopRequested(Exception):
+    """All ranks agreed, before a micro-batch, to drop the step and stop."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)

@@ -144,6 +144,26 @@ def test_a_signal_inside_a_step_drops_the_step(world: Path, straight: TrainJob) 
     assert_same_end(job, straight)
 
 
+def stop_before_the_first_step(rank: int) -> None:
+    from mcore_longctx.train import loop
+
+    build = loop.build_gpt_model
+
+    def build_and_stop(*args: Any, **kwargs: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return build(*args, **kwargs)
+
+    loop.build_gpt_model = build_and_stop
+
+
+def test_a_signal_before_the_first_step_takes_none(world: Path) -> None:
+    job = make_job(world, "early")
+    assert Ranks(job, before=stop_before_the_first_step).wait() == [75]
+    assert status(job) == "stopped 75 SIGUSR1 at iteration 0, before the first step, nothing to save; start again to go on\n"
+    assert latest_checkpoint(job.checkpoints) is None
+    assert job.metrics_path.read_text() == ""
+
+
 def die_in_save(rank: int, module: str, name: str, call: int, after: bool) -> None:
     """kill -9 at the `call`-th call of a function that saving uses, before it or after it."""
     import importlib
