@@ -6,6 +6,7 @@ The models are built the plain way (GPTModel, stock local layer spec and rotary)
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import json
 import multiprocessing
@@ -84,7 +85,9 @@ def transformers_model(folder: Path, case: Case) -> torch.Tensor:
     torch.manual_seed(0)
     sizes = {"vocab_size": 126, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "rms_norm_eps": 1e-5}
     heads = {"num_attention_heads": 8, "num_key_value_heads": 2, "head_dim": 16, "rope_theta": 500000.0}
-    config = LlamaConfig(**{**sizes, **heads, "max_position_embeddings": 512, "initializer_range": 0.2, **case.config})
+    config = LlamaConfig(
+        **{**sizes, **heads, "max_position_embeddings": 512, "initializer_range": 0.2, **copy.deepcopy(case.config)}
+    )  # changed by transformers 5
     model = LlamaForCausalLM(config).to(getattr(torch, case.dtype))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
