@@ -130,7 +130,7 @@ class Ranks:
         *,
         before: Callable[..., None] | None = None,
         args: tuple[Any, ...] = (),
-        deadline: float = 120,
+        deadline: float = 240,
         size: int = 0,
     ):
         self.job, self.size, self.deadline = job, size or job.stage.parallel.world_size, time.monotonic() + deadline

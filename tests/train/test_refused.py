@@ -6,6 +6,7 @@ import pickle
 import re
 import resource
 import shutil
+import signal
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -248,13 +249,16 @@ def test_impossible_jobs_are_refused_at_once(world: Path) -> None:
 
 
 def test_two_at_once_are_refused_and_the_first_goes_on(world: Path) -> None:
-    first = Ranks(make_job(world, "twice"))
-    first.wait_for("iteration 1/8")
+    first = Ranks(make_job(world, "twice", train_iters=2000, save_interval=2000))
+    first.wait_for("iteration    1/2000")
     second = make_job(world, "twice", context_parallel_size=2, log_folder=world / "twice" / "second")
     line = refused(second)
     words = rf"mcore-longctx: {first.job.checkpoints}: process {first.processes[0].pid} on \S+ trains into this folder; wait"
     assert re.match(words, line)
-    assert first.wait() == [0]
+    said = first.output(0).count("lm loss")
+    first.wait_for(f"iteration {said + 1:4d}/2000")
+    first.send(signal.SIGTERM)
+    assert first.wait() == [75]
     assert not (second.log_folder / "STATUS").exists()
 
 
@@ -344,8 +348,6 @@ def test_a_token_outside_the_vocabulary_ends_all_ranks_with_2(world: Path, tmp_p
 
 def limit_file_size(rank: int, size: int) -> None:
     """No file of this process may grow beyond `size` bytes: what a full disk or a quota looks like to a writer."""
-    import signal
-
     if rank == 1:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))

@@ -73,7 +73,7 @@ def test_losses_fall_and_every_checkpoint_is_whole(straight: TrainJob) -> None:
 
 def test_kill_9_at_any_step_changes_nothing(world: Path, straight: TrainJob) -> None:
     job = make_job(world, "killed", context_parallel_size=2)
-    for step in (1, 3, 4, 7):  # before the first save, between saves, while saving, before the last
+    for step in (1, 3, 4, 6):  # before the first save, between saves, while saving
         ranks = Ranks(job)
         ranks.wait_for(f"iteration {step}/8")
         ranks.kill()
