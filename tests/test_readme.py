@@ -26,6 +26,7 @@ COMMANDS = [
 ]
 SHORT = [
     "stages.extend.train_iters=3",
+    "stages.extend.optimizer.lr_warmup_iters=0",
     "stages.extend.save_interval=1",
     "stages.instruct.train_iters=2",
     "evaluate.needle.lengths=[512, 1024]",
@@ -56,24 +57,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def kill_after_step(folder: Path, step: int) -> None:
     """Start the run and kill every process of it with SIGKILL once the stage `extend` has finished a step."""
-    run = subprocess.Popen(
-        cli("run", "tiny-cpu", *SHORT),
-        cwd=folder,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
     metrics = folder / "runs" / "tiny-cpu" / "metrics" / "extend.jsonl"
     deadline = time.monotonic() + 240
-    while not (metrics.is_file() and len(metrics.read_text().splitlines()) >= step):
-        assert run.poll() is None, run.stderr.read() if run.stderr else ""
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    children = [int(pid) for pid in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
-    for pid in (run.pid, *children):  # `run` starts the ranks in a session of their own
-        os.killpg(os.getpgid(pid), signal.SIGKILL)
-    run.wait(30)
+    command = cli("run", "tiny-cpu", *SHORT)
+    with subprocess.Popen(
+        command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as run:
+        while not (metrics.is_file() and len(metrics.read_text().splitlines()) >= step):
+            assert run.poll() is None, run.stderr.read() if run.stderr else ""
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        children = [int(pid) for pid in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
+        for pid in (run.pid, *children):  # `run` starts the ranks in a session of their own
+            os.killpg(os.getpgid(pid), signal.SIGKILL)
 
 
 @pytest.mark.timeout(600)

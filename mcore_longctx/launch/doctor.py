@@ -63,8 +63,12 @@ def examine() -> list[Finding]:
     findings += _torch_findings(_ask_torch(), installed)
     findings += _apex_findings()
     if "psutil" not in {name.lower() for name in _distributions()}:
-        findings.append(Finding("wrong", "psutil", "not installed: megatron-core's checkpoint writer hangs without it; pip install psutil"))
-    findings.append(Finding("ok", "machine", f"{os.cpu_count()} CPU cores, OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'not set')}"))
+        findings.append(
+            Finding("wrong", "psutil", "not installed: megatron-core's checkpoint writer hangs without it; pip install psutil")
+        )
+    findings.append(
+        Finding("ok", "machine", f"{os.cpu_count()} CPU cores, OMP_NUM_THREADS={os.environ.get('OMP_NUM_THREADS', 'not set')}")
+    )
     if "SLURM_JOB_ID" in os.environ:
         findings.append(Finding("ok", "slurm", f"inside job {os.environ['SLURM_JOB_ID']}: `run` starts its ranks with srun"))
     return findings
@@ -107,7 +111,7 @@ def _torch_findings(found: Mapping[str, Any], installed: Mapping[str, str]) -> l
 def _apex_findings() -> list[Finding]:
     """What PyPI calls apex is a web toolkit; with it installed megatron-core believes that NVIDIA's apex is there."""
     try:
-        summary = metadata.metadata("apex").get("Summary", "")
+        summary = str(metadata.metadata("apex")["Summary"])
     except metadata.PackageNotFoundError:
         return [Finding("ok", "apex", "not installed (optional; NVIDIA's apex is not on PyPI)")]
     if "pyramid" in summary.lower() or "velruse" in summary.lower():

@@ -13,9 +13,11 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from mcore_longctx.errors import DifferenceFound, LayoutError, LongctxError, StoppedBySignal, TrainingError
+from mcore_longctx.errors import LayoutError, LongctxError, StoppedBySignal, TrainingError
 
-__all__ = ["launch_ranks"]
+__all__ = ["ERROR_NOTE", "launch_ranks"]
+
+ERROR_NOTE = "MCORE_LONGCTX_ERROR_NOTE"  # names a file in which a verb leaves `failed CODE REASON`
 
 _PREFIX = "mcore-longctx: "
 
@@ -27,7 +29,8 @@ def launch_ranks(arguments: Sequence[str], ranks: int, *, log: Path, status: Pat
         arguments: the verb and its arguments.
         ranks: processes to start.
         log: folder for what the processes write to stderr.
-        status: a STATUS file that the verb writes. It tells the truth where torchrun turns every exit code into 1.
+        status: the STATUS file of a training. torchrun turns every exit code into 1; this file, and for other verbs a note that
+            the command line leaves in `log`, tell the truth.
 
     Raises:
         LayoutError: more ranks than this machine can start, outside a SLURM allocation.
@@ -35,9 +38,11 @@ def launch_ranks(arguments: Sequence[str], ranks: int, *, log: Path, status: Pat
     """
     command = _command(arguments, ranks)
     log.mkdir(parents=True, exist_ok=True)
-    if status is not None:
-        status.unlink(missing_ok=True)
-    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
+    note = (log / "error").absolute()
+    for path in (note, status):
+        if path is not None:
+            path.unlink(missing_ok=True)
+    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1", ERROR_NOTE: str(note)}
     environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     said: list[str] = []
     with (log / "stderr.log").open("a", encoding="utf-8") as errors:
@@ -49,12 +54,13 @@ def launch_ranks(arguments: Sequence[str], ranks: int, *, log: Path, status: Pat
         reader.start()
         with _forwarded_signals(child):
             code = child.wait()
-        reader.join(timeout=10)
+        reader.join(timeout=10)  # a grandchild may keep the pipe open
+        if not reader.is_alive():
+            child.stderr.close()
     if code == 0:
         return
-    code, reason = _truth(code, status)
-    what = reason or (said[-1] if said else f"{arguments[0]} ended with code {code} (details in {log / 'stderr.log'})")
-    raise _error(code, what)
+    code, what = _truth(status) or _truth(note) or (code, said[-1] if said else "")
+    raise _error(code, what or f"{arguments[0]} ended with code {code} (details in {log / 'stderr.log'})")
 
 
 def _command(arguments: Sequence[str], ranks: int) -> list[str]:
@@ -104,12 +110,14 @@ def _forwarded_signals(child: subprocess.Popen[str]) -> Iterator[None]:
             child.kill()
 
 
-def _truth(code: int, status: Path | None) -> tuple[int, str]:
-    """Exit code and reason from the STATUS file, where there is one."""
-    if status is None or not status.is_file():
-        return code, ""
-    words = status.read_text(encoding="utf-8").strip().split(maxsplit=2)
-    return code, " ".join(words)
+def _truth(file: Path | None) -> tuple[int, str] | None:
+    """Exit code and reason from a line `STATE CODE REASON`; None if there is no such line, or the process was killed before."""
+    if file is None or not file.is_file():
+        return None
+    words = file.read_text(encoding="utf-8").strip().split(maxsplit=2)
+    if len(words) < 3 or not words[1].isdigit() or words[1] == "0":
+        return None
+    return int(words[1]), words[2]
 
 
 def _error(code: int, what: str) -> LongctxError:
@@ -117,6 +125,4 @@ def _error(code: int, what: str) -> LongctxError:
         return StoppedBySignal(what)
     if code == LongctxError.exit_code:
         return LongctxError(what)
-    if code == DifferenceFound.exit_code:
-        return TrainingError(what)
     return TrainingError(what)

@@ -238,6 +238,10 @@ class Stage:
             raise ValueError(
                 f"global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size x data_parallel_size ({replicas})"
             )
+        if not 0 <= self.optimizer.lr_warmup_iters < self.iterations:
+            raise ValueError(
+                f"optimizer.lr_warmup_iters is {self.optimizer.lr_warmup_iters}, expected less than the {self.iterations} iterations"
+            )
         if self.save_interval < 1 or self.keep_checkpoints < 1:
             raise ValueError("save_interval and keep_checkpoints must be 1 or more")
         check_seq_length(self.seq_length, self.parallel.context_parallel_size)

@@ -105,6 +105,11 @@ def test_a_good_file_is_read_with_types(recipe_file: Path) -> None:
             "train_iters: 2\n    train_tokens: 1M",
             "run.yaml:13: stages.extend: give either train_iters or train_tokens",
         ),
+        (
+            "lr: 1e-4",
+            "{lr: 1e-4, lr_warmup_iters: 2}",
+            "run.yaml:13: stages.extend: optimizer.lr_warmup_iters is 2, expected less than the 2 iterations",
+        ),
         ("name: small", "name: [small", "run.yaml:2: not valid YAML: did not find expected ',' or ']'"),
     ],
 )
