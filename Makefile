@@ -10,6 +10,8 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3; do $$p -c 'import sys;
 VENV ?= .venv
 BIN := $(VENV)/bin
 NEWEST := .venv-newest
+# Python 3.12 under its own name, or the newest one that pyenv has
+NEWEST_PYTHON ?= $(shell for p in python3.12 $$(PYENV_VERSION=$$(pyenv versions --bare 2>/dev/null | grep '^3\.12' | tail -1) pyenv which python3.12 2>/dev/null); do $$p -c '' 2>/dev/null && echo $$p && break; done)
 
 .PHONY: help setup demo test test-newest lint types contract format
 
@@ -39,7 +41,8 @@ test: setup
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-newest:
-	$(MAKE) test VENV=$(NEWEST) PYTHON=python3.12
+	@test -n "$(NEWEST_PYTHON)" || { echo "make: no Python 3.12 found; install one, or say which: make test-newest NEWEST_PYTHON=/path/to/python3.12"; exit 2; }
+	$(MAKE) test VENV=$(NEWEST) PYTHON=$(NEWEST_PYTHON)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -70,7 +70,9 @@ def staged_folder(final: Path) -> Iterator[Path]:
     try:
         yield partial
         for path in sorted(partial.rglob("*")):
-            if path.is_file():
+            if path.is_dir():
+                _fsync_folder(path)
+            elif path.is_file():
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
         _fsync_folder(partial)

@@ -35,19 +35,15 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("recipe", metavar="RECIPE", help="YAML file or preset")
     parser.add_argument("overrides", nargs="*", metavar="section.name=value", help="change single values of the recipe")
-    # argparse hands positional arguments behind an option to that option only
-    parser.add_argument(
-        "--stage", nargs="+", metavar=("NAME", "section.name=value"), help="which stage (not needed when there is one)"
-    )
+    parser.add_argument("--stage", metavar="NAME", help="which stage (not needed when there is one)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Train, and return the exit code of `train_stage`."""
     from mcore_longctx.errors import LongctxError
 
-    name, *more = args.stage or [None]
     try:
-        job = train_job(args.recipe, [*args.overrides, *more], name)
+        job = train_job(args.recipe, args.overrides, args.stage)
         from mcore_longctx.train.loop import train_stage
     except LongctxError as error:
         if _rank() > 0:  # rank 0 meets the same and says it

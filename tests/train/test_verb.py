@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mcore_longctx.cli import main as command_line
 from mcore_longctx.cli import train as verb
 from mcore_longctx.errors import ConfigError
 from tests.train.jobs import SEQ_LENGTH, make_world
@@ -55,15 +56,13 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def parse(*words: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    verb.add_parser(parser.add_subparsers(dest="verb"))
-    return parser.parse_args(["train", *words])
+    return command_line.parse(["train", *words])
 
 
 def test_overrides_may_stand_before_and_behind_the_stage() -> None:
     first = parse("r.yaml", "a.b=1", "--stage", "extend", "c.d=2")
-    assert (first.recipe, first.overrides, first.stage) == ("r.yaml", ["a.b=1"], ["extend", "c.d=2"])
-    assert parse("r.yaml", "--stage", "extend").stage == ["extend"]
+    assert (first.recipe, first.overrides, first.stage) == ("r.yaml", ["a.b=1", "c.d=2"], "extend")
+    assert parse("r.yaml", "--stage", "extend").stage == "extend"
     assert parse("r.yaml").stage is None
 
 
