@@ -66,9 +66,13 @@ def test_what_is_missing_cut_or_foreign_is_named(tmp_path: Path) -> None:
 
 
 def test_an_exception_leaves_nothing_behind(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="half-way"), staged_folder(tmp_path / "out") as part:
-        (part / "a").write_text("x")
-        raise RuntimeError("half-way")
+    def fail_half_way() -> None:
+        with staged_folder(tmp_path / "out") as part:
+            (part / "a").write_text("x")
+            raise RuntimeError("half-way")
+
+    with pytest.raises(RuntimeError, match="half-way"):
+        fail_half_way()
     assert list(tmp_path.iterdir()) == []
 
 

@@ -55,7 +55,9 @@ def test_overrides_may_stand_behind_options() -> None:
     assert (args.overrides, args.dry_run, args.until) == (["seed=1", "rope.factor=2", "name=x"], True, "import")
 
 
-@pytest.mark.parametrize("arguments", [["run", "tiny-cpu", "--x=1"], ["run", "tiny-cpu", "--nope"], ["report", "runs/a", "b=c"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "arguments", [["run", "tiny-cpu", "--x=1"], ["run", "tiny-cpu", "--nope"], ["report", "runs/a", "b=c"]], ids=" ".join
+)
 def test_what_is_no_override_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         parse(arguments)
