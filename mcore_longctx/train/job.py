@@ -39,12 +39,6 @@ class TrainJob:
     seed: int = 1234
 
     def __post_init__(self) -> None:
-        optimizer = self.stage.optimizer
-        if optimizer.lr_warmup_iters >= self.stage.iterations:
-            raise ConfigError(
-                f"lr_warmup_iters {optimizer.lr_warmup_iters:,} is not smaller than the stage's {self.stage.iterations:,} iterations",
-                where=f"stages.{self.stage.name}.optimizer.lr_warmup_iters",
-            )
         if self.stage.global_batch_size * self.stage.seq_length >= 2**31:
             # finalize_model_grads adds the token counts of a step in int32
             raise ConfigError(

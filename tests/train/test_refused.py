@@ -239,8 +239,6 @@ def test_a_setting_that_the_checkpoint_does_not_know_is_named() -> None:
 
 
 def test_impossible_jobs_are_refused_at_once(world: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^stages.extend.optimizer.lr_warmup_iters: lr_warmup_iters 4 is not smaller than"):
-        make_job(world, "warm", lr_warmup_iters=4, train_iters=4)
     with pytest.raises(ConfigError, match=r"2,147,483,648 tokens a step; megatron-core counts them in int32: stay below 2\^31"):
         make_job(world, "many", global_batch_size=2**25)
 
