@@ -19,10 +19,31 @@ from typing import Any
 
 from mcore_longctx.errors import CheckpointError, ConfigError
 
-__all__ = ["MANIFEST", "sha256_file", "staged_folder", "verify_manifest", "versions", "write_atomic", "write_manifest"]
+__all__ = [
+    "MANIFEST",
+    "readable_bytes",
+    "sha256_file",
+    "staged_folder",
+    "verify_manifest",
+    "versions",
+    "write_atomic",
+    "write_manifest",
+]
 
 MANIFEST = "manifest.json"
 _VERSIONED = ("mcore-longctx", "numpy", "torch", "megatron-core", "transformers", "tokenizers", "safetensors")
+
+
+def readable_bytes(count: int) -> str:
+    """A size for people, decimal units.
+
+    >>> readable_bytes(16_100_000_000), readable_bytes(3_226_128), readable_bytes(950)
+    ('16.1 GB', '3.2 MB', '950 bytes')
+    """
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return f"{count} bytes"
 
 
 def sha256_file(path: Path) -> str:

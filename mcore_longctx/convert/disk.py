@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mcore_longctx.errors import CheckpointError
+from mcore_longctx.manifest import readable_bytes
 
 __all__ = ["check_free_space", "io_errors"]
 
@@ -27,7 +28,7 @@ def check_free_space(folder: Path, needed: int, out: Path) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise CheckpointError(
-            f"needs {needed / 1e9:,.1f} GB, {free / 1e9:,.1f} GB are free on its file system",
+            f"needs {readable_bytes(needed)}, {readable_bytes(free)} are free on its file system",
             where=os.fspath(out),
             fix="free some space",
         )

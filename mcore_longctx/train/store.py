@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import IO, Self
 
 from mcore_longctx.errors import CheckpointError, InUseError, TrainingError
-from mcore_longctx.manifest import MANIFEST, verify_manifest, write_atomic
+from mcore_longctx.manifest import MANIFEST, readable_bytes, verify_manifest, write_atomic
 
 __all__ = [
     "FolderLock",
@@ -162,7 +162,7 @@ def check_free_space(checkpoints: Path, needed_bytes: int, files: int = 64) -> N
     fix = "free some space and start again" + (f"; the newest checkpoint, {newest.name}, is untouched" if newest else "")
     if free < needed:
         raise TrainingError(
-            f"{free / 2**30:,.2f} GiB free, a checkpoint needs {needed / 2**30:,.2f} GiB", where=checkpoints, fix=fix
+            f"{readable_bytes(free)} free, a checkpoint needs {readable_bytes(needed)}", where=checkpoints, fix=fix
         )
     if status.f_files and status.f_favail < files:
         raise TrainingError(f"{status.f_favail:,} inodes free, a checkpoint needs {files:,}", where=checkpoints, fix=fix)

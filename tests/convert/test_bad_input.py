@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,11 +16,12 @@ from typing import Any
 import pytest
 import torch
 
-from mcore_longctx.convert import export_hf, import_hf
+from mcore_longctx.convert import export_hf, import_hf, open_checkpoint
 from mcore_longctx.convert.safetensors_io import read_header
 from mcore_longctx.errors import CheckpointError, ConfigError, ConversionError, LongctxError
 from mcore_longctx.manifest import write_manifest
 from mcore_longctx.recipe import CheckpointCard, read_card, write_card
+from tests.convert.fuzz import mutations, only_our_errors, strange_values
 from tests.convert.hf_folders import LLAMA3_ROPE, llama_config, random_weights, write_folder
 
 
@@ -139,7 +141,7 @@ def test_a_full_disk_is_said_before_and_during_the_work(tmp_path: Path, monkeypa
     hf = write_folder(tmp_path / "hf", llama_config())
     with monkeypatch.context() as patch:
         patch.setattr("mcore_longctx.convert.disk.shutil.disk_usage", lambda path: shutil._ntuple_diskusage(10, 10, 0))  # type: ignore[attr-defined]
-        assert "needs 0.0 GB, 0.0 GB are free on its file system; free some space" in import_refused(hf)
+        assert re.search(r"needs [\d.]+ kB, 0 bytes are free on its file system; free some space", import_refused(hf))
 
     def full(*args: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "x.distcp")
@@ -190,6 +192,33 @@ def test_a_checkpoint_without_manifest_or_card_is_refused(checkpoint: Path) -> N
 def test_an_export_is_not_a_checkpoint(checkpoint: Path) -> None:
     export_hf(checkpoint, checkpoint.parent / "first")
     assert "holds a export, expected a checkpoint" in export_refused(checkpoint.parent / "first")
+
+
+def test_one_flipped_bit_in_an_export_stops_the_import(checkpoint: Path) -> None:
+    out = checkpoint.parent / "export"
+    export_hf(checkpoint, out)
+    data = bytearray((out / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (out / "model.safetensors").write_bytes(data)
+    message = refused(lambda: import_hf(out, checkpoint.parent / "again"), checkpoint.parent / "again")
+    assert (
+        message == f"{out}/model.safetensors: contents differ from the manifest's sha256; the export is damaged, use another copy"
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["hf/config.json", "megatron/hf/config.json", "megatron/mcore_longctx.json", "megatron/metadata.json"]
+)
+def test_damaged_settings_give_only_our_errors(tmp_path: Path, name: str) -> None:
+    config = llama_config(rope_scaling=LLAMA3_ROPE, max_position_embeddings=65536)
+    import_hf(write_folder(tmp_path / "hf", config), tmp_path / "megatron")
+    path = tmp_path / name
+    data = path.read_bytes()
+    refusals = 0
+    for damaged in (*mutations(data, 150, seed=5), *strange_values(json.loads(data), 250, seed=6)):
+        path.write_bytes(damaged)
+        refusals += only_our_errors(lambda: open_checkpoint(tmp_path / name.split("/")[0]))
+    assert refusals > 100
 
 
 def rewritten(checkpoint: Path, **changes: Any) -> Path:
