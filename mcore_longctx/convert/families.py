@@ -16,11 +16,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mcore_longctx.errors import ConversionError
 from mcore_longctx.recipe import ModelShape
 
 __all__ = ["MappedTensor", "RowBlock", "extra_state_keys", "hf_shapes", "llama_tensors"]
 
 LAYERS = "decoder.layers."
+MAX_GROUPS = 100_000  # over all layers; Llama-3.1-405B has 1,008
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,15 @@ class MappedTensor:
 
 
 def llama_tensors(shape: ModelShape) -> list[MappedTensor]:
-    """Every weight of a Llama, in the order of the layers."""
+    """Every weight of a Llama, in the order of the layers.
+
+    Raises:
+        ConversionError: sizes that no model has, so that a damaged config.json costs neither time nor memory.
+    """
+    if shape.num_layers * shape.num_query_groups > MAX_GROUPS:
+        raise ConversionError(
+            f"{shape.num_layers:,} layers of {shape.num_query_groups:,} key/value heads: no model is that large"
+        )
     hidden, ffn, vocab = shape.hidden_size, shape.ffn_hidden_size, shape.vocab_size
     tensors = [_whole("embedding.word_embeddings.weight", "model.embed_tokens.weight", vocab, hidden, is_vocabulary=True)]
     for layer in range(shape.num_layers):

@@ -14,7 +14,7 @@ from mcore_longctx.convert.families import MappedTensor, extra_state_keys, llama
 from mcore_longctx.convert.sidecars import copy_sidecars, tokenizer_sha256
 from mcore_longctx.convert.tensor_rows import Piece, TensorRows
 from mcore_longctx.errors import ConversionError
-from mcore_longctx.manifest import staged_folder, write_manifest
+from mcore_longctx.manifest import MANIFEST, staged_folder, verify_manifest, write_manifest
 from mcore_longctx.recipe import CheckpointCard, write_card
 
 __all__ = ["import_hf"]
@@ -40,6 +40,8 @@ def import_hf(hf: Path, out: Path) -> None:
             where=hf,
             fix=f"restore {CONFIG}, or remove mcore_longctx.json if the change is meant",
         )
+    if view.card is not None and (hf / MANIFEST).exists():  # an export of ours: nothing else notices a flipped bit
+        verify_manifest(hf, "export")
     mapped = llama_tensors(view.shape)
     dtypes = _megatron_dtypes(view, mapped)
     with staged_folder(out) as folder:

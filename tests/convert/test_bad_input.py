@@ -217,7 +217,7 @@ def test_damaged_settings_give_only_our_errors(tmp_path: Path, name: str) -> Non
     refusals = 0
     for damaged in (*mutations(data, 150, seed=5), *strange_values(json.loads(data), 250, seed=6)):
         path.write_bytes(damaged)
-        refusals += only_our_errors(lambda: open_checkpoint(tmp_path / name.split("/")[0]))
+        refusals += only_our_errors(lambda: open_checkpoint(tmp_path / Path(name).parts[0]))
     assert refusals > 100
 
 
