@@ -148,7 +148,8 @@ def verify_manifest(folder: Path, kind: str, *, hashes: bool = True) -> Mapping[
     except (ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError("damaged manifest", where=path, fix=f"restore this {kind} from a copy") from None
     if manifest.get("kind") != kind:
-        raise CheckpointError(f"holds a {manifest.get('kind')}, expected a {kind}", where=folder)
+        found = str(manifest.get("kind"))
+        raise CheckpointError(f"holds {'an' if found[:1] in 'aeiou' else 'a'} {found}, not the expected {kind}", where=folder)
     for name, (size, digest) in expected.items():
         file = folder / name
         restore = f"the {kind} is damaged, use another copy"
