@@ -123,18 +123,18 @@ def write_manifest(folder: Path, kind: str, **facts: Any) -> None:
     write_atomic(folder / MANIFEST, text + "\n")
 
 
-def verify_manifest(folder: Path, kind: str, *, hashes: bool = True) -> Mapping[str, Any]:
+def verify_manifest(folder: Path, *kinds: str, hashes: bool = True) -> Mapping[str, Any]:
     """Read `folder/manifest.json` and compare every file with it.
 
     Args:
         folder: a folder written by `staged_folder` and `write_manifest`.
-        kind: the kind that the caller expects.
+        *kinds: the kinds that the caller takes.
         hashes: compare sha256 too; False compares names and sizes only.
 
     Raises:
         CheckpointError: no manifest, another kind, or a file that is missing, of another size or of another hash.
     """
-    path = folder / MANIFEST
+    path, kind = folder / MANIFEST, " or ".join(kinds)
     if not folder.is_dir() or not any(folder.iterdir()):
         raise CheckpointError(f"no {kind} here", where=folder, fix="check the path")
     try:
@@ -147,9 +147,8 @@ def verify_manifest(folder: Path, kind: str, *, hashes: bool = True) -> Mapping[
         ) from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError("damaged manifest", where=path, fix=f"restore this {kind} from a copy") from None
-    if manifest.get("kind") != kind:
-        found = str(manifest.get("kind"))
-        raise CheckpointError(f"holds {'an' if found[:1] in 'aeiou' else 'a'} {found}, not the expected {kind}", where=folder)
+    if manifest.get("kind") not in kinds:
+        raise CheckpointError(f"is a folder of kind {manifest.get('kind')!r}, expected {kind}", where=folder)
     for name, (size, digest) in expected.items():
         file = folder / name
         restore = f"the {kind} is damaged, use another copy"

@@ -46,7 +46,7 @@ def test_every_flipped_bit_is_found(tmp_path_factory: pytest.TempPathFactory, of
 
 def test_what_is_missing_cut_or_foreign_is_named(tmp_path: Path) -> None:
     folder = make(tmp_path / "done")
-    with pytest.raises(CheckpointError, match="holds a checkpoint, not the expected data"):
+    with pytest.raises(CheckpointError, match="is a folder of kind 'checkpoint', expected data"):
         verify_manifest(folder, "data")
     (folder / "a.bin").write_bytes(b"short")
     with pytest.raises(CheckpointError, match=r"a\.bin: 5 bytes, the manifest says 4,096"):

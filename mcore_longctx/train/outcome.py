@@ -17,6 +17,7 @@ import logging
 import os
 import socket
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Iterator
@@ -111,10 +112,12 @@ class Outcome:
         return True
 
     def _claimed_code(self) -> int:
-        try:
-            return int(json.loads(self._claim.read_text(encoding="utf-8"))["exit_code"])
-        except (OSError, ValueError, KeyError):
-            return 1
+        for _ in range(20):  # the rank that fails at this very moment has made the file and not yet filled it
+            try:
+                return int(json.loads(self._claim.read_text(encoding="utf-8"))["exit_code"])
+            except (OSError, ValueError, KeyError):
+                time.sleep(0.05)
+        return 1
 
     def _write_status(self, state: str, code: int | None, reason: str) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

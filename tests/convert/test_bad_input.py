@@ -191,7 +191,7 @@ def test_a_checkpoint_without_manifest_or_card_is_refused(checkpoint: Path) -> N
 
 def test_an_export_is_not_a_checkpoint(checkpoint: Path) -> None:
     export_hf(checkpoint, checkpoint.parent / "first")
-    assert "holds an export, not the expected checkpoint" in export_refused(checkpoint.parent / "first")
+    assert "is a folder of kind 'export', expected checkpoint" in export_refused(checkpoint.parent / "first")
 
 
 def test_one_flipped_bit_in_an_export_stops_the_import(checkpoint: Path) -> None:
