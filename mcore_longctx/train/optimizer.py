@@ -22,6 +22,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from mcore_longctx.errors import ConfigError
 from mcore_longctx.recipe import OptimizerSection, Stage
 
 __all__ = ["build_optimizer", "build_schedule", "learning_rate", "load_optimizer_state", "prepare_optimizer_state", "wrap_model"]
@@ -118,7 +119,9 @@ def _inner(optimizer: Any) -> torch.optim.Optimizer:
     (distributed,) = optimizer.chained_optimizers
     inner: torch.optim.Optimizer = distributed.optimizer
     if not isinstance(inner, torch.optim.Adam | torch.optim.AdamW):
-        raise NotImplementedError(
-            f"resuming {type(inner).__name__}: only torch's AdamW is supported, not the fused one of apex or TE"
+        raise ConfigError(
+            f"a stage cannot be resumed with {type(inner).__name__}: only torch's AdamW, not the fused one of apex or TransformerEngine",
+            where="optimizer",
+            fix="uninstall apex and transformer-engine here, or train the stage in one go",
         )
     return inner
