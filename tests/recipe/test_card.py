@@ -1,0 +1,59 @@
+"""What travels with the weights: sizes and rope, and a fingerprint that notices a rope edited by hand."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mcore_longctx.errors import CheckpointError
+from mcore_longctx.recipe import CARD, CheckpointCard, ModelShape, read_card, write_card
+from mcore_longctx.rope import RopeScaling
+
+SHAPE = ModelShape(
+    num_layers=2, hidden_size=64, ffn_hidden_size=128, num_attention_heads=4, num_query_groups=2, kv_channels=16, vocab_size=262
+)
+ROPE = RopeScaling(type="llama3", head_dim=16, rope_theta=10000.0, factor=8, original_max_position_embeddings=512)
+
+
+def card_in(folder: Path) -> dict[str, Any]:
+    write_card(folder, CheckpointCard(shape=SHAPE, rope=ROPE, stage="extend", iteration=7))
+    found: dict[str, Any] = json.loads((folder / CARD).read_text())
+    return found
+
+
+def test_a_card_is_read_as_it_was_written(tmp_path: Path) -> None:
+    card_in(tmp_path)
+    assert read_card(tmp_path) == CheckpointCard(shape=SHAPE, rope=ROPE, stage="extend", iteration=7)
+
+
+def test_a_rope_edited_by_hand_is_refused(tmp_path: Path) -> None:
+    text = card_in(tmp_path)
+    text["rope"]["factor"] = 16.0
+    (tmp_path / CARD).write_text(json.dumps(text))
+    with pytest.raises(CheckpointError, match="the rope in this file does not give the rope fingerprint stored beside it"):
+        read_card(tmp_path)
+
+
+def test_a_card_that_is_missing_or_damaged_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no mcore_longctx\.json here: not a checkpoint of mcore-longctx; make one with"):
+        read_card(tmp_path)
+    text = card_in(tmp_path)
+    del text["shape"]["num_layers"]
+    (tmp_path / CARD).write_text(json.dumps(text))
+    with pytest.raises(CheckpointError, match=r"mcore_longctx\.json: damaged or of another version"):
+        read_card(tmp_path)
+
+
+def test_another_model_or_rope_is_refused_with_both_values(tmp_path: Path) -> None:
+    card = CheckpointCard(shape=SHAPE, rope=ROPE)
+    card.check(shape=SHAPE, rope=ROPE, where="here")
+    with pytest.raises(CheckpointError, match=r"^here: vocabulary has 262 entries, the recipe's model 264;"):
+        card.check(shape=replace(SHAPE, vocab_size=264), rope=ROPE, where="here")
+    with pytest.raises(CheckpointError, match=r"^here: num_layers is 2, the recipe's model has 4"):
+        card.check(shape=replace(SHAPE, num_layers=4), rope=ROPE, where="here")
+    with pytest.raises(
+        CheckpointError, match=r"^here: rope differs: the checkpoint has llama3 factor 8 .*, expected llama3 factor 16 "
+    ):
+        card.check(shape=SHAPE, rope=replace(ROPE, factor=16), where="here")
