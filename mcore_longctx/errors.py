@@ -34,6 +34,7 @@ class LongctxError(Exception):
     """One line for the user. `str(error)` is `where: what; fix`."""
 
     exit_code = 2
+    agreed = False  # set where every rank of a job raises the same: then one of them speaks
 
     def __init__(self, what: str, *, where: object = None, fix: str = "") -> None:
         self.what, self.where, self.fix = what, where, fix

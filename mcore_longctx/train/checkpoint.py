@@ -168,7 +168,7 @@ class Checkpointer:
             dist_checkpointing.save(state, str(partial), strategy, content_metadata=dict(_LAYOUT_FREE))
         except CheckpointException as error:  # raised on every rank: torch's writer tells the others
             failure = self._save_failed(error, final)
-            failure.agreed = True  # type: ignore[attr-defined]
+            failure.agreed = True
             raise failure from None
         except OSError as error:
             raise self._save_failed(error, final) from error

@@ -96,5 +96,5 @@ def _pack(error: LongctxError) -> tuple[str, str, str | None, str]:
 def _unpack(packed: tuple[str, str, str | None, str]) -> LongctxError:
     name, what, where, fix = packed
     error: LongctxError = getattr(errors, name)(what, where=where, fix=fix)
-    error.agreed = True  # type: ignore[attr-defined]
+    error.agreed = True
     return error

@@ -307,7 +307,7 @@ class Trainer:
             fix="look at these samples or lower the learning rate; no step was taken, "
             + (f"{newest.name} is the newest checkpoint" if newest else "nothing has been saved"),
         )
-        error.agreed = True  # type: ignore[attr-defined]
+        error.agreed = True
         return error
 
     # ------------------------------------------------------------------ saving and telling
@@ -327,7 +327,7 @@ class Trainer:
         error = StoppedBySignal(
             f"{StopRequest.name(signal_number)} at iteration {self.finished}, {saved}", fix="start again to go on"
         )
-        error.agreed = True  # type: ignore[attr-defined]
+        error.agreed = True
         return error
 
     def _announce(self, start: Start) -> None:

@@ -66,7 +66,7 @@ class Outcome:
             self._write_traceback(error)
         if isinstance(error, PeerFailed):
             return self._claimed_code()
-        if getattr(error, "agreed", False) or (isinstance(error, LongctxError) and not self._has_started):
+        if (isinstance(error, LongctxError) and error.agreed) or (isinstance(error, LongctxError) and not self._has_started):
             # every rank has raised the same
             if self.rank == 0:
                 self._say(error, code)
