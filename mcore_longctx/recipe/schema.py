@@ -15,6 +15,7 @@ from mcore_longctx.layout import check_seq_length
 from mcore_longctx.rope import RopeScaling, RopeType
 
 __all__ = [
+    "Activations",
     "DataSection",
     "DocumentSource",
     "EvaluateSection",
@@ -189,6 +190,31 @@ class Parallel:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Activations:
+    """What a stage keeps for the backward pass, and how much of a layer or of the loss it computes at once.
+
+    These decide memory and speed. Losses change by rounding only.
+    """
+
+    recompute: Literal["none", "full", "attention_kept"] = "attention_kept"
+    offload_fraction: float = 0.0  # share of the layers whose kept activations wait in host memory
+    mlp_tile: TokenCount | None = TokenCount(8192)  # tokens of the MLP at once; None: all
+    loss_chunk: TokenCount | None = None  # tokens of logits at once; None: as many as 256 MiB of float32 hold
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.offload_fraction <= 1.0:
+            raise ValueError(f"offload_fraction is {self.offload_fraction}, expected 0 to 1")
+        if self.offload_fraction and self.recompute == "none":
+            raise ValueError(
+                "offload_fraction needs recompute attention_kept or full: with none there is nothing that is kept by us"
+            )
+        for name in ("mlp_tile", "loss_chunk"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, expected 1 or more tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimizerSection:
     """AdamW and its learning-rate schedule."""
 
@@ -223,6 +249,7 @@ class Stage:
     train_tokens: TokenCount | None = None
     micro_batch_size: int = 1
     parallel: Parallel = field(default_factory=Parallel)
+    activations: Activations = field(default_factory=Activations)
     precision: Literal["fp32", "bf16"] = "bf16"
     save_interval: int = 50
     keep_checkpoints: int = 2
