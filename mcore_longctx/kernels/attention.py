@@ -21,12 +21,12 @@ The CUDA kernels are torch's own (schemas of torch 2.13) and are not measured ye
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
-__all__ = ["AttentionKernel", "LocalAttention", "MathKernel", "accumulator_dtype", "attention_kernel", "choose_kernel", "merge"]
+__all__ = ["AttentionKernel", "MathKernel", "accumulator_dtype", "attention_kernel", "choose_kernel", "merge"]
 
 OutAndLse: TypeAlias = tuple[Tensor, Tensor]
 Gradients: TypeAlias = tuple[Tensor, Tensor, Tensor]
@@ -240,25 +240,6 @@ class MathKernel:
             _sum_groups(grad_key, groups).to(key.dtype),
             _sum_groups(grad_value, groups).to(value.dtype),
         )
-
-
-class LocalAttention(torch.autograd.Function):
-    """Causal attention over one device's own keys: apply(query, key, value, scale) -> out."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        """Keep out and lse, so that nothing is computed again."""
-        out, lse = attention_kernel(query).forward(query, key, value, causal=True, scale=scale)
-        ctx.save_for_backward(query, key, value, out, lse)
-        ctx.scale = scale
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        """Gradients of the four arguments."""
-        query = ctx.saved_tensors[0]
-        gradients = attention_kernel(query).backward(grad_outputs[0], *ctx.saved_tensors, causal=True, scale=ctx.scale)
-        return (*gradients, None)
 
 
 def _scores(query: Tensor, key: Tensor, *, causal: bool, scale: float) -> Tensor:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,7 +18,7 @@ from mcore_longctx.kernels.attention import accumulator_dtype, attention_kernel,
 from mcore_longctx.layout import zigzag_chunks
 from mcore_longctx.parallel.collectives import all_gather, reduce_scatter
 
-__all__ = ["AllGatherAttention", "all_gather_backward", "all_gather_forward"]
+__all__ = ["all_gather_backward", "all_gather_forward"]
 
 
 def all_gather_forward(
@@ -68,25 +67,6 @@ def all_gather_backward(
         grad_values[:, :, columns] += part_value
     grad_key, grad_value = _reduce_scatter(grad_keys, grad_values, group)
     return grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype)
-
-
-class AllGatherAttention(torch.autograd.Function):
-    """`all_gather_forward` and `all_gather_backward` as one differentiable step: apply(query, key, value, group, scale) -> out."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, group: dist.ProcessGroup, scale: float) -> Tensor:
-        """Keep out and lse, so that nothing is computed again."""
-        out, lse = all_gather_forward(query, key, value, group, scale)
-        ctx.save_for_backward(query, key, value, out, lse)
-        ctx.group, ctx.scale = group, scale
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        """Gradients of the five arguments."""
-        query, key, value, out, lse = ctx.saved_tensors
-        gradients = all_gather_backward(grad_outputs[0], query, key, value, out, lse, ctx.group, ctx.scale)
-        return (*gradients, None, None)
 
 
 def _parts(query: Tensor, group: dist.ProcessGroup) -> Iterator[tuple[slice, slice, bool]]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from mcore_longctx.errors import LayoutError
 from mcore_longctx.kernels.attention import accumulator_dtype, attention_kernel, merge
 
-__all__ = ["RingAttention", "ring_backward", "ring_forward"]
+__all__ = ["ring_backward", "ring_forward"]
 
 
 def ring_forward(query: Tensor, key: Tensor, value: Tensor, group: dist.ProcessGroup, scale: float) -> tuple[Tensor, Tensor]:
@@ -108,25 +108,6 @@ def ring_backward(
     assert grads_sent is not None
     grad_key, grad_value = grads_sent.wait().unbind()
     return grad_query.to(query.dtype), grad_key.to(key.dtype), grad_value.to(value.dtype)
-
-
-class RingAttention(torch.autograd.Function):
-    """`ring_forward` and `ring_backward` as one differentiable step: apply(query, key, value, group, scale) -> out."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, group: dist.ProcessGroup, scale: float) -> Tensor:
-        """Keep out and lse, so that nothing is computed again."""
-        out, lse = ring_forward(query, key, value, group, scale)
-        ctx.save_for_backward(query, key, value, out, lse)
-        ctx.group, ctx.scale = group, scale
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Any) -> Any:
-        """Gradients of the five arguments."""
-        query, key, value, out, lse = ctx.saved_tensors
-        gradients = ring_backward(grad_outputs[0], query, key, value, out, lse, ctx.group, ctx.scale)
-        return (*gradients, None, None)
 
 
 class _Transfer:

@@ -82,3 +82,24 @@ def test_what_it_does_not_compute_is_refused_in_the_forward(arguments: dict[str,
     with pytest.raises(ConfigError, match="attention of layer 3: ") as caught:
         core_attention()(*qkv(), **({"attention_mask": None} | arguments))
     assert message in str(caught.value)
+
+
+def test_a_recorded_attention_is_replayed_without_being_computed_and_with_the_same_gradients() -> None:
+    core, grad_out = core_attention(), torch.randn(12, 2, 8 * 16)
+    plain = [tensor.requires_grad_() for tensor in qkv()]
+    out = core(*plain, None)
+    out.backward(grad_out)
+    with core.recording() as kept:
+        recorded = core(*(tensor.detach().requires_grad_() for tensor in plain), None)
+    assert not recorded.requires_grad
+    assert core.forward_calls == 2
+    kept_out, lse = kept
+    assert kept_out.data_ptr() == recorded.data_ptr()
+    assert sum(tensor.untyped_storage().nbytes() for tensor in kept) == 12 * 2 * 8 * (16 * 4 + 4)
+    again = [tensor.detach().requires_grad_() for tensor in plain]
+    with core.replaying(kept_out, lse):
+        replayed = core(*again, None)
+    replayed.backward(grad_out)
+    assert core.forward_calls == 2
+    assert torch.equal(replayed, out)
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(again, plain, strict=True))
