@@ -12,12 +12,14 @@ that these land on the CPU. No Megatron symbol is replaced. Where CUDA is availa
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 import random
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from importlib import metadata
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,11 +35,14 @@ __all__ = [
     "layer_offset",
     "num_layers_to_build",
     "quiet_import",
+    "require_training_program",
     "seed_rng",
     "training_device",
+    "training_program_context",
 ]
 
 _OLDEST, _TOO_NEW = (0, 16), (0, 20)
+_TRAINING_PROGRAM = (0, 19)  # the first wheel that brings megatron.training
 _NOISY_AT_IMPORT = ("torch.utils.cpp_extension", "megatron")  # the first looks for a CUDA toolkit and says so
 
 
@@ -98,6 +103,19 @@ logging.getLogger("megatron.core.models.gpt.gpt_model").addFilter(lambda record:
 NO_CUDA_GRAPHS: dict[str, list[str]] = {
     ("cuda_graph_modules" if "cuda_graph_modules" in TransformerConfig.__dataclass_fields__ else "cuda_graph_scope"): []
 }
+
+
+def require_training_program() -> None:
+    """Raise ConfigError unless Megatron-LM's training program, `megatron.training`, can be imported.
+
+    Its functions change with each minor version; `mcore_longctx.megatron_lm` is written against those of 0.19.
+    """
+    version = tuple(int(part) for part in MEGATRON_VERSION.split(".")[:2])
+    if version < _TRAINING_PROGRAM or importlib.util.find_spec("megatron.training") is None:
+        raise ConfigError(
+            f"megatron-core {MEGATRON_VERSION} is installed, and Megatron-LM's training program comes with 0.19 or newer",
+            fix="pip install 'megatron-core>=0.19,<0.20' (Python 3.12), or train with mcore-longctx train",
+        )
 
 
 def num_layers_to_build(config: Any, vp_stage: int | None = None) -> int:
@@ -192,6 +210,9 @@ class _ToCpu(TorchFunctionMode):
 class _NoStream:
     """What `torch.cuda.current_stream()` gives on the CPU: every method does nothing."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *args, **kwargs: None
 
@@ -264,6 +285,43 @@ def device_context() -> Iterator[None]:
         return
     with _redirect.cuda_calls(), _redirect.function_mode():
         yield
+
+
+# What `megatron.training` calls beyond that: it asks for the architecture as soon as TP or CP is above 1, to check an environment
+# variable that only older GPUs need, and logs the memory of the device.
+_REPLACED_FOR_THE_PROGRAM: list[tuple[Any, str, Any]] = [
+    (torch.cuda, "Stream", _NoStream),
+    (torch.cuda, "Event", _NoStream),
+    (torch.cuda, "stream", lambda *args, **kwargs: contextlib.nullcontext()),
+    (torch.cuda, "set_stream", lambda *args, **kwargs: None),
+    (torch.cuda, "get_device_properties", lambda *args, **kwargs: SimpleNamespace(major=10, minor=0, name="cpu")),
+    (torch.cuda, "get_device_capability", lambda *args, **kwargs: (10, 0)),
+    (torch.cuda, "reset_peak_memory_stats", lambda *args, **kwargs: None),
+    (torch.cuda, "memory_allocated", lambda *args, **kwargs: 0),
+    (torch.cuda, "max_memory_allocated", lambda *args, **kwargs: 0),
+    (torch.cuda, "memory_reserved", lambda *args, **kwargs: 0),
+    (torch.cuda, "max_memory_reserved", lambda *args, **kwargs: 0),
+]
+
+
+@contextlib.contextmanager
+def training_program_context() -> Iterator[None]:
+    """`device_context` and the names that only Megatron-LM's training program calls. Does nothing where CUDA is available.
+
+    Not to be nested in itself: there is one training program in a process.
+    """
+    if torch.cuda.is_available():
+        yield
+        return
+    originals = [getattr(module, name) for module, name, _ in _REPLACED_FOR_THE_PROGRAM]
+    for module, name, replacement in _REPLACED_FOR_THE_PROGRAM:
+        setattr(module, name, replacement)
+    try:
+        with device_context():
+            yield
+    finally:
+        for (module, name, _), original in zip(_REPLACED_FOR_THE_PROGRAM, originals, strict=True):
+            setattr(module, name, original)
 
 
 def _names_cuda(device: Any) -> bool:

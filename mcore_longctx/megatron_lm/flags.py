@@ -1,0 +1,110 @@
+"""The flags: Megatron-LM's, ours, and those that this machine needs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NoReturn
+
+import torch
+
+from mcore_longctx.errors import ConfigError
+from mcore_longctx.megatron_compat import quiet_import
+
+if TYPE_CHECKING:
+    from mcore_longctx.megatron_lm.programs import Program
+
+__all__ = ["CommandLine", "extra_args_provider", "parse"]
+
+_WITHOUT_CUDA = (
+    *("--distributed-backend", "gloo", "--use-cpu-initialization", "--num-workers", "0"),
+    *("--no-masked-softmax-fusion", "--no-bias-swiglu-fusion", "--no-bias-dropout-fusion"),
+)
+_WITHOUT_TE = ("--transformer-impl", "local", "--no-persist-layer-norm")
+_WITHOUT_APEX = ("--no-gradient-accumulation-fusion",)
+# Angles come from our rotary embedding, and a mask of s x s entries cannot exist at these lengths.
+_ALWAYS = ("--no-rope-fusion", "--no-create-attention-mask-in-dataloader")
+
+
+@dataclass(frozen=True)
+class CommandLine:
+    """A parsed command line: the flags that were added to it, everything together, the values, and which of them the user gave."""
+
+    added: tuple[str, ...]
+    line: tuple[str, ...]
+    args: argparse.Namespace
+    given: frozenset[str]
+
+
+def parse(argv: Sequence[str], program: Program) -> CommandLine:
+    """Parse `argv`, with the flags that this machine needs in front: those of the user come later and win.
+
+    Raises:
+        ConfigError: an unknown flag or a value that cannot be one.
+    """
+    with quiet_import():
+        from megatron.training.arguments import add_megatron_arguments
+
+    added = machine_flags()
+    if any(text.split("=")[0] == "--longctx-rope" for text in argv):
+        added += ("--position-embedding-type", "rope")
+    parser = extra_args_provider(program)(add_megatron_arguments(_Parser(prog="mcore_longctx.megatron_lm", allow_abbrev=False)))
+    try:
+        args = parser.parse_args([*added, *argv])
+        for action in parser._actions:
+            action.default = argparse.SUPPRESS
+        given = frozenset(vars(parser.parse_args(list(argv))))
+    except KeyError as error:  # flags whose values are the names of an enum look them up without a word
+        raise ConfigError(f"{error} is not a value of the flag it is given to", where="command line") from None
+    return CommandLine(added, (*added, *argv), args, given)
+
+
+def machine_flags() -> tuple[str, ...]:
+    """Flags without which the program stops here: for what is not installed, and for what this machine does not have."""
+    flags = _ALWAYS
+    if not torch.cuda.is_available():
+        flags += _WITHOUT_CUDA
+    with quiet_import():
+        from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE
+    if not HAVE_TE:
+        flags += _WITHOUT_TE
+    if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
+        flags += _WITHOUT_APEX
+    return flags
+
+
+def extra_args_provider(program: Program) -> Callable[[argparse.ArgumentParser], argparse.ArgumentParser]:
+    """What `parse_args` of Megatron-LM takes: adds our flags to its parser."""
+
+    def add(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+        if program.extra_args is not None:
+            parser = program.extra_args(parser)
+        group = parser.add_argument_group("mcore-longctx", "docs/megatron_lm.md")
+        group.add_argument(
+            "--longctx-rope",
+            metavar="PATH",
+            help="config.json of a Hugging Face model, or its folder: train with this rope instead of that of the rope flags",
+        )
+        group.add_argument(
+            "--longctx-phase-dtype",
+            choices=("float32", "float64"),
+            default="float32",
+            help="float32: the bits of transformers; float64: angles right to 1e-6 rad at 4M tokens",
+        )
+        group.add_argument(
+            "--megatron-lm",
+            metavar="PATH",
+            help="a checkout of Megatron-LM, whose pretrain_gpt.py then supplies batches, datasets and loss (or MEGATRON_LM_PATH)",
+        )
+        return parser
+
+    return add
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong, without the usage of 850 flags."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message, where="command line", fix="--help lists all flags")

@@ -1,0 +1,214 @@
+"""What is refused before anything is built: flags that Megatron-LM accepts and then ignores, or computes wrongly, at long context.
+
+Each check raises one line that says what is wrong and how to say it instead. `docs/megatron_lm.md` lists them with the reasons.
+"""
+
+from __future__ import annotations
+
+import math
+from argparse import Namespace
+from collections.abc import Callable, Set
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from mcore_longctx.errors import ConfigError, LayoutError
+from mcore_longctx.layout import check_seq_length
+from mcore_longctx.megatron_compat import quiet_import
+from mcore_longctx.megatron_lm.model import is_our_spec, load_spec
+from mcore_longctx.megatron_lm.rope import rope_of
+from mcore_longctx.model import spec
+from mcore_longctx.parallel.exchange import CP_COMM_TYPES
+
+if TYPE_CHECKING:
+    from mcore_longctx.megatron_lm.programs import Program
+
+__all__ = ["check_arguments"]
+
+_MEGATRON_COMM_TYPES = ("p2p", "all_gather", "a2a", "a2a+p2p")
+
+
+def check_arguments(args: Namespace, given: Set[str], program: Program) -> None:
+    """Raise LongctxError for the first thing that would be lost or wrong.
+
+    Args:
+        args: parsed flags, before or after Megatron-LM's own checks.
+        given: names of the flags that stand on the command line.
+        program: what supplies batches and loss.
+    """
+    if args.yaml_cfg is not None:
+        _refuse("--yaml-cfg: settings of a file pass by the checks that are made here", fix="give them as flags")
+    layers = load_spec(args.spec)
+    is_ours = is_our_spec(layers)
+    _check_sizes(args)
+    if is_ours:
+        _check_layers(args, layers)
+    rope_of(args, given)
+    _check_context_parallel(args, CP_COMM_TYPES if is_ours else _MEGATRON_COMM_TYPES)
+    _check_loss(args)
+    _check_memory(args)
+    _check_batches(args, program, is_ours=is_ours)
+
+
+def _check_sizes(args: Namespace) -> None:
+    for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length"):
+        if getattr(args, name) is None:
+            _refuse(f"{_flag(name)} is missing")
+
+
+# --------------------------------------------------------------------------------------------------------------------- our layers
+
+# flag -> the values with which our layers compute what it says; with any other they would train something else without a word
+_COMPUTED: dict[str, tuple[Any, ...]] = {
+    "normalization": ("RMSNorm",),
+    "attention_dropout": (0.0,),
+    "softmax_type": ("vanilla",),
+    "window_size": (None,),
+    "num_experts": (None,),
+    "mtp_num_layers": (None, 0),
+    "experimental_attention_variant": (None,),
+    "heterogeneous_layers_config_path": (None,),
+    "heterogeneous_layers_config_encoded_json": (None,),
+    "fp8": (None,),
+    "fp4": (None,),
+    **dict.fromkeys(
+        (
+            *("layernorm_zero_centered_gamma", "qk_layernorm", "qk_l2_norm", "multi_latent_attention", "attention_output_gate"),
+            *("tp_comm_overlap", "use_transformer_engine_op_fuser"),
+        ),
+        (False,),
+    ),
+}
+_SPELLED = {
+    "fp8": "--fp8-format",
+    "fp4": "--fp4-format",
+    "layernorm_zero_centered_gamma": "--apply-layernorm-1p",
+    "experimental_attention_variant": "--experimental-attention-variant",
+}
+
+
+def _check_layers(args: Namespace, layers: Any) -> None:
+    with quiet_import():
+        from megatron.core.transformer.enums import AttnBackend
+
+    for name, computed in _COMPUTED.items():
+        value = getattr(args, name, computed[0])
+        if value not in computed:
+            flag = _SPELLED.get(name, _flag(name))
+            wanted = computed[0]
+            fix = f"give {flag} {wanted:g}" if isinstance(wanted, float) else f"give {flag} {wanted}"
+            if wanted in (None, False):
+                fix = "leave it out, or give a --spec of your own that computes it"
+            _refuse(f"{flag} is {value}, which our layers do not compute" if value is not True else f"{flag}: our layers do not compute it", fix=fix)
+    if args.attention_backend is AttnBackend.local:
+        _refuse(
+            "--attention-backend local would put Megatron's attention in the place of ours, and it keeps s x s scores",
+            fix="leave it out: our attention chooses its kernel itself",
+        )
+    if layers is spec.llama and args.sequence_parallel:
+        _refuse(
+            "--spec mcore_longctx.model.spec llama with --sequence-parallel: the final norm would be Megatron's, which refuses it",
+            fix="give --spec mcore_longctx.model.spec llama_block, or no --spec",
+        )
+
+
+# --------------------------------------------------------------------------------------------------------------- context parallel
+
+
+def _check_context_parallel(args: Namespace, known: tuple[str, ...]) -> None:
+    cp, tp = args.context_parallel_size, args.tensor_model_parallel_size
+    check_seq_length(args.seq_length, cp, where="--seq-length")
+    if args.sequence_parallel and args.seq_length // cp % tp:
+        raise LayoutError(
+            f"{args.seq_length // cp:,} tokens of each context-parallel rank are not a multiple of --tensor-model-parallel-size {tp}",
+            where="--sequence-parallel",
+        )
+    types = args.cp_comm_type if isinstance(args.cp_comm_type, list) else [args.cp_comm_type]
+    for name in types:
+        if name not in known:
+            fix = "it is spelled all_gather" if name in ("allgather", "all-gather") else f"use one of {', '.join(known)}"
+            _refuse(f"--cp-comm-type {name} is none that is computed", fix=fix)
+    if len(types) not in (1, args.num_layers):
+        _refuse(f"--cp-comm-type names {len(types)} types for {args.num_layers} layers", fix="name one, or one a layer")
+    _check_hierarchy(types, args.hierarchical_context_parallel_sizes, cp)
+    if args.dataloader_inter_document_masking and cp > 1:
+        _refuse(
+            "--dataloader-inter-document-masking with --context-parallel-size above 1: Megatron-LM slices the tokens over the whole"
+            " sample and reads them as if sliced per document, so that losses are wrong without an error",
+            fix="leave it out",
+        )
+
+
+def _check_hierarchy(types: list[str], sizes: list[int] | None, cp: int) -> None:
+    if "a2a+p2p" not in types or cp == 1:
+        return
+    where = "--cp-comm-type a2a+p2p"
+    if sizes is None:
+        _refuse("how many ranks exchange by a2a is not said", where=where, fix="give --hierarchical-context-parallel-sizes A P")
+    if len(sizes) != 2 or math.prod(sizes) != cp:
+        said = " ".join(str(size) for size in sizes)
+        pairs = ", ".join(f"{a} {cp // a}" for a in range(2, cp) if cp % a == 0) or f"{cp} 1"
+        raise LayoutError(
+            f"--hierarchical-context-parallel-sizes {said} are not two sizes whose product is --context-parallel-size {cp}",
+            where=where,
+            fix=f"these are: {pairs}",
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------------ loss and memory
+
+
+def _check_loss(args: Namespace) -> None:
+    if args.eod_mask_loss and args.context_parallel_size > 1 and not args.calculate_per_token_loss:
+        _refuse(
+            "--eod-mask-loss with --context-parallel-size above 1: each rank would divide by its own number of tokens, and the mean of"
+            " these means is not the loss",
+            fix="give --calculate-per-token-loss",
+        )
+
+
+def _check_memory(args: Namespace) -> None:
+    with quiet_import():
+        from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE
+
+    if args.recompute_granularity == "full" and args.recompute_modules:
+        _refuse(
+            "--recompute-modules has no effect with --recompute-granularity full", fix="leave it out, or give --recompute-granularity selective"
+        )
+    offload = "--fine-grained-activation-offloading" if args.fine_grained_activation_offloading else ""
+    if args.cpu_offloading_num_layers:
+        offload = "--cpu-offloading-num-layers"
+    if offload and not HAVE_TE:
+        _refuse(f"{offload} needs TransformerEngine, which is not installed", fix="leave it out")
+    if offload and args.recompute_granularity == "full":
+        _refuse(f"{offload} beside --recompute-granularity full: nothing is kept that could be offloaded", fix="give one of them")
+
+
+# ------------------------------------------------------------------------------------------------------------------------- batches
+
+_NEEDS_CHECKOUT = ("sft", "fim_data", "hybrid_context_parallel", "logits_load_dir", "mtp_num_layers", "dataloader_inter_document_masking")
+_NOT_PLAIN = ("sft", "hybrid_context_parallel", "dataloader_inter_document_masking")
+
+
+def _check_batches(args: Namespace, program: Program, *, is_ours: bool) -> None:
+    for name in ("reset_attention_mask", "reset_position_ids"):
+        if getattr(args, name):
+            effect = "no attention mask is made" if name == "reset_attention_mask" else "rope does not look at position ids"
+            _refuse(f"{_flag(name)} has no effect: {effect}", fix="leave it out: a sample is one sequence, whatever documents are in it")
+    for name in _NOT_PLAIN:
+        if is_ours and getattr(args, name):
+            _refuse(f"{_flag(name)} gives packed sequences, which our layers do not take here", fix="leave it out")
+    for name in _NEEDS_CHECKOUT + (("overlap_moe_expert_parallel_comm",)):
+        if program.is_own and getattr(args, name):
+            _refuse(f"{_flag(name)} needs pretrain_gpt.py, which the wheel does not bring", fix="give --megatron-lm CHECKOUT")
+    if getattr(args, "modelopt_enabled", False):
+        _refuse("--modelopt-enabled builds a model of its own", fix="use pretrain_gpt.py itself")
+
+
+def _flag(dest: str) -> str:
+    return "--" + dest.replace("_", "-")
+
+
+def _refuse(what: str, *, where: str = "command line", fix: str = "") -> NoReturn:
+    raise ConfigError(what, where=where, fix=fix)
+
+
+Check = Callable[[Namespace], None]
