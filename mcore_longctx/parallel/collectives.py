@@ -1,4 +1,4 @@
-"""Two collectives under one name for every supported torch (2.13 renamed them and warns about the old names)."""
+"""Collectives under one name for every supported torch (2.13 renamed them and warns about the old names)."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["all_gather", "reduce_scatter"]
+__all__ = ["all_gather", "reduce_scatter", "start_all_gather", "start_reduce_scatter"]
 
 # gloo checks shapes where NCCL does not: flat views are the same memory and pass on both
 _ALL_GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -26,3 +26,14 @@ def reduce_scatter(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
     own = tensor.new_empty(tensor.shape[1:])
     _REDUCE_SCATTER(own.view(-1), tensor.contiguous().view(-1), group=group)
     return own
+
+
+def start_all_gather(tensor: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, dist.Work]:
+    """`all_gather` under way: the result [ranks, *shape] may be read after `work.wait()`."""
+    gathered = tensor.new_empty((group.size(), *tensor.shape))
+    return gathered, _ALL_GATHER(gathered.view(-1), tensor.contiguous().view(-1), group=group, async_op=True)
+
+
+def start_reduce_scatter(tensor: Tensor, own: Tensor, group: dist.ProcessGroup) -> dist.Work:
+    """`reduce_scatter` of [ranks, *shape] into `own` (contiguous) under way; `tensor` must be left alone until `work.wait()`."""
+    return _REDUCE_SCATTER(own.view(-1), tensor.view(-1), group=group, async_op=True)
