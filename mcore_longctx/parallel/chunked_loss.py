@@ -15,8 +15,7 @@ all ranks, and its gradient reduce-scattered, while its neighbours are computed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
@@ -27,7 +26,8 @@ from torch.autograd.function import once_differentiable
 from mcore_longctx.errors import LayoutError
 from mcore_longctx.kernels.attention import accumulator_dtype
 from mcore_longctx.kernels.matmul import matmul_into
-from mcore_longctx.parallel.collectives import all_gather, start_all_gather, start_reduce_scatter
+from mcore_longctx.parallel.collectives import all_gather
+from mcore_longctx.parallel.token_tiles import SummedProducts, TokenTiles
 from mcore_longctx.parallel.weight_gradient import WeightGradient
 
 __all__ = ["chunked_linear_cross_entropy", "default_chunk"]
@@ -113,6 +113,7 @@ def chunked_linear_cross_entropy(
     Raises:
         LayoutError: shapes that do not fit together, or a chunk below 1.
     """
+    labels = labels.contiguous()
     head = _Head.of(hidden, weight, labels, group, sequence_parallel, real_vocab_size, chunk)
     if loss_weights is None:
         losses: Tensor = _PerTokenLosses.apply(hidden, weight, labels, head)
@@ -120,7 +121,7 @@ def chunked_linear_cross_entropy(
     if loss_weights.shape != labels.shape:
         raise LayoutError(f"loss_weights are {list(loss_weights.shape)}, labels {list(labels.shape)}: every token has one")
     needed = torch.is_grad_enabled()  # autograd does not tell a Function
-    total, losses = _WeightedLoss.apply(hidden, weight, labels, loss_weights.to(head.dtype), head, needed)
+    total, losses = _WeightedLoss.apply(hidden, weight, labels, loss_weights.to(head.dtype).contiguous(), head, needed)
     return total, losses
 
 
@@ -128,10 +129,7 @@ def chunked_linear_cross_entropy(
 class _Head:
     """What this rank holds of the head and of the tokens."""
 
-    group: dist.ProcessGroup | None  # None: one rank
-    gathers: bool  # hidden is split over the group
-    rows: int  # of this rank's hidden
-    step: int  # of them at once
+    tiles: TokenTiles
     first: int  # word of this rank's first column
     columns: int  # words of this rank that are real, at least 1
     only_padding: bool  # that one is not real either
@@ -149,15 +147,14 @@ class _Head:
         chunk: int | None,
     ) -> _Head:
         size, rank = (1, 0) if group is None else (group.size(), group.rank())
-        gathers = sequence_parallel and size > 1
-        parts = size if gathers else 1
+        parts = size if sequence_parallel else 1
         if hidden.dim() != 2 or weight.dim() != 2 or hidden.size(1) != weight.size(1) or hidden.dtype is not weight.dtype:
             raise LayoutError(
                 f"hidden is {list(hidden.shape)} {hidden.dtype}, weight {list(weight.shape)} {weight.dtype};"
                 " expected [rows, h] and [v, h] of one dtype"
             )
         if labels.dim() != 1 or labels.size(0) != hidden.size(0) * parts:
-            split = f" x {parts} ranks" if gathers else ""
+            split = f" x {parts} ranks" if parts > 1 else ""
             raise LayoutError(
                 f"labels are {list(labels.shape)} for {hidden.size(0):,}{split} rows of hidden: every token has one"
             )
@@ -172,48 +169,24 @@ class _Head:
                 raise LayoutError(f"real_vocab_size is {real_vocab_size:,}, the weights have {size * weight.size(0):,} rows")
             real = min(max(real_vocab_size - first, 0), real)
         return cls(
-            group=group if size > 1 else None,
-            gathers=gathers,
-            rows=hidden.size(0),
-            step=max(1, min(chunk // parts, hidden.size(0))),
+            tiles=TokenTiles.of(hidden.size(0), chunk, group, sequence_parallel),
             first=first,
             columns=max(real, 1),
             only_padding=real == 0,
             dtype=accumulator_dtype(hidden.dtype),
         )
 
-    @property
-    def parts(self) -> int:
-        """Ranks whose tokens are in a chunk."""
-        return self.group.size() if self.gathers and self.group is not None else 1
+    def take(self, vector: Tensor, piece: slice) -> Tensor:
+        """What belongs to a chunk of a vector [rows] in gathered order."""
+        return vector.view(self.tiles.parts, self.tiles.rows)[:, piece].reshape(-1)
 
-    def pieces(self) -> list[slice]:
-        """This rank's rows, chunk by chunk."""
-        return [slice(i, min(i + self.step, self.rows)) for i in range(0, self.rows, self.step)]
-
-    def per_rank(self, vector: Tensor) -> Tensor:
-        """[rows in gathered order] as [parts, rows of a rank]: `[:, piece]` is what belongs to a chunk."""
-        return vector.view(self.parts, self.rows)
-
-    def chunks(self, hidden: Tensor, pieces: list[slice]) -> Iterator[tuple[slice, Tensor]]:
-        """(piece, its rows of all parts [parts * piece, h]). The next chunk is gathered while the present one is used."""
-        if not self.gathers:
-            for piece in pieces:
-                yield piece, hidden[piece]
-            return
-        assert self.group is not None
-        under_way = start_all_gather(hidden[pieces[0]], self.group) if pieces else None
-        for piece, following in zip(pieces, [*pieces[1:], None], strict=True):
-            assert under_way is not None
-            rows, work = under_way
-            work.wait()
-            if following is not None:
-                under_way = start_all_gather(hidden[following], self.group)
-            yield piece, rows.flatten(0, 1)
+    def put(self, vector: Tensor, piece: slice, values: Tensor) -> None:
+        """The reverse of `take`."""
+        vector.view(self.tiles.parts, self.tiles.rows)[:, piece] = values.view(self.tiles.parts, -1)
 
     def buffer(self, hidden: Tensor) -> Tensor:
         """Room for the logits of one chunk."""
-        return hidden.new_empty((self.step * self.parts, self.columns), dtype=self.dtype)
+        return hidden.new_empty((self.tiles.tokens, self.columns), dtype=self.dtype)
 
     def logits(self, rows: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
         """[tokens, columns] in `buffer`, padding left out."""
@@ -223,7 +196,7 @@ class _Head:
 
     def own_labels(self, labels: Tensor, piece: slice) -> tuple[Tensor, Tensor]:
         """(column of each label, int64 [tokens, 1]; is it one of this rank's). Elsewhere the column is one that exists."""
-        column = self.per_rank(labels)[:, piece].reshape(-1, 1) - self.first
+        column = self.take(labels, piece).unsqueeze(1) - self.first
         is_own = (column >= 0) & (column < self.columns) & (not self.only_padding)
         return column.clamp_(0, self.columns - 1), is_own
 
@@ -243,30 +216,27 @@ def _softmax_(logits: Tensor, column: Tensor, is_own: Tensor, head: _Head) -> _T
     largest = logits.amax(dim=1)
     torch.softmax(logits, dim=1, out=logits)
     own_lse = largest - logits.amax(dim=1).log()  # the largest of a softmax is 1 / sum(exp(logit - largest))
-    if head.group is None:
+    if head.tiles.group is None:
         return _Terms(own_lse - predicted, own_lse, own_lse)
-    every_lse, every_predicted = all_gather(torch.stack((own_lse, predicted)), head.group).unbind(1)  # [t, tokens] each
+    every_lse, every_predicted = all_gather(torch.stack((own_lse, predicted)), head.tiles.group).unbind(1)  # [t, tokens] each
     lse = every_lse.logsumexp(dim=0)
     return _Terms(lse - every_predicted.sum(dim=0), lse, own_lse)
 
 
 @dataclass
 class _Gradients:
-    """Gradients of hidden and weight, chunk by chunk. At most one exchange is under way."""
+    """Gradients of hidden and weight, chunk by chunk; None where one is not wanted."""
 
-    head: _Head
-    weight: Tensor
-    of_hidden: Tensor | None
+    weight: Tensor  # [columns, h]
+    of_hidden: SummedProducts | None
     of_weight: WeightGradient | None
     low: Tensor | None = None  # room for a chunk's gradient of the logits in the dtype of the weights
-    under_way: list[tuple[dist.Work, Tensor]] = field(default_factory=list)  # and what it reads
 
     @classmethod
     def of(cls, hidden: Tensor, weight: Tensor, head: _Head, needs: tuple[bool, bool], into_main_grad: bool) -> _Gradients:
         return cls(
-            head,
-            weight,
-            torch.empty_like(hidden) if needs[0] else None,
+            weight[: head.columns],
+            SummedProducts(torch.empty_like(hidden), head.tiles) if needs[0] else None,
             WeightGradient(weight, rows=head.columns, into_main_grad=into_main_grad) if needs[1] else None,
         )
 
@@ -283,29 +253,16 @@ class _Gradients:
             of_logits = torch.mul(probabilities, factor.unsqueeze(1), out=self.low[: rows.size(0)])
         of_logits.scatter_(1, column, at_label.to(of_logits.dtype))
         if self.of_hidden is not None:
-            self._add_hidden(self.of_hidden[piece], of_logits)
+            self.of_hidden.put(piece, of_logits, self.weight)
         if self.of_weight is not None:
             self.of_weight.add(of_logits, rows)
 
-    def _add_hidden(self, own: Tensor, of_logits: Tensor) -> None:
-        """The exchange of this chunk runs during its weight gradient and the logits of the next."""
-        head, weight = self.head, self.weight[: self.head.columns]
-        self.wait()
-        if head.group is None:
-            torch.mm(of_logits, weight, out=own)
-        elif head.gathers:
-            summands = of_logits @ weight  # [t * tokens, h]
-            self.under_way.append((start_reduce_scatter(summands, own, head.group), summands))
-        else:
-            torch.mm(of_logits, weight, out=own)
-            work = dist.all_reduce(own, group=head.group, async_op=True)
-            assert work is not None
-            self.under_way.append((work, own))
-
-    def wait(self) -> None:
-        """Until the exchange under way is done."""
-        while self.under_way:
-            self.under_way.pop()[0].wait()
+    def finish(self) -> tuple[Tensor | None, WeightGradient | None]:
+        """The gradient of hidden, and the sum for the weight."""
+        if self.of_hidden is None:
+            return None, self.of_weight
+        self.of_hidden.wait()
+        return self.of_hidden.out, self.of_weight
 
 
 class _PerTokenLosses(torch.autograd.Function):
@@ -315,11 +272,11 @@ class _PerTokenLosses(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, head: _Head) -> Tensor:
         losses, lse = (hidden.new_empty(labels.size(0), dtype=head.dtype) for _ in range(2))
         buffer = head.buffer(hidden)
-        for piece, rows in head.chunks(hidden, head.pieces()):
+        for piece, (rows,) in head.tiles.gathered(head.tiles.pieces(), hidden):
             logits = head.logits(rows, weight, buffer)
             terms = _softmax_(logits, *head.own_labels(labels, piece), head)
-            head.per_rank(losses)[:, piece] = terms.losses.view(head.parts, -1)
-            head.per_rank(lse)[:, piece] = terms.lse.view(head.parts, -1)
+            head.put(losses, piece, terms.losses)
+            head.put(lse, piece, terms.lse)
         ctx.save_for_backward(hidden, weight, labels, lse)
         ctx.head, ctx.parameter = head, weight  # a saved tensor loses its attributes (main_grad) in saved_tensors_hooks
         return losses
@@ -331,13 +288,12 @@ class _PerTokenLosses(torch.autograd.Function):
         hidden, weight, labels, lse = ctx.saved_tensors
         gradients = _Gradients.of(hidden, ctx.parameter, head, ctx.needs_input_grad[:2], into_main_grad=True)
         upstream, buffer = upstream.contiguous(), head.buffer(hidden)
-        for piece, rows in head.chunks(hidden, head.pieces()):
-            factor = head.per_rank(upstream)[:, piece].reshape(-1)
-            logits = head.logits(rows, weight, buffer)
-            probabilities = logits.sub_(head.per_rank(lse)[:, piece].reshape(-1, 1)).exp_()
+        for piece, (rows,) in head.tiles.gathered(head.tiles.pieces(), hidden):
+            factor = head.take(upstream, piece)
+            probabilities = head.logits(rows, weight, buffer).sub_(head.take(lse, piece).unsqueeze(1)).exp_()
             gradients.add(piece, rows, probabilities, *head.own_labels(labels, piece), factor, factor)
-        gradients.wait()
-        return gradients.of_hidden, gradients.of_weight and gradients.of_weight.finish(), None, None
+        of_hidden, of_weight = gradients.finish()
+        return of_hidden, of_weight and of_weight.finish(), None, None
 
 
 class _WeightedLoss(torch.autograd.Function):
@@ -349,43 +305,50 @@ class _WeightedLoss(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         losses = hidden.new_zeros(labels.size(0), dtype=head.dtype)
         total = hidden.new_zeros((), dtype=torch.float64)  # millions of losses: float32 would lose digits
-        needs = (needed and hidden.requires_grad, needed and weight.requires_grad)
+        needs = (needed and ctx.needs_input_grad[0], needed and ctx.needs_input_grad[1])
         gradients = _Gradients.of(hidden, weight, head, needs, into_main_grad=False)
-        weights = head.per_rank(loss_weights.contiguous())
-        pieces = head.pieces()
-        counted = torch.stack([weights[:, piece].any() for piece in pieces]).tolist()  # one wait for the device
+        counted, skipped = _by_weight(head, loss_weights)
         buffer = head.buffer(hidden)
-        for piece, rows in head.chunks(hidden, [piece for piece, any_weight in zip(pieces, counted, strict=True) if any_weight]):
-            upstream = weights[:, piece].reshape(-1)
-            labels_here = head.own_labels(labels, piece)
+        for piece, (rows,) in head.tiles.gathered(counted, hidden):
+            upstream, own_labels = head.take(loss_weights, piece), head.own_labels(labels, piece)
             logits = head.logits(rows, weight, buffer)
-            terms = _softmax_(logits, *labels_here, head)
+            terms = _softmax_(logits, *own_labels, head)
             token_losses = terms.losses.masked_fill_(upstream == 0, 0)
             total += (token_losses * upstream).sum(dtype=torch.float64)
-            head.per_rank(losses)[:, piece] = token_losses.view(head.parts, -1)
+            head.put(losses, piece, token_losses)
             if any(needs):
-                # softmax over this rank's columns -> over all of them
+                # from a softmax over this rank's columns to one over all of them
                 factor = (terms.own_lse - terms.lse).exp_() * upstream
-                gradients.add(piece, rows, logits, *labels_here, factor, upstream)
-        gradients.wait()
-        for piece, any_weight in zip(pieces, counted, strict=True):
-            if gradients.of_hidden is not None and not any_weight:
-                gradients.of_hidden[piece] = 0
-        ctx.gradients = gradients
+                gradients.add(piece, rows, logits, *own_labels, factor, upstream)
+        ctx.of_hidden, ctx.of_weight = gradients.finish()
+        if ctx.of_hidden is not None:
+            for piece in skipped:
+                ctx.of_hidden[piece] = 0
+        ctx.is_spent, ctx.step = False, head.tiles.step
         ctx.mark_non_differentiable(losses)
         return total.to(head.dtype), losses
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Any:
-        gradients, ctx.gradients = ctx.gradients, None
-        if gradients is None:
+        if ctx.is_spent:
             raise RuntimeError(
-                "the gradients of this weighted loss have been handed out; leave loss_weights out to go back twice"
+                "the gradients of this weighted loss have been handed out; to go back twice, leave loss_weights out"
             )
-        of_hidden = gradients.of_hidden
+        of_hidden, of_weight = ctx.of_hidden, ctx.of_weight
+        ctx.is_spent, ctx.of_hidden, ctx.of_weight = True, None, None
         if of_hidden is not None:
-            for rows in of_hidden.split(gradients.head.step):
-                # in the dtype of `upstream`, which as a scalar would be rounded to that of the rows
+            for rows in of_hidden.split(ctx.step):
+                # as a scalar `upstream` would be rounded to the dtype of the rows first
                 torch.mul(rows, upstream.view(1, 1), out=rows)
-        return of_hidden, gradients.of_weight and gradients.of_weight.finish(upstream), None, None, None, None
+        return of_hidden, of_weight and of_weight.finish(upstream), None, None, None, None
+
+
+def _by_weight(head: _Head, loss_weights: Tensor) -> tuple[list[slice], list[slice]]:
+    """Pieces with a weight that is not 0, and the others: the same on all ranks. Waits for the device once."""
+    pieces = head.tiles.pieces()
+    if not pieces:
+        return [], []
+    is_counted = torch.stack([head.take(loss_weights, piece).any() for piece in pieces]).tolist()
+    pairs = list(zip(pieces, is_counted, strict=True))
+    return [piece for piece, counts in pairs if counts], [piece for piece, counts in pairs if not counts]

@@ -28,7 +28,7 @@ class Problem:
         generator = torch.Generator().manual_seed(rows)
         normal = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
         self.real = real
-        self.hidden, self.weight = (scale * normal(rows, HIDDEN)).to(dtype), normal(vocab, HIDDEN).to(dtype)
+        self.hidden, self.weight = (scale * normal(rows, HIDDEN)).to(dtype), (0.3 * normal(vocab, HIDDEN)).to(dtype)
         self.labels = torch.randint(real, (rows,), generator=generator)
         self.weights = torch.rand(rows, generator=generator, dtype=torch.float64)
         self.weights[rows // 3 : rows // 2] = 0  # a run that holds whole chunks
