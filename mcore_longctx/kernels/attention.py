@@ -1,266 +1,159 @@
-"""Attention on one device: forward gives the output and its log-sum-exp, backward is called directly with both.
+"""Attention on one device: which kernel computes it.
 
-With (out, lse) a query's attention over any set of keys can be computed in parts and merged (`merge`), and the backward of each
-part is exact when it is given the merged out and lse. Every exchange pattern of context parallelism rests on these two facts.
+Decided by `choose_kernel` and by nothing else, once for a device, dtype and head dimension d. The first of its line that can be used:
 
-Shapes: query, out [b, n, s_q, d]; key, value [b, g, s_k, d] with n a multiple of g (grouped queries are not expanded by the
-caller); lse [b, n, s_q], natural logarithm, float32 (float64 for float64 inputs). `causal` needs s_q = s_k.
+    device                dtype          order of choice
+    CPU                   any float      cpu_flash, any d
+    CUDA, compute 10.x+   bf16, fp16     flash4 (if installed, d <= 128), cudnn (d <= 128), flash (d <= 256), efficient
+    CUDA, compute 9.x     bf16, fp16     flash3 (if installed, d <= 256), cudnn (d <= 128), flash (d <= 256), efficient
+    CUDA, older           bf16, fp16     flash (compute 8.x, d <= 256), efficient
+    CUDA                  fp32           efficient: keys and values of grouped queries are expanded, gradients summed
+    CUDA                  fp64           math: O(s^2) memory, for tests
 
-Which kernel is used where, decided by `choose_kernel` and by nothing else (d: head dimension):
-
-    device                  dtype          d                        kernel        grouped queries
-    CPU                     any float      any                      cpu_flash     native
-    CUDA, compute >= 9.0    bf16, fp16     <= 128, multiple of 8    cudnn         native
-    CUDA                    bf16, fp16     <= 256, multiple of 8    flash         native
-    CUDA                    fp32, rest     any                      efficient     keys and values expanded, gradients summed
-    CUDA                    fp64           any                      math          O(s^2) memory: for tests
-
-The CUDA kernels are torch's own (schemas of torch 2.13) and are not measured yet: their tests are marked `gpu`.
+All but efficient take grouped queries as they are. d is a multiple of 8 for the first four. The order is that of published rates
+(docs/benchmarks.md): nothing on CUDA is measured yet. On CUDA every kernel stands behind `HeadSplit`, which keeps it below 2^31
+elements.
 """
 
 from __future__ import annotations
 
-import math
-from typing import Protocol, TypeAlias
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-__all__ = ["AttentionKernel", "MathKernel", "accumulator_dtype", "attention_kernel", "choose_kernel", "merge"]
+from mcore_longctx.errors import ConfigError
+from mcore_longctx.kernels.flash_attention import Flash3Kernel, Flash4Kernel, PackageKernel
+from mcore_longctx.kernels.head_split import HeadSplit
+from mcore_longctx.kernels.interface import AttentionKernel, accumulator_dtype, merge
+from mcore_longctx.kernels.torch_attention import CpuFlashKernel, CudnnKernel, EfficientKernel, FlashKernel, MathKernel
 
-OutAndLse: TypeAlias = tuple[Tensor, Tensor]
-Gradients: TypeAlias = tuple[Tensor, Tensor, Tensor]
+__all__ = [
+    "KERNEL_NAMES",
+    "AttentionKernel",
+    "CpuFlashKernel",
+    "CudnnKernel",
+    "EfficientKernel",
+    "FlashKernel",
+    "MathKernel",
+    "accumulator_dtype",
+    "attention_kernel",
+    "choose_kernel",
+    "kernel_and_reason",
+    "merge",
+]
 
-aten = torch.ops.aten
-
-
-class AttentionKernel(Protocol):
-    """Forward and direct backward of softmax(scale * q k^T) v."""
-
-    name: str
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scale: float) -> OutAndLse:
-        """Return out (dtype of query) and lse."""
-
-    def backward(
-        self, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
-    ) -> Gradients:
-        """Gradients of query, key and value. `out` and `lse` may come from more keys than the ones given here."""
-
-
-def choose_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionKernel:
-    """The kernel for a device, dtype and head dimension, by the table above. Its `name` is worth a line in a log."""
-    if device.type == "cpu":
-        return CpuFlashKernel()
-    if dtype is torch.float64:
-        return MathKernel()
-    if dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0:
-        is_hopper = torch.cuda.get_device_capability(device) >= (9, 0)
-        if is_hopper and head_dim <= 128 and torch.backends.cudnn.is_available():
-            return CudnnKernel()
-        if head_dim <= 256:
-            return FlashKernel()
-    return EfficientKernel()
+_KERNELS: tuple[type[AttentionKernel], ...] = (
+    CpuFlashKernel,
+    Flash4Kernel,
+    Flash3Kernel,
+    CudnnKernel,
+    FlashKernel,
+    EfficientKernel,
+    MathKernel,
+)
+KERNEL_NAMES = tuple(kernel.name for kernel in _KERNELS)  # in the order of choice
+_HALF = (torch.bfloat16, torch.float16)
 
 
-def attention_kernel(query: Tensor) -> AttentionKernel:
+def choose_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, wanted: tuple[str, ...] = ()) -> AttentionKernel:
+    """The kernel for a device, dtype and head dimension: `kernel_and_reason` without its reason."""
+    return kernel_and_reason(device, dtype, head_dim, wanted)[0]
+
+
+def attention_kernel(query: Tensor, wanted: tuple[str, ...] = ()) -> AttentionKernel:
     """`choose_kernel` for a tensor [..., d]."""
-    return choose_kernel(query.device, query.dtype, query.size(-1))
+    return choose_kernel(query.device, query.dtype, query.size(-1), wanted)
 
 
-def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What partial results and gradients are summed in: float64 for float64, else float32."""
-    return torch.float64 if dtype is torch.float64 else torch.float32
+@lru_cache
+def kernel_and_reason(
+    device: torch.device, dtype: torch.dtype, head_dim: int, wanted: tuple[str, ...] = ()
+) -> tuple[AttentionKernel, str]:
+    """The kernel and one line for a log: its name, for what, and why not those that would have come before it.
 
+    Args:
+        device: where it computes.
+        dtype: of query, key and value.
+        head_dim: d.
+        wanted: names to choose among; empty: all, by the table of the module.
 
-def merge(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
-    """Add attention over more keys to (`out`, `lse`), in place.
-
-    `out` [b, n, s, d] and `lse` [b, n, s] are in the accumulator dtype; slices of larger tensors are fine.
+    Raises:
+        ConfigError: an unknown name, or none of those that are wanted can be used.
     """
-    total = torch.logaddexp(lse, part_lse)
-    out.mul_((lse - total).exp_().unsqueeze(-1)).add_(part_out * (part_lse - total).exp_().unsqueeze(-1))
-    lse.copy_(total)
+    unknown = [name for name in wanted if name not in KERNEL_NAMES]
+    if unknown:
+        raise ConfigError(f"attention kernel {unknown[0]!r} is not known", fix=f"use one of {', '.join(KERNEL_NAMES)}")
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    purpose = f"for {str(dtype).removeprefix('torch.')} heads of {head_dim} on {name}"
+    passed_over: list[str] = []
+    for kind in _KERNELS:
+        if wanted and kind.name not in wanted:
+            continue
+        kernel = kind()
+        against = _unusable(kind, device.type, capability, dtype, head_dim)
+        if against is None and issubclass(kind, PackageKernel):
+            against = _fails_on(kernel, device, dtype, head_dim)
+        if against is None:
+            others = f" ({'; '.join(passed_over)})" if passed_over and device.type == "cuda" else ""
+            return (HeadSplit(kernel) if device.type == "cuda" else kernel), f"kernel {kind.name} {purpose}{others}"
+        passed_over.append(f"{kind.name}: {against}")
+    asked = " and ".join(repr(name) for name in wanted)
+    raise ConfigError(
+        f"attention kernel {asked} cannot be used {purpose} ({'; '.join(passed_over)})", fix="let the rule choose one"
+    )
 
 
-class CpuFlashKernel:
-    """Torch's flash attention for CPUs: grouped queries are native in both directions, float64 to bfloat16."""
-
-    name = "cpu_flash"
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scale: float) -> OutAndLse:
-        """See `AttentionKernel`."""
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)
-        return out, lse
-
-    def backward(
-        self, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
-    ) -> Gradients:
-        """See `AttentionKernel`."""
-        # the kernel walks rows by stride of a dense tensor: slices must be copied
-        dense = [tensor.contiguous() for tensor in (grad_out, query, key, value, out, lse)]
-        return aten._scaled_dot_product_flash_attention_for_cpu_backward(*dense, 0.0, causal, scale=scale)
-
-
-class FlashKernel:
-    """Torch's flash attention 2 for CUDA, bf16 and fp16."""
-
-    name = "flash"
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scale: float) -> OutAndLse:
-        """See `AttentionKernel`."""
-        out, lse, *_ = aten._scaled_dot_product_flash_attention(query, key, value, 0.0, causal, False, scale=scale)
-        return out, lse
-
-    def backward(
-        self, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
-    ) -> Gradients:
-        """See `AttentionKernel`."""
-        seed, offset = _no_dropout(query.device, torch.uint64)
-        return aten._scaled_dot_product_flash_attention_backward(
-            grad_out.contiguous(),
-            query,
-            key,
-            value,
-            out,
-            lse.contiguous(),
-            None,  # cum_seq_q and cum_seq_k: dense, not packed
-            None,
-            query.size(2),
-            key.size(2),
-            0.0,
-            causal,
-            seed,
-            offset,
-            scale=scale,
-        )
+def _unusable(
+    kind: type[AttentionKernel], device_type: str, capability: tuple[int, int], dtype: torch.dtype, head_dim: int
+) -> str | None:
+    """Why a kernel cannot be used there; None: it can."""
+    if kind is MathKernel:
+        return None
+    if kind is CpuFlashKernel:
+        return None if device_type == "cpu" else "for the CPU"
+    if device_type != "cuda":
+        return "needs CUDA"
+    if kind is EfficientKernel:
+        return "not for float64" if dtype is torch.float64 else None
+    needs, largest = {
+        Flash4Kernel: ((10, 0), 128),
+        Flash3Kernel: ((9, 0), 256),
+        CudnnKernel: ((9, 0), 128),
+        FlashKernel: ((8, 0), 256),
+    }[kind]
+    if dtype not in _HALF:
+        return "for bf16 and fp16"
+    if capability < needs:
+        return f"needs compute capability {needs[0]}.{needs[1]}"
+    if kind is Flash3Kernel and capability >= (10, 0):
+        return "for compute capability 9.x"
+    if head_dim % 8 or head_dim > largest:
+        return f"heads up to {largest} and a multiple of 8"
+    if kind is CudnnKernel and not torch.backends.cudnn.is_available():
+        return "cuDNN is not there"
+    if issubclass(kind, PackageKernel) and not kind.is_installed():
+        return f"not installed, {kind.install}"
+    return None
 
 
-class CudnnKernel:
-    """cuDNN's fused attention, bf16 and fp16. Its lse is [b, n, s, 1]."""
-
-    name = "cudnn"
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scale: float) -> OutAndLse:
-        """See `AttentionKernel`."""
-        out, lse, *_ = aten._scaled_dot_product_cudnn_attention(query, key, value, None, True, 0.0, causal, False, scale=scale)
-        return out, lse.reshape(query.shape[:3])
-
-    def backward(
-        self, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
-    ) -> Gradients:
-        """See `AttentionKernel`."""
-        seed, offset = _no_dropout(query.device, torch.int64)
-        return aten._scaled_dot_product_cudnn_attention_backward(
-            grad_out.contiguous(),
-            query,
-            key,
-            value,
-            out,
-            lse.contiguous().unsqueeze(-1),
-            seed,
-            offset,
-            None,  # attn_bias
-            None,  # cum_seq_q and cum_seq_k: dense, not packed
-            None,
-            query.size(2),
-            key.size(2),
-            0.0,
-            causal,
-            scale=scale,
-        )
-
-
-class EfficientKernel:
-    """Torch's memory-efficient attention for CUDA, used for fp32. It knows no grouped queries, and pads its lse to 32 rows."""
-
-    name = "efficient"
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scale: float) -> OutAndLse:
-        """See `AttentionKernel`."""
-        groups = query.size(1) // key.size(1)
-        out, lse, *_ = aten._scaled_dot_product_efficient_attention(
-            query, _expand_groups(key, groups), _expand_groups(value, groups), None, True, 0.0, causal, scale=scale
-        )
-        return out, lse[:, :, : query.size(2)]
-
-    def backward(
-        self, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
-    ) -> Gradients:
-        """See `AttentionKernel`."""
-        groups, rows = query.size(1) // key.size(1), query.size(2)
-        seed, offset = _no_dropout(query.device, torch.int64)
-        # +inf in the padding: exp(score - inf) = 0, as the forward writes it
-        padded = torch.nn.functional.pad(lse, (0, -rows % 32), value=math.inf)
-        grad_query, grad_key, grad_value, _ = aten._scaled_dot_product_efficient_attention_backward(
-            grad_out.contiguous(),
-            query,
-            _expand_groups(key, groups),
-            _expand_groups(value, groups),
-            None,
-            out,
-            padded,
-            seed,
-            offset,
-            0.0,
-            [True, True, True, False],
-            causal,
-            scale=scale,
-        )
-        return grad_query, _sum_groups(grad_key, groups), _sum_groups(grad_value, groups)
-
-
-class MathKernel:
-    """Plain matrix products, O(s^2) memory: the reference that the other kernels are tested against."""
-
-    name = "math"
-
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scale: float) -> OutAndLse:
-        """See `AttentionKernel`."""
-        dtype, groups = accumulator_dtype(query.dtype), query.size(1) // key.size(1)
-        scores = _scores(query, key, causal=causal, scale=scale)
-        lse = scores.logsumexp(-1)
-        out = (scores - lse.unsqueeze(-1)).exp_() @ _expand_groups(value, groups).to(dtype)
-        return out.to(query.dtype), lse
-
-    def backward(
-        self, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
-    ) -> Gradients:
-        """See `AttentionKernel`."""
-        dtype, groups = accumulator_dtype(query.dtype), query.size(1) // key.size(1)
-        probabilities = (_scores(query, key, causal=causal, scale=scale) - lse.unsqueeze(-1)).exp_()
-        grad_out, out = grad_out.to(dtype), out.to(dtype)
-        grad_value = probabilities.transpose(-1, -2) @ grad_out
-        grad_probabilities = grad_out @ _expand_groups(value, groups).to(dtype).transpose(-1, -2)
-        grad_scores = probabilities * (grad_probabilities - (grad_out * out).sum(-1, keepdim=True)) * scale
-        grad_query = grad_scores @ _expand_groups(key, groups).to(dtype)
-        grad_key = grad_scores.transpose(-1, -2) @ query.to(dtype)
-        return (
-            grad_query.to(query.dtype),
-            _sum_groups(grad_key, groups).to(key.dtype),
-            _sum_groups(grad_value, groups).to(value.dtype),
-        )
-
-
-def _scores(query: Tensor, key: Tensor, *, causal: bool, scale: float) -> Tensor:
-    dtype, groups = accumulator_dtype(query.dtype), query.size(1) // key.size(1)
-    scores = query.to(dtype) @ _expand_groups(key, groups).to(dtype).transpose(-1, -2) * scale  # [b, n, s_q, s_k]
-    if causal:
-        above = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-        scores = scores.masked_fill(above, -math.inf)
-    return scores
-
-
-def _expand_groups(tensor: Tensor, groups: int) -> Tensor:
-    return tensor if groups == 1 else tensor.repeat_interleave(groups, dim=1)
-
-
-def _sum_groups(grad: Tensor, groups: int) -> Tensor:
-    if groups == 1:
-        return grad
-    return grad.unflatten(1, (-1, groups)).sum(2, dtype=accumulator_dtype(grad.dtype)).to(grad.dtype)
-
-
-def _no_dropout(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Random state that the schemas ask for; never read at dropout 0."""
-    return torch.zeros(2, dtype=dtype, device=device), torch.zeros((), dtype=dtype, device=device)
+def _fails_on(kernel: AttentionKernel, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Compare an installed package's kernel with matrix products on a small causal case with grouped queries; None: it is right."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value, grad_out = (
+        torch.randn(1, heads, 384, head_dim, generator=generator).to(device, dtype) for heads in (4, 2, 2, 4)
+    )
+    scale = head_dim**-0.5
+    out, lse = MathKernel().forward(query, key, value, causal=True, scale=scale)
+    expected = (out, lse, *MathKernel().backward(grad_out, query, key, value, out, lse, causal=True, scale=scale))
+    try:
+        out, lse = kernel.forward(query, key, value, causal=True, scale=scale)
+        found = (out, lse, *kernel.backward(grad_out, query, key, value, out, lse, causal=True, scale=scale))
+    except Exception as error:  # another package's version may raise anything
+        return f"fails here with {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), found, expected, strict=True):
+        error_of = (a.float() - b.float()).abs().max() / b.float().abs().max()
+        if a.shape != b.shape or not error_of < 0.05:
+            return f"its {name} is wrong here by {error_of:.1e} of the largest entry"
+    return None

@@ -8,32 +8,43 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 from torch import Tensor
 
-from mcore_longctx.errors import ConfigError
-from mcore_longctx.kernels.attention import choose_kernel
+from mcore_longctx.errors import ConfigError, LayoutError
+from mcore_longctx.kernels.attention import kernel_and_reason
+from mcore_longctx.layout.packed import PackLayout, plain_layout
 from mcore_longctx.megatron_compat import training_device
+from mcore_longctx.model.packed import agreed_layout
 from mcore_longctx.parallel.exchange import CP_COMM_TYPES, attention, make_exchange, replayed_attention
 
 __all__ = ["LongContextAttention"]
 
 logger = logging.getLogger(__name__)
 
+# Megatron's `attention_backend`; "local" and "unfused" ask for code of Megatron that materialises s x s scores
+_KERNELS_OF_BACKEND = {
+    AttnBackend.auto: (),
+    AttnBackend.flash: ("cpu_flash", "flash4", "flash3", "flash"),
+    AttnBackend.fused: ("cudnn",),
+}
+
 
 class LongContextAttention(torch.nn.Module):
     """Causal self-attention under context parallelism, in place of DotProductAttention or TEDotProductAttention.
 
     Built by Megatron's `SelfAttention` with keywords; rope is already applied to what `forward` is given. Memory is linear in
-    sequence length; there is no attention mask. What it reads of the config: `attention_dropout` (must be 0), `cp_comm_type`
-    (`p2p` or `all_gather`, one or one per layer), `softmax_scale` (None: 1/sqrt(kv_channels)).
+    sequence length; there is no attention mask. What it reads of the config: `attention_dropout` (must be 0), `cp_comm_type` (`p2p`,
+    `all_gather`, `a2a` or `a2a+p2p`, one or one per layer), `softmax_scale` (None: 1/sqrt(kv_channels)), `attention_backend` (`auto`,
+    `flash` or `fused`: which kernels may be chosen).
 
     A layer that is computed again in the backward pass need not compute its attention again: run the layer inside `recording`,
     keep what it yields beside the layer's input, and run the layer again inside `replaying`. `forward_calls` counts the attentions
     that were really computed.
 
     Raises:
-        ConfigError: anything that this attention does not compute: dropout, another exchange, a window, cross attention.
+        ConfigError: anything that this attention does not compute: dropout, another exchange, a window, cross attention; a kernel that
+            is asked for and not there; `a2a+p2p` without its groups.
     """
 
     def __init__(
@@ -63,16 +74,20 @@ class LongContextAttention(torch.nn.Module):
         for name, wanted in (("attention_dropout", 0.0), ("window_size", None), ("softmax_type", "vanilla")):
             if getattr(config, name, wanted) != wanted:
                 raise ConfigError(f"{name} is {getattr(config, name)!r}, only {wanted!r} is supported", where=where)
-        self.exchange = make_exchange(self.cp_comm_type, self.cp_group, getattr(pg_collection, "hcp", None))
+        backend = getattr(config, "attention_backend", AttnBackend.auto)
+        if backend not in _KERNELS_OF_BACKEND:
+            raise ConfigError(f"attention_backend is {backend.name!r}", where=where, fix="use auto, flash or fused")
+        kernels = _KERNELS_OF_BACKEND[backend]
+        _, reason = kernel_and_reason(training_device(), config.params_dtype, config.kv_channels, kernels)
+        hierarchical_groups = getattr(pg_collection, "hcp", None)
+        self.exchange = make_exchange(self.cp_comm_type, self.cp_group, hierarchical_groups, kernels)
         self.forward_calls = 0
         self._recorded: list[Tensor] | None = None
         self._replayed: tuple[Tensor, Tensor] | None = None
         if layer_number == 1:  # megatron-core 0.19 trains on with its own layer when --spec cannot be imported: be seen
-            kernel = choose_kernel(training_device(), config.params_dtype, config.kv_channels)
-            logger.info(
-                "long-context attention: %s over %d context-parallel ranks, kernel %s",
-                *(self.cp_comm_type, self.cp_group.size(), kernel.name),
-            )
+            ranks = self.cp_group.size()
+            neighbours = f" ({self.exchange.inner} x {ranks // self.exchange.inner})" if self.cp_comm_type == "a2a+p2p" else ""
+            logger.info("long-context attention: %s%s over %d ranks, %s", self.cp_comm_type, neighbours, ranks, reason)
 
     def forward(
         self,
@@ -85,22 +100,24 @@ class LongContextAttention(torch.nn.Module):
         attention_bias: Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> Tensor:
-        """Attention over the whole sequence for this rank's zigzag rows.
+        """Attention over the whole sequence, or over each document of a pack, for this rank's rows.
 
         Args:
-            query: [s/c, b, n/tp, d].
-            key: [s/c, b, g/tp, d].
-            value: [s/c, b, g/tp, d].
+            query: [s/c, b, n/tp, d]; [t, n/tp, d] in a pack of qkv_format "thd".
+            key: the same with g/tp heads.
+            value: as key.
             attention_mask: must be None; a mask of s x s entries cannot exist at these lengths.
             attn_mask_type: causal, or None for the one given at construction.
             attention_bias: must be None.
-            packed_seq_params: must be None.
+            packed_seq_params: documents that do not see each other (`mcore_longctx.model.packed`), b = 1. None: one sequence,
+                whose zigzag chunks these rows are.
 
         Returns:
-            [s/c, b, n/tp * d].
+            [s/c, b, n/tp * d]; [t, n/tp * d] for "thd". 0 in the rows of padding, whatever they hold.
 
         Raises:
-            ConfigError: a mask, a bias or packed sequences are given.
+            ConfigError: a mask or a bias is given.
+            LayoutError: rows that do not fit the pack, on every rank; a sequence that is not two equal chunks.
         """
         where = f"attention of layer {self.layer_number}"
         if attention_mask is not None:
@@ -109,24 +126,39 @@ class LongContextAttention(torch.nn.Module):
                 where=where,
                 fix="pass None (Megatron-LM: --no-create-attention-mask-in-dataloader)",
             )
-        if attn_mask_type not in (None, AttnMaskType.causal):
+        if attn_mask_type not in (None, AttnMaskType.causal, AttnMaskType.padding_causal):
             raise ConfigError(f"a {attn_mask_type.name} mask is asked for, only causal is computed", where=where)
         if attention_bias is not None:
             raise ConfigError("an attention bias is given, which is not supported", where=where)
-        if packed_seq_params is not None:
-            raise ConfigError("packed sequences (cu_seqlens) are given, which are not supported", where=where)
-        q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))  # [b, heads, s/c, d]
+        if query.dim() == 3:  # thd
+            query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))
+            return self._attend(query, key, value, self._layout(query, packed_seq_params, where)).squeeze(1)
+        return self._attend(query, key, value, self._layout(query, packed_seq_params, where))
+
+    def _layout(self, query: Tensor, packed_seq_params: Any, where: str) -> PackLayout:
+        rows, batch, ranks = query.size(0), query.size(1), self.cp_group.size()
+        if packed_seq_params is None:
+            if ranks > 1 and rows % 2:
+                raise LayoutError(f"a context-parallel rank holds {rows:,} tokens, which is not two equal chunks", where=where)
+            return plain_layout(rows * ranks, ranks)
+        layout = agreed_layout(packed_seq_params, rows, self.cp_group, query.device, where=where)
+        if batch != 1:
+            raise LayoutError(f"a pack with micro batch size {batch}", where=where, fix="use 1: a pack is a batch of documents")
+        return layout
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, layout: PackLayout) -> Tensor:
+        """[t, b, heads, d] -> [t, b, n * d]."""
+        q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
         if self._replayed is not None:
             out, lse = self._replayed
-            out = out.unflatten(-1, (query.size(2), -1)).permute(1, 2, 0, 3)
-            out = replayed_attention(q, k, v, out, lse, self.exchange, None, self.softmax_scale)
-            return out.permute(2, 0, 1, 3).flatten(2)
+            kept = out.view(q.size(2), q.size(0), q.size(1), -1).permute(1, 2, 0, 3)
+            return _as_megatron(replayed_attention(q, k, v, kept, lse, self.exchange, layout, self.softmax_scale))
         self.forward_calls += 1
         if self._recorded is None:
-            return attention(q, k, v, self.exchange, None, self.softmax_scale).permute(2, 0, 1, 3).flatten(2)
+            return _as_megatron(attention(q, k, v, self.exchange, layout, self.softmax_scale))
         with torch.no_grad():
-            out, lse = self.exchange.forward(q, k, v, None, self.softmax_scale)
-        out = out.permute(2, 0, 1, 3).flatten(2)
+            out, lse = self.exchange.forward(q, k, v, layout, self.softmax_scale)
+        out = _as_megatron(out)
         self._recorded += [out, lse]
         return out
 
@@ -155,3 +187,8 @@ class LongContextAttention(torch.nn.Module):
             yield
         finally:
             self._replayed = None
+
+
+def _as_megatron(out: Tensor) -> Tensor:
+    """[b, n, t, d] -> [t, b, n * d]; a view where it lies by rows, as everything here does."""
+    return out.permute(2, 0, 1, 3).flatten(2)

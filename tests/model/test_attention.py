@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.enums import AttnBackend, AttnMaskType
 
 from mcore_longctx.errors import ConfigError
 from mcore_longctx.kernels.attention import MathKernel
@@ -25,7 +25,13 @@ class OneRank:
 
 
 def core_attention(cp_comm_type: str | None = None, softmax_scale: float | None = None, **changed: Any) -> LongContextAttention:
-    settings = {"attention_dropout": 0.0, "kv_channels": 16, "window_size": None, "softmax_type": "vanilla"} | changed
+    settings = {
+        "attention_dropout": 0.0,
+        "kv_channels": 16,
+        "window_size": None,
+        "softmax_type": "vanilla",
+        "params_dtype": torch.float32,
+    } | changed
     return LongContextAttention(
         config=SimpleNamespace(**settings),
         layer_number=3,
@@ -54,8 +60,8 @@ def test_it_takes_and_gives_megatrons_shapes(softmax_scale: float | None) -> Non
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"cp_comm_type": "a2a"}, "cp_comm_type is 'a2a'; use one of p2p, all_gather"),
-        ({"cp_comm_type": "ring"}, "cp_comm_type is 'ring'; use one of p2p, all_gather"),
+        ({"cp_comm_type": "ring"}, "cp_comm_type is 'ring'; use one of p2p, all_gather, a2a, a2a+p2p"),
+        ({"attention_backend": AttnBackend.unfused}, "attention_backend is 'unfused'; use auto, flash or fused"),
         ({"attention_dropout": 0.1}, "attention_dropout is 0.1, only 0.0 is supported"),
         ({"window_size": (128, 0)}, "window_size is (128, 0), only None is supported"),
         ({"softmax_type": "learnable"}, "softmax_type is 'learnable', only 'vanilla' is supported"),
@@ -74,7 +80,6 @@ def test_what_it_does_not_compute_is_refused_when_the_model_is_built(settings: d
     [
         ({"attention_mask": torch.zeros(1, 1, 12, 12, dtype=torch.bool)}, "an attention mask is given"),
         ({"attention_bias": torch.zeros(1)}, "an attention bias is given"),
-        ({"packed_seq_params": object()}, "packed sequences"),
         ({"attn_mask_type": AttnMaskType.no_mask}, "a no_mask mask is asked for, only causal is computed"),
     ],
 )
