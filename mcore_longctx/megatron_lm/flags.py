@@ -63,7 +63,7 @@ def parse(argv: Sequence[str], program: Program) -> CommandLine:
 
 def machine_flags() -> tuple[str, ...]:
     """Flags without which the program stops here: for what is not installed, and for what this machine does not have."""
-    flags = _ALWAYS
+    flags: tuple[str, ...] = _ALWAYS
     if not torch.cuda.is_available():
         flags += _WITHOUT_CUDA
     with quiet_import():

@@ -82,7 +82,9 @@ def load_spec(words: list[str] | None) -> Any:
         raise ConfigError(f"there is no {name} in {module}", where=where, fix="MODULE NAME: a ModuleSpec, or a function")
     if not callable(found) and not hasattr(found, "layer_specs"):
         kind = type(found).__name__
-        raise ConfigError(f"is of type {kind}", where=where, fix="it must be a ModuleSpec, TransformerBlockSubmodules or a function")
+        raise ConfigError(
+            f"is of type {kind}", where=where, fix="it must be a ModuleSpec, TransformerBlockSubmodules or a function"
+        )
     return found
 
 

@@ -63,7 +63,9 @@ def _dataset_config(args: Namespace) -> GPTDatasetConfig:
 
     blend, blend_per_split = get_blend_and_blend_per_split(args)
     counts = args.per_dataset_sequences_path
-    values = {field.name: getattr(args, field.name) for field in fields(GPTDatasetConfig) if field.init and hasattr(args, field.name)}
+    values = {
+        field.name: getattr(args, field.name) for field in fields(GPTDatasetConfig) if field.init and hasattr(args, field.name)
+    }
     values |= {
         "random_seed": args.seed,
         "sequence_length": args.seq_length,
@@ -123,10 +125,11 @@ def _batch(data_iterator: Iterator[dict[str, Tensor]] | None, vp_stage: int | No
     return batch
 
 
-def _loss(loss_mask: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def _loss(loss_mask: Tensor | None, losses: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Sum of the losses of a micro-batch and its number of tokens. Megatron divides, as --calculate-per-token-loss says."""
     from megatron.training import get_args
 
+    assert loss_mask is not None  # only the last pipeline stage has losses
     weights = loss_mask.reshape(-1).float()
     total = (losses.reshape(-1).float() * weights).sum()
     tokens = weights.sum().detach().to(torch.int)
@@ -140,7 +143,11 @@ def _check_loss(total: Tensor, args: Namespace) -> None:
     if args.check_for_nan_in_loss_and_grad:
         for wrong, name in ((torch.isnan, "NaN"), (torch.isinf, "Inf")):
             machine.validate_result(
-                result=total, rejection_func=wrong, message=f"found {name} in the loss of a micro-batch", tolerance=0.0, fatal=True
+                result=total,
+                rejection_func=wrong,
+                message=f"found {name} in the loss of a micro-batch",
+                tolerance=0.0,
+                fatal=True,
             )
     if args.check_for_spiky_loss:
         machine.validate_result(

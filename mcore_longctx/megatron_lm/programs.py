@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import importlib.util
 import os
@@ -70,12 +71,11 @@ def find_program(argv: Sequence[str]) -> Program:
 
 
 def _named_folder(argv: Sequence[str]) -> tuple[str | None, str]:
-    for flag, value in zip(argv, [*argv[1:], None], strict=True):
-        if flag.startswith("--megatron-lm="):
-            return flag.partition("=")[2], "--megatron-lm"
-        if flag == "--megatron-lm" and value is not None:
-            return value, "--megatron-lm"
-    return os.environ.get(_VARIABLE) or None, _VARIABLE
+    """The folder that the user names, and by what. The other flags are read later, by a parser that needs the program."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--megatron-lm", nargs="?")
+    named = parser.parse_known_args(list(argv))[0].megatron_lm
+    return (named, "--megatron-lm") if named else (os.environ.get(_VARIABLE) or None, _VARIABLE)
 
 
 def _check_version(folder: Path) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
-from collections.abc import Callable, Set
+from collections.abc import Set
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from mcore_longctx.errors import ConfigError, LayoutError
@@ -38,7 +38,7 @@ def check_arguments(args: Namespace, given: Set[str], program: Program) -> None:
         _refuse("--yaml-cfg: settings of a file pass by the checks that are made here", fix="give them as flags")
     layers = load_spec(args.spec)
     is_ours = is_our_spec(layers)
-    _check_sizes(args)
+    _check_sizes(args, given)
     if is_ours:
         _check_layers(args, layers)
     rope_of(args, given)
@@ -48,40 +48,37 @@ def check_arguments(args: Namespace, given: Set[str], program: Program) -> None:
     _check_batches(args, program, is_ours=is_ours)
 
 
-def _check_sizes(args: Namespace) -> None:
+def _check_sizes(args: Namespace, given: Set[str]) -> None:
     for name in ("num_layers", "hidden_size", "num_attention_heads", "seq_length"):
         if getattr(args, name) is None:
             _refuse(f"{_flag(name)} is missing")
+    if "num_query_groups" in given and not args.group_query_attention:
+        _refuse(
+            "--num-query-groups has no effect without --group-query-attention: each head would have its own keys",
+            fix="give both, or neither",
+        )
 
 
 # --------------------------------------------------------------------------------------------------------------------- our layers
 
-# flag -> the values with which our layers compute what it says; with any other they would train something else without a word
-_COMPUTED: dict[str, tuple[Any, ...]] = {
-    "normalization": ("RMSNorm",),
-    "attention_dropout": (0.0,),
-    "softmax_type": ("vanilla",),
-    "window_size": (None,),
-    "num_experts": (None,),
-    "mtp_num_layers": (None, 0),
-    "experimental_attention_variant": (None,),
-    "heterogeneous_layers_config_path": (None,),
-    "heterogeneous_layers_config_encoded_json": (None,),
-    "fp8": (None,),
-    "fp4": (None,),
-    **dict.fromkeys(
-        (
-            *("layernorm_zero_centered_gamma", "qk_layernorm", "qk_l2_norm", "multi_latent_attention", "attention_output_gate"),
-            *("tp_comm_overlap", "use_transformer_engine_op_fuser"),
-        ),
-        (False,),
-    ),
-}
-_SPELLED = {
+# what our layers compute, whatever the flag says
+_FIXED = {"normalization": "RMSNorm", "attention_dropout": 0.0, "softmax_type": "vanilla"}
+# what our layers do not have: without a word they would train without it
+_ABSENT = {
+    "num_experts": "--num-experts",
+    "mtp_num_layers": "--mtp-num-layers",
+    "multi_latent_attention": "--multi-latent-attention",
+    "experimental_attention_variant": "--experimental-attention-variant",
+    "heterogeneous_layers_config_path": "--heterogeneous-layers-config-path",
+    "heterogeneous_layers_config_encoded_json": "--heterogeneous-layers-config-encoded-json",
+    "attention_output_gate": "--attention-output-gate",
+    "qk_layernorm": "--qk-layernorm",
+    "qk_l2_norm": "--qk-l2-norm",
+    "layernorm_zero_centered_gamma": "--apply-layernorm-1p",
+    "window_size": "--window-size",
     "fp8": "--fp8-format",
     "fp4": "--fp4-format",
-    "layernorm_zero_centered_gamma": "--apply-layernorm-1p",
-    "experimental_attention_variant": "--experimental-attention-variant",
+    "tp_comm_overlap": "--tp-comm-overlap",
 }
 
 
@@ -89,15 +86,16 @@ def _check_layers(args: Namespace, layers: Any) -> None:
     with quiet_import():
         from megatron.core.transformer.enums import AttnBackend
 
-    for name, computed in _COMPUTED.items():
-        value = getattr(args, name, computed[0])
-        if value not in computed:
-            flag = _SPELLED.get(name, _flag(name))
-            wanted = computed[0]
-            fix = f"give {flag} {wanted:g}" if isinstance(wanted, float) else f"give {flag} {wanted}"
-            if wanted in (None, False):
-                fix = "leave it out, or give a --spec of your own that computes it"
-            _refuse(f"{flag} is {value}, which our layers do not compute" if value is not True else f"{flag}: our layers do not compute it", fix=fix)
+    for name, computed in _FIXED.items():
+        if getattr(args, name) != computed:
+            wanted = f"{computed:g}" if isinstance(computed, float) else computed
+            _refuse(f"{_flag(name)} is {getattr(args, name)}, our layers compute {wanted}", fix=f"give {_flag(name)} {wanted}")
+    for name, flag in _ABSENT.items():
+        if getattr(args, name):
+            _refuse(
+                f"{flag}: our layers have nothing of the kind and would train without it",
+                fix="leave it out, or give a --spec of your own",
+            )
     if args.attention_backend is AttnBackend.local:
         _refuse(
             "--attention-backend local would put Megatron's attention in the place of ours, and it keeps s x s scores",
@@ -171,7 +169,8 @@ def _check_memory(args: Namespace) -> None:
 
     if args.recompute_granularity == "full" and args.recompute_modules:
         _refuse(
-            "--recompute-modules has no effect with --recompute-granularity full", fix="leave it out, or give --recompute-granularity selective"
+            "--recompute-modules has no effect with --recompute-granularity full",
+            fix="leave it out, or give --recompute-granularity selective",
         )
     offload = "--fine-grained-activation-offloading" if args.fine_grained_activation_offloading else ""
     if args.cpu_offloading_num_layers:
@@ -184,19 +183,22 @@ def _check_memory(args: Namespace) -> None:
 
 # ------------------------------------------------------------------------------------------------------------------------- batches
 
-_NEEDS_CHECKOUT = ("sft", "fim_data", "hybrid_context_parallel", "logits_load_dir", "mtp_num_layers", "dataloader_inter_document_masking")
-_NOT_PLAIN = ("sft", "hybrid_context_parallel", "dataloader_inter_document_masking")
+_PACKED = ("sft", "hybrid_context_parallel", "dataloader_inter_document_masking")
+_NEEDS_CHECKOUT = (*_PACKED, "fim_data", "logits_load_dir", "mtp_num_layers", "overlap_moe_expert_parallel_comm")
 
 
 def _check_batches(args: Namespace, program: Program, *, is_ours: bool) -> None:
     for name in ("reset_attention_mask", "reset_position_ids"):
         if getattr(args, name):
             effect = "no attention mask is made" if name == "reset_attention_mask" else "rope does not look at position ids"
-            _refuse(f"{_flag(name)} has no effect: {effect}", fix="leave it out: a sample is one sequence, whatever documents are in it")
-    for name in _NOT_PLAIN:
+            _refuse(
+                f"{_flag(name)} has no effect: {effect}",
+                fix="leave it out: a sample is one sequence, whatever documents are in it",
+            )
+    for name in _PACKED:
         if is_ours and getattr(args, name):
             _refuse(f"{_flag(name)} gives packed sequences, which our layers do not take here", fix="leave it out")
-    for name in _NEEDS_CHECKOUT + (("overlap_moe_expert_parallel_comm",)):
+    for name in _NEEDS_CHECKOUT:
         if program.is_own and getattr(args, name):
             _refuse(f"{_flag(name)} needs pretrain_gpt.py, which the wheel does not bring", fix="give --megatron-lm CHECKOUT")
     if getattr(args, "modelopt_enabled", False):
@@ -209,6 +211,3 @@ def _flag(dest: str) -> str:
 
 def _refuse(what: str, *, where: str = "command line", fix: str = "") -> NoReturn:
     raise ConfigError(what, where=where, fix=fix)
-
-
-Check = Callable[[Namespace], None]

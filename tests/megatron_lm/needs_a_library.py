@@ -1,0 +1,3 @@
+"""A spec whose import fails."""
+
+import library_that_is_not_there  # noqa: F401
