@@ -34,6 +34,7 @@ __all__ = [
     "device_context",
     "layer_offset",
     "num_layers_to_build",
+    "offload_fraction_fields",
     "quiet_import",
     "require_training_program",
     "seed_rng",
@@ -98,6 +99,11 @@ with quiet_import():
 # 0.19 announces at every construction that GPTModel will go; `model/builder.py` is where that will be mended
 logging.getLogger("megatron.core.models.gpt.gpt_model").addFilter(lambda record: "IS DEPRECATED" not in record.getMessage())
 
+# 0.16 says so of every MLP class that is not its own; ours takes Megatron's default, the tensor-parallel group
+logging.getLogger("megatron.core.transformer.transformer_layer").addFilter(
+    lambda record: "Unknown MLP type" not in record.getMessage()
+)
+
 
 # the default asks for a scope that megatron-core itself calls deprecated; 0.19 renamed the field
 NO_CUDA_GRAPHS: dict[str, list[str]] = {
@@ -116,6 +122,18 @@ def require_training_program() -> None:
             f"megatron-core {MEGATRON_VERSION} is installed, and Megatron-LM's training program comes with 0.19 or newer",
             fix="pip install 'megatron-core>=0.19,<0.20' (Python 3.12), or train with mcore-longctx train",
         )
+
+
+def offload_fraction_fields(fraction: float) -> dict[str, float]:
+    """TransformerConfig field for the share of activations that megatron-core's own offload takes (0.19; all or nothing before)."""
+    if "activation_offload_fraction" in TransformerConfig.__dataclass_fields__:
+        return {"activation_offload_fraction": fraction}
+    if fraction != 1:
+        raise ConfigError(
+            f"offload_fraction is {fraction}, and megatron-core {MEGATRON_VERSION} offloads all or nothing",
+            fix="use 1, or megatron-core 0.19",
+        )
+    return {}
 
 
 def num_layers_to_build(config: Any, vp_stage: int | None = None) -> int:

@@ -66,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
         tokenizer=recipe.tokenizer_folder,
         out=recipe.run_folder / "evaluate" / args.column,
         phase_dtype=recipe.rope.phase_dtype,
+        backend=recipe.model.backend,
         seed=recipe.seed,
     )
     evaluate_column(job, say=lambda line: print(f"  {line}", flush=True))

@@ -107,6 +107,7 @@ def train_job(recipe_name: str, overrides: list[str], stage_name: str | None) ->
         tensorboard=folder / "tensorboard" / stage.name,
         log_folder=folder / "logs" / stage.name,
         phase_dtype=recipe.rope.phase_dtype,
+        backend=recipe.model.backend,
         tokenizer_sha256=tokenizer_sha256(recipe.tokenizer_folder),
         seed=recipe.seed,
     )

@@ -19,6 +19,7 @@ from mcore_longctx.layout import check_seq_length
 from mcore_longctx.manifest import MANIFEST, sha256_file, verify_manifest
 from mcore_longctx.megatron_compat import device_context
 from mcore_longctx.model import build_gpt_model, destroy_process_groups, init_process_groups
+from mcore_longctx.model.te import check_backend
 from mcore_longctx.model.weights import load_model_weights
 from mcore_longctx.recipe.card import read_card
 from mcore_longctx.recipe.model_shape import ModelShape
@@ -42,6 +43,7 @@ class EvaluateJob:
         tokenizer: folder with tokenizer.json.
         out: folder of the column; results are added to what it holds.
         phase_dtype: of the rope's angles.
+        backend: whose layers compute it.
         seed: of the needle samples: the same seed gives the same samples to every column.
     """
 
@@ -53,6 +55,7 @@ class EvaluateJob:
     tokenizer: Path
     out: Path
     phase_dtype: Literal["float32", "float64"] = "float32"
+    backend: Literal["local", "te"] = "local"
     seed: int = 1234
 
 
@@ -70,6 +73,7 @@ def evaluate_column(job: EvaluateJob, *, say: Callable[[str], None] = lambda lin
         ConfigError, DataError, LayoutError: lengths, texts, tokenizer or ranks that do not fit.
     """
     tasks = _prepare(job)
+    check_backend(job.backend)
     init_process_groups(job.evaluate.parallel, seed=job.seed)
     try:
         on_first_rank(lambda: verify_manifest(job.checkpoint, "checkpoint"))
@@ -87,6 +91,7 @@ def evaluate_column(job: EvaluateJob, *, say: Callable[[str], None] = lambda lin
                 seq_length=max(_lengths(job.evaluate)),
                 phase_dtype=job.phase_dtype,
                 seed=None,
+                backend=job.backend,
             )
             load_model_weights(model, job.checkpoint)
             model.eval()

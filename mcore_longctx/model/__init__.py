@@ -3,6 +3,7 @@
 from mcore_longctx import megatron_compat as _imports_megatron_quietly  # noqa: F401  # must come before any module of megatron
 from mcore_longctx.model.attention import LongContextAttention
 from mcore_longctx.model.builder import LongContextGPTModel, build_gpt_model, transformer_config
+from mcore_longctx.model.loss_head import chunked_loss_head
 from mcore_longctx.model.process_groups import destroy_process_groups, init_process_groups
 from mcore_longctx.model.rotary import LongContextRotary
 from mcore_longctx.model.spec import longctx_block_spec, longctx_layer_spec
@@ -12,6 +13,7 @@ __all__ = [
     "LongContextGPTModel",
     "LongContextRotary",
     "build_gpt_model",
+    "chunked_loss_head",
     "destroy_process_groups",
     "init_process_groups",
     "longctx_block_spec",

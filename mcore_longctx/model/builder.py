@@ -19,18 +19,24 @@ from mcore_longctx.errors import ConfigError, LayoutError
 from mcore_longctx.layout import check_seq_length
 from mcore_longctx.megatron_compat import NO_CUDA_GRAPHS, device_context
 from mcore_longctx.model.initial_weights import fill_with_nan, set_initial_weights
+from mcore_longctx.model.loss_head import chunked_loss_head
 from mcore_longctx.model.rotary import LongContextRotary, PhaseDtype
 from mcore_longctx.model.spec import longctx_block_spec
+from mcore_longctx.model.te import check_backend, te_config_fields, te_layer_spec
 from mcore_longctx.parallel.collectives import all_gather
+from mcore_longctx.recipe.schema import Activations
 
 if TYPE_CHECKING:
+    from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
+
     from mcore_longctx.recipe.model_shape import ModelShape
     from mcore_longctx.recipe.schema import Parallel
     from mcore_longctx.rope import RopeScaling
 
-__all__ = ["LongContextGPTModel", "Precision", "build_gpt_model", "transformer_config"]
+__all__ = ["Backend", "LongContextGPTModel", "Precision", "build_gpt_model", "transformer_config"]
 
 Precision = Literal["fp32", "bf16"]
+Backend = Literal["local", "te"]
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -43,6 +49,8 @@ def build_gpt_model(
     seq_length: int,
     phase_dtype: PhaseDtype = "float32",
     seed: int | None = 0,
+    activations: Activations | None = None,
+    backend: Backend = "local",
 ) -> LongContextGPTModel:
     """This rank's part of a Llama: its pipeline stage, tensor-parallel shard and context-parallel rank.
 
@@ -57,17 +65,24 @@ def build_gpt_model(
         phase_dtype: see `LongContextRotary`.
         seed: of the initial weights, which are the same for every layout. None: all weights are NaN until they are loaded, which
             is faster for a large model and cannot be mistaken for training from random weights.
+        activations: what is kept for the backward pass, and how much is computed at once; None: the defaults of a recipe.
+        backend: `local`, or `te` for Megatron's TransformerEngine layers (`mcore_longctx.model.te`).
 
     Raises:
         LayoutError: heads, layers, sequence length or vocabulary do not divide by the layout.
-        ConfigError: a rope of another head dimension, or one that cannot be trained with.
+        ConfigError: a rope of another head dimension, or one that cannot be trained with; `te` without TransformerEngine.
     """
+    check_backend(backend)
+    activations = activations or Activations()
     _check_layout(shape, parallel, seq_length)
     if rope.head_dim != shape.kv_channels:
         raise ConfigError(f"rope is for heads of {rope.head_dim}, the model's heads have {shape.kv_channels} (kv_channels)")
     with device_context():
-        config = transformer_config(shape, rope, parallel, precision=precision)
-        model = LongContextGPTModel(config, shape, rope, seq_length=seq_length, phase_dtype=phase_dtype)
+        te_fields = te_config_fields(activations) if backend == "te" else {}
+        config = transformer_config(shape, rope, parallel, precision=precision, **te_fields)
+        model = LongContextGPTModel(
+            config, shape, rope, seq_length=seq_length, phase_dtype=phase_dtype, activations=activations, backend=backend
+        )
         if seed is None:
             fill_with_nan(model)
         else:
@@ -135,17 +150,30 @@ def transformer_config(
 class LongContextGPTModel(GPTModel):
     """GPTModel with explicit positions, a vocabulary whose padding is outside the softmax, and logits of chosen rows only.
 
-    `forward(input_ids, position_ids, labels=labels)` gives per-token losses [b, s/c] on the last pipeline stage; without labels it
-    gives logits [b, s/c, v/tp] with -inf in the padding; other stages give hidden states. All ids are [b, s/c]: the zigzag slice of
-    this context-parallel rank (`mcore_longctx.layout.zigzag_positions`).
+    On the last pipeline stage `forward(input_ids, position_ids, ...)` gives
+
+        labels and loss_weights [b, s/c]    the weighted sum of the losses, a scalar; its gradient is made on the way (training)
+        labels                              per-token losses [b, s/c]
+        neither                             logits [b, s/c, v/tp] with -inf in the padding
+
+    and only the last of them ever holds logits of all tokens. Other stages give hidden states. All ids are [b, s/c]: the zigzag slice
+    of this context-parallel rank (`mcore_longctx.layout.zigzag_positions`).
     """
 
     def __init__(
-        self, config: TransformerConfig, shape: ModelShape, rope: RopeScaling, *, seq_length: int, phase_dtype: PhaseDtype
+        self,
+        config: TransformerConfig,
+        shape: ModelShape,
+        rope: RopeScaling,
+        *,
+        seq_length: int,
+        phase_dtype: PhaseDtype,
+        activations: Activations,
+        backend: Backend = "local",
     ) -> None:
         super().__init__(
             config=config,
-            transformer_layer_spec=longctx_block_spec(config),
+            transformer_layer_spec=te_layer_spec() if backend == "te" else _block_spec(config, activations),
             vocab_size=shape.padded_vocab_size(config.tensor_model_parallel_size),
             max_sequence_length=seq_length,
             pre_process=parallel_state.is_pipeline_first_stage(),
@@ -154,7 +182,7 @@ class LongContextGPTModel(GPTModel):
             share_embeddings_and_output_weights=shape.tie_word_embeddings,
             position_embedding_type="rope",
         )
-        self.real_vocab_size = shape.vocab_size
+        self.real_vocab_size, self.loss_chunk = shape.vocab_size, activations.loss_chunk
         # GPTModel takes no rotary module: its own table, made for the whole sequence and blind to position ids, is replaced
         self.rotary_pos_emb = LongContextRotary(rope, self.pg_collection.cp, phase_dtype)
 
@@ -165,6 +193,7 @@ class LongContextGPTModel(GPTModel):
         attention_mask: None = None,
         *,
         labels: Tensor | None = None,
+        loss_weights: Tensor | None = None,
         **options: Any,
     ) -> Tensor:
         """See the class. Positions are needed on every pipeline stage: each makes its own angles."""
@@ -173,10 +202,12 @@ class LongContextGPTModel(GPTModel):
                 f"position_ids are {list(position_ids.shape)}, input_ids {list(input_ids.shape)}: every token has one"
             )
         self.rotary_pos_emb.set_positions(position_ids)
+        self._loss_weights = loss_weights
         try:
             return super().forward(input_ids, position_ids, attention_mask, labels=labels, **options)
         finally:
             self.rotary_pos_emb.set_positions(None)
+            self._loss_weights = None
 
     def logits_at(self, input_ids: Tensor, position_ids: Tensor, rows: Tensor) -> Tensor:
         """Logits over the whole real vocabulary at some rows, float32 [len(rows), vocab_size], on every tensor-parallel rank.
@@ -203,7 +234,9 @@ class LongContextGPTModel(GPTModel):
             finally:
                 self._rows_wanted = None
 
+    # GPTModel.forward has no place for them
     _rows_wanted: Tensor | None = None
+    _loss_weights: Tensor | None = None
 
     def _postprocess(self, hidden_states: Tensor, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Tensor:
         """Hidden states [s/c (/tp with sequence parallel), b, h] -> losses, logits, or themselves on an inner stage."""
@@ -212,11 +245,17 @@ class LongContextGPTModel(GPTModel):
         if self._rows_wanted is not None:
             return self._logits_of_rows(hidden_states, self._rows_wanted)
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        if labels is not None:
+            return self._loss(hidden_states, labels, weight)
         logits, _ = self.output_layer(hidden_states, weight=weight)  # [s/c, b, v/tp]
-        logits = self._without_padding(logits)
-        if labels is None:
-            return logits.transpose(0, 1).contiguous()
-        return self.compute_language_model_loss(labels, logits)
+        return self._without_padding(logits).transpose(0, 1).contiguous()
+
+    def _loss(self, hidden_states: Tensor, labels: Tensor, weight: Tensor | None) -> Tensor:
+        options: dict[str, Any] = {"weight": weight, "real_vocab_size": self.real_vocab_size, "chunk": self.loss_chunk}
+        if self._loss_weights is None:
+            return chunked_loss_head(self.output_layer, hidden_states, labels, **options)
+        loss_sum, _ = chunked_loss_head(self.output_layer, hidden_states, labels, loss_weights=self._loss_weights, **options)
+        return loss_sum
 
     def _without_padding(self, logits: Tensor) -> Tensor:
         """Set the columns that stand for no token to -inf, in place: they take no part in the softmax.
@@ -245,6 +284,15 @@ class LongContextGPTModel(GPTModel):
         # a few rows: in float32, so that bf16 ties do not decide the most probable token
         logits = F.linear(hidden.float(), weight.float())  # [rows, v/tp]
         return all_gather(logits, group).permute(1, 0, 2).flatten(1)[:, : self.real_vocab_size]
+
+
+def _block_spec(config: TransformerConfig, activations: Activations) -> TransformerBlockSubmodules:
+    return longctx_block_spec(
+        config,
+        recompute=activations.recompute,
+        mlp_tile=activations.mlp_tile,
+        offload_fraction=activations.offload_fraction,
+    )
 
 
 def _leave_unset(weight: Tensor) -> None:

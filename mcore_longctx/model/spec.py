@@ -13,33 +13,55 @@ from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from mcore_longctx.megatron_compat import num_layers_to_build
+from mcore_longctx.megatron_compat import layer_offset, num_layers_to_build
 from mcore_longctx.model.attention import LongContextAttention
+from mcore_longctx.model.mlp import tiled_mlp_spec
 from mcore_longctx.model.norm import RMSNorm
+from mcore_longctx.model.offload import ActivationOffload
+from mcore_longctx.model.recompute import LongContextLayer, RecomputePolicy
 
 __all__ = ["llama", "llama_block", "longctx_block_spec", "longctx_layer_spec"]
 
 
-def longctx_layer_spec() -> ModuleSpec:
-    """One Llama layer: Megatron's local layer with `LongContextAttention` and an RMSNorm that knows sequence parallelism.
+def longctx_layer_spec(
+    *, recompute: RecomputePolicy = "none", mlp_tile: int | None = None, offload: ActivationOffload | None = None
+) -> ModuleSpec:
+    """One Llama layer: Megatron's local layer with `LongContextAttention`, `TiledMLP` and an RMSNorm that knows sequence parallelism.
 
     A fresh object each time, to be changed at will. Checkpoint names are those of Megatron's local and TransformerEngine specs.
+
+    Args:
+        recompute: what is kept for the backward pass, see `mcore_longctx.model.recompute`.
+        mlp_tile: tokens of the MLP at once; None: all.
+        offload: where kept activations go (one object for all layers of a stage); None: they stay on the device.
     """
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
+    spec.module = LongContextLayer
+    spec.params = {**(spec.params or {}), "recompute": recompute, "offload": offload}
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm
     spec.submodules.self_attention.submodules.core_attention = LongContextAttention
+    spec.submodules.mlp = tiled_mlp_spec(mlp_tile)
     return spec
 
 
-def longctx_block_spec(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:
+def longctx_block_spec(
+    config: Any,
+    vp_stage: int | None = None,
+    *,
+    recompute: RecomputePolicy = "none",
+    mlp_tile: int | None = None,
+    offload_fraction: float = 0.0,
+) -> TransformerBlockSubmodules:
     """All layers of this pipeline stage and the final norm.
 
     `config` is a TransformerConfig. With a bare layer spec Megatron chooses the final norm itself: one that refuses sequence
-    parallelism.
+    parallelism. `offload_fraction` is the share of the layers whose kept activations go to host memory.
     """
-    layers = [longctx_layer_spec()] * num_layers_to_build(config, vp_stage)
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+    num_layers = num_layers_to_build(config, vp_stage)
+    offload = ActivationOffload(offload_fraction, num_layers, layer_offset(config, vp_stage) + 1) if offload_fraction else None
+    layer = longctx_layer_spec(recompute=recompute, mlp_tile=mlp_tile, offload=offload)
+    return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
 
 
 def llama_block(config: Any, vp_stage: int | None = None) -> TransformerBlockSubmodules:

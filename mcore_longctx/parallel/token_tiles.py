@@ -54,12 +54,12 @@ class TokenTiles:
                 yield piece, [tensor[piece] for tensor in tensors]
             return
         under_way = self._gather(pieces[0], tensors) if pieces else []
-        for piece, following in zip(pieces, [*pieces[1:], None], strict=True):
+        for number, piece in enumerate(pieces, start=1):
             arriving = under_way
             for _, work in arriving:
                 work.wait()
-            if following is not None:
-                under_way = self._gather(following, tensors)
+            if number < len(pieces):
+                under_way = self._gather(pieces[number], tensors)
             yield piece, [blocks.flatten(0, 1) for blocks, _ in arriving]
 
     def _gather(self, piece: slice, tensors: tuple[Tensor, ...]) -> list[tuple[Tensor, dist.Work]]:

@@ -49,6 +49,7 @@ class ModelSection:
     """The model that is extended: a Hugging Face folder of the Llama family."""
 
     path: Path
+    backend: Literal["local", "te"] = "local"  # layers: ours on Megatron's local ones, or Megatron's TransformerEngine layers
     num_layers: int | None = None  # where given, the sizes must agree with the folder's config.json;
     hidden_size: int | None = None  # they let a plan or a dry run work before the model is at hand
     ffn_hidden_size: int | None = None

@@ -35,6 +35,7 @@ class TrainJob:
     tensorboard: Path
     log_folder: Path  # rank0.log, STATUS
     phase_dtype: Literal["float32", "float64"] = "float32"
+    backend: Literal["local", "te"] = "local"
     tokenizer_sha256: str | None = None
     seed: int = 1234
 

@@ -30,6 +30,7 @@ from mcore_longctx.errors import CheckpointError, StoppedBySignal, TrainingError
 from mcore_longctx.megatron_compat import MEGATRON_VERSION, device_context, training_device
 from mcore_longctx.model import build_gpt_model, destroy_process_groups, init_process_groups
 from mcore_longctx.model.process_groups import rank_info
+from mcore_longctx.model.te import check_backend
 from mcore_longctx.model.weights import load_model_weights
 from mcore_longctx.recipe import read_card
 from mcore_longctx.train import store
@@ -69,6 +70,7 @@ def train_stage(job: TrainJob) -> int:
 
 
 def _train(job: TrainJob, outcome: Outcome, stop: StopRequest, held: ExitStack) -> str:
+    check_backend(job.backend)
     init_process_groups(job.stage.parallel, seed=job.seed)
     control = Control()
     control.on_rank0(lambda: _hold_folder(job, outcome, held))
@@ -147,6 +149,8 @@ class Trainer:
             seq_length=stage.seq_length,
             phase_dtype=job.phase_dtype,
             seed=None,  # NaN until loaded: nothing can be trained from random weights
+            activations=stage.activations,
+            backend=job.backend,
         )
         load_model_weights(model, start.folder)
         self.wrapped = wrap_model(model)
@@ -254,10 +258,10 @@ class Trainer:
             batch = next(batches)
             if losses and may_stop_inside:
                 self._leave_if_asked()
-            output = model(batch.tokens, batch.positions, None, labels=batch.labels)
+            output = model(batch.tokens, batch.positions, None, labels=batch.labels, loss_weights=batch.loss_mask.float())
 
-            def loss_function(per_token: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-                loss_sum, tokens = (per_token.float() * batch.loss_mask).sum(), batch.loss_mask.sum()
+            def loss_function(loss_sum: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+                tokens = batch.loss_mask.sum()
                 report = torch.stack([loss_sum.detach().double(), tokens.double()])
                 losses.append((batch.sample_ids, report))
                 return loss_sum, tokens.to(torch.int), {"lm loss": report}

@@ -90,8 +90,8 @@ class StepResult:
     gradients: dict[str, tuple[str, Tensor, Tensor]]  # global name -> own name, parameter, gradient
 
 
-def forward_backward(model: LongContextGPTModel, batch: Batch) -> StepResult:
-    """One step through Megatron's own schedule, DDP and finalize_model_grads."""
+def forward_backward(model: LongContextGPTModel, batch: Batch, *, weighted: bool = True) -> StepResult:
+    """One step through Megatron's own schedule, DDP and finalize_model_grads. `weighted`: the loss is summed in the model."""
     cp, cp_rank = parallel_state.get_context_parallel_world_size(), parallel_state.get_context_parallel_rank()
     dp, dp_rank = parallel_state.get_data_parallel_world_size(), parallel_state.get_data_parallel_rank()
     config = model.config
@@ -105,10 +105,10 @@ def forward_backward(model: LongContextGPTModel, batch: Batch) -> StepResult:
 
         def forward_step(iterator: Iterator[Any], module: Any) -> Any:
             tokens, positions, labels, mask = next(iterator)
-            losses = module(tokens, positions, None, labels=labels)
+            losses = module(tokens, positions, None, labels=labels, loss_weights=mask if weighted else None)
 
             def loss_function(losses: Tensor) -> Any:
-                total, count = (losses * mask).sum(), mask.sum().int()
+                total, count = losses if weighted else (losses * mask).sum(), mask.sum().int()
                 return total, count, {"sums": torch.stack((total.detach(), count.float()))}
 
             return losses, loss_function
@@ -141,7 +141,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
         saved: dict[str, Any] = {"weights": weights}
         for case, batch in batches(shape.vocab_size).items():
             model = build(Parallel(), weights, shape=shape)
-            result = forward_backward(model, batch)
+            result = forward_backward(model, batch, weighted=case == "uneven")
             saved[case] = (result.loss, {key: gradient for key, (_, _, gradient) in result.gradients.items()})
             tokens, positions, _, _ = batch.on_rank(1, 0)
             saved["logits"] = model.logits_at(tokens, positions, torch.arange(SAMPLES * SEQ_LENGTH)).view(SAMPLES, SEQ_LENGTH, -1)
@@ -160,7 +160,7 @@ def compare_layouts(folder: Path, name: str, layouts: list[Parallel]) -> dict[st
         init_process_groups(parallel, seed=1)
         for case, batch in batches(shape.vocab_size).items():
             model = build(parallel, saved["weights"], shape=shape, new_groups=False)
-            result = forward_backward(model, batch)
+            result = forward_backward(model, batch, weighted=case == "uneven")
             loss, gradients = saved[case]
             label = f"{parallel.describe()}, {case}"
             if result.loss is not None:
