@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mcore_longctx.data.indexed import IndexedReader
-from mcore_longctx.data.sidecar import read_runs
+from mcore_longctx.data.sidecar import LITERAL, PADDING, read_runs
 from mcore_longctx.errors import DataError
 from mcore_longctx.layout import check_seq_length, zigzag_chunks, zigzag_positions
 
@@ -96,6 +96,35 @@ class PackedSamples:
         early, late = (self._range(index, at * chunk, (at + 1) * chunk) for at in zigzag_chunks(cp_size, cp_rank))
         tokens, labels, loss_mask = (np.concatenate(pair) for pair in zip(early, late, strict=True))
         return tokens, labels, loss_mask, positions
+
+    def document_lengths(self, index: int) -> list[int]:
+        """Tokens of each document of a sample, in order, for a mask between them. Padding at the end belongs to none.
+
+        A separator belongs to the document before it: that it ends there is learned from that document. Two stretches are of one
+        document when the second goes on where the first ended.
+
+        Raises:
+            DataError: padding that is not at the end.
+        """
+        runs, lengths = self.runs, [0]
+        rows = range(int(runs.first_run[index]), int(runs.first_run[index + 1]))
+        open_document: tuple[int, int, int] | None = None  # source, document, and the token at which it would go on
+        for row in rows:
+            source, document = int(runs.source[row]), int(runs.document[row])
+            start, length = int(runs.start[row]), int(runs.length[row])
+            if source == PADDING:
+                if row != rows[-1]:
+                    raise DataError(f"sample {index} has padding before its end", where=self.prefix, fix="build it again")
+                continue
+            if source == LITERAL:
+                if open_document is not None:
+                    open_document = (*open_document[:2], -1)  # what follows a separator is another document
+            else:
+                if open_document not in (None, (source, document, start)):
+                    lengths.append(0)
+                open_document = (source, document, start + length)
+            lengths[-1] += length
+        return lengths
 
     def _range(self, index: int, start: int, stop: int) -> tuple[IntArray, IntArray, BoolArray]:
         last = min(stop + 1, self.seq_length)

@@ -100,6 +100,35 @@ def test_a_sidecar_of_another_build_is_refused(made, tmp_path: Path) -> None:
         PackedSamples(tmp_path / "x")
 
 
+def test_documents_of_a_sample_are_told_apart(tmp_path: Path) -> None:
+    """Two samples: a document that began before, a separator, a chat in three stretches, the same chat again, padding; one document."""
+    a, b, literal, padding = (0, 0), (0, 1), (LITERAL, -1), (PADDING, -1)
+    rows = [  # (source, document), start, length
+        *((literal, 1, 1), (a, 7, 3), (literal, 0, 2), (b, 0, 2), (b, 2, 1), (b, 3, 4), (b, 0, 3), (padding, 0, 4)),
+        (a, 10, 20),
+    ]
+    runs = Runs(
+        seq_length=20,
+        sources=("books",),
+        document_ids=("moby", "chat"),
+        first_run=np.array([0, 8, 9]),
+        source=np.array([row[0][0] for row in rows], np.int32),
+        document=np.array([row[0][1] for row in rows]),
+        start=np.array([row[1] for row in rows]),
+        length=np.array([row[2] for row in rows]),
+        loss=np.array([i % 2 == 0 for i in range(9)]),
+        literals=np.array([60, 115], np.int32),
+        crc32=np.array([zlib.crc32(np.zeros(20, np.uint16).tobytes())] * 2, np.uint32),
+    )
+    with IndexedWriter(tmp_path / "x", "uint16") as writer:
+        for _ in range(2):
+            writer.add(np.zeros(20, np.uint16))
+    write_runs(tmp_path / "x", runs)
+    samples = PackedSamples(tmp_path / "x")
+    assert samples.document_lengths(0) == [6, 7, 3]
+    assert samples.document_lengths(1) == [20]
+
+
 def test_runs_come_back_as_written_and_in_words(tmp_path: Path) -> None:
     runs = Runs(
         seq_length=6,
