@@ -12,6 +12,7 @@ import torch
 
 from mcore_longctx.errors import ConfigError
 from mcore_longctx.megatron_compat import quiet_import
+from mcore_longctx.recipe.units import parse_count
 
 if TYPE_CHECKING:
     from mcore_longctx.megatron_lm.programs import Program
@@ -94,6 +95,12 @@ def extra_args_provider(program: Program) -> Callable[[argparse.ArgumentParser],
             help="float32: the bits of transformers; float64: angles right to 1e-6 rad at 4M tokens",
         )
         group.add_argument(
+            "--longctx-loss-chunk",
+            type=token_count,
+            metavar="TOKENS",
+            help="tokens whose logits are held at once in the loss (default: as many as 256 MiB hold)",
+        )
+        group.add_argument(
             "--megatron-lm",
             metavar="PATH",
             help="a checkout of Megatron-LM, whose pretrain_gpt.py then supplies batches, datasets and loss (or MEGATRON_LM_PATH)",
@@ -101,6 +108,14 @@ def extra_args_provider(program: Program) -> Callable[[argparse.ArgumentParser],
         return parser
 
     return add
+
+
+def token_count(text: str) -> int:
+    """A number of tokens above 0; 8k, as recipes write it, is 8,192. Raises ValueError."""
+    number = parse_count(text)
+    if number < 1:
+        raise ValueError
+    return number
 
 
 class _Parser(argparse.ArgumentParser):

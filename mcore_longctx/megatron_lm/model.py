@@ -1,7 +1,7 @@
 """The model that Megatron-LM builds: its GPTModelConfig with our layers and our rotary embedding in it.
 
 This is where the long-context parts are plugged in: `_layers` gives the layer spec (attention, norms, what is recomputed),
-`_Surgery` changes each pipeline stage after Megatron has built it and before it is wrapped (rope).
+`_Surgery` changes each pipeline stage after Megatron has built it and before it is wrapped (rope, loss).
 """
 
 from __future__ import annotations
@@ -11,9 +11,16 @@ from argparse import Namespace
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
+from mcore_longctx import megatron_compat as _imports_megatron_quietly  # noqa: F401  # isort: skip
+
+from megatron.core.models.gpt.gpt_model import GPTModel
+
 from mcore_longctx.errors import ConfigError
 from mcore_longctx.megatron_compat import quiet_import
 from mcore_longctx.model import LongContextRotary, spec
+from mcore_longctx.model.loss_head import chunked_loss_head
 from mcore_longctx.model.rotary import PhaseDtype
 from mcore_longctx.rope import RopeScaling
 
@@ -41,7 +48,7 @@ def model_config(args: Namespace, rope: RopeScaling) -> Any:
         told.softmax_scale = attention_factor**2 * rope.head_dim**-0.5
     config = gpt_config_from_args(told)
     config.transformer_layer_spec = _layers(args)
-    config.pre_wrap_hooks.append(_Surgery(rope, args.longctx_phase_dtype))
+    config.pre_wrap_hooks.append(_Surgery(rope, args.longctx_phase_dtype, args.longctx_loss_chunk))
     return config
 
 
@@ -56,11 +63,31 @@ class _Surgery:
 
     rope: RopeScaling
     phase_dtype: PhaseDtype
+    loss_chunk: int | None
 
     def __call__(self, stages: list[Any]) -> list[Any]:
         for stage in stages:
             stage.rotary_pos_emb = LongContextRotary(self.rope, stage.pg_collection.cp, self.phase_dtype)
+            # Megatron's builder names its class literally, and builds and shards it as its own flags say
+            stage.__class__ = _WithoutLogits
+            stage.loss_chunk = self.loss_chunk
         return stages
+
+
+class _WithoutLogits(GPTModel):
+    """Megatron's model with a loss that never holds the logits of more than `loss_chunk` tokens.
+
+    The padding of the vocabulary takes part in the softmax, as in Megatron.
+    """
+
+    loss_chunk: int | None = None
+
+    def _postprocess(self, hidden_states: Tensor, *args: Any, labels: Tensor | None = None, **options: Any) -> Tensor:
+        """Losses [b, s/c] of hidden states [s/c, b, h]; anything but losses is Megatron's own business."""
+        if labels is None or not self.post_process:
+            return super()._postprocess(hidden_states, *args, labels=labels, **options)
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        return chunked_loss_head(self.output_layer, hidden_states, labels, weight=weight, chunk=self.loss_chunk)
 
 
 def load_spec(words: list[str] | None) -> Any:

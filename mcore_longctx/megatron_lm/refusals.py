@@ -5,6 +5,7 @@ Each check raises one line that says what is wrong and how to say it instead. `d
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from argparse import Namespace
 from collections.abc import Set
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from mcore_longctx.errors import ConfigError, LayoutError
 from mcore_longctx.layout import check_seq_length
+from mcore_longctx.layout.heads import key_head_replicas
 from mcore_longctx.megatron_compat import quiet_import
 from mcore_longctx.megatron_lm.model import is_our_spec, load_spec
 from mcore_longctx.megatron_lm.rope import rope_of
@@ -66,7 +68,6 @@ _FIXED = {"normalization": "RMSNorm", "attention_dropout": 0.0, "softmax_type": 
 # what our layers do not have: without a word they would train without it
 _ABSENT = {
     "num_experts": "--num-experts",
-    "mtp_num_layers": "--mtp-num-layers",
     "multi_latent_attention": "--multi-latent-attention",
     "experimental_attention_variant": "--experimental-attention-variant",
     "heterogeneous_layers_config_path": "--heterogeneous-layers-config-path",
@@ -96,10 +97,11 @@ def _check_layers(args: Namespace, layers: Any) -> None:
                 f"{flag}: our layers have nothing of the kind and would train without it",
                 fix="leave it out, or give a --spec of your own",
             )
-    if args.attention_backend is AttnBackend.local:
+    if args.attention_backend in (AttnBackend.local, AttnBackend.unfused):
         _refuse(
-            "--attention-backend local would put Megatron's attention in the place of ours, and it keeps s x s scores",
-            fix="leave it out: our attention chooses its kernel itself",
+            f"--attention-backend {args.attention_backend.name} asks for Megatron's attention in the place of ours, and it keeps"
+            " s x s scores",
+            fix="leave it out, or give auto, flash or fused",
         )
     if layers is spec.llama and args.sequence_parallel:
         _refuse(
@@ -127,6 +129,7 @@ def _check_context_parallel(args: Namespace, known: tuple[str, ...]) -> None:
     if len(types) not in (1, args.num_layers):
         _refuse(f"--cp-comm-type names {len(types)} types for {args.num_layers} layers", fix="name one, or one a layer")
     _check_hierarchy(types, args.hierarchical_context_parallel_sizes, cp)
+    _check_heads(args, types)
     if args.dataloader_inter_document_masking and cp > 1:
         _refuse(
             "--dataloader-inter-document-masking with --context-parallel-size above 1: Megatron-LM slices the tokens over the whole"
@@ -149,12 +152,36 @@ def _check_hierarchy(types: list[str], sizes: list[int] | None, cp: int) -> None
             where=where,
             fix=f"these are: {pairs}",
         )
+    if importlib.util.find_spec("einops") is None:
+        _refuse(
+            "megatron-core builds the groups of these ranks with einops, which is not installed",
+            where=where,
+            fix="pip install einops",
+        )
+
+
+def _check_heads(args: Namespace, types: list[str]) -> None:
+    tp, cp, sizes = args.tensor_model_parallel_size, args.context_parallel_size, args.hierarchical_context_parallel_sizes
+    key_heads = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    for name, ranks in (("a2a", cp), ("a2a+p2p", sizes[0] if sizes else 1)):
+        if name in types and cp > 1:
+            key_head_replicas(args.num_attention_heads // tp, max(1, key_heads // tp), ranks, where=f"--cp-comm-type {name}")
 
 
 # ------------------------------------------------------------------------------------------------------------------ loss and memory
 
 
+# what takes Megatron's logits, which are never all there
+_NEEDS_LOGITS = (
+    *("logits_save_dir", "logits_load_dir", "mtp_num_layers", "use_mup", "fp16_lm_cross_entropy"),
+    "defer_embedding_wgrad_compute",
+)
+
+
 def _check_loss(args: Namespace) -> None:
+    for name in _NEEDS_LOGITS:
+        if getattr(args, name):
+            _refuse(f"{_flag(name)} works on the logits, and here the loss is computed without holding them", fix="leave it out")
     if args.eod_mask_loss and args.context_parallel_size > 1 and not args.calculate_per_token_loss:
         _refuse(
             "--eod-mask-loss with --context-parallel-size above 1: each rank would divide by its own number of tokens, and the mean of"
@@ -184,7 +211,7 @@ def _check_memory(args: Namespace) -> None:
 # ------------------------------------------------------------------------------------------------------------------------- batches
 
 _PACKED = ("sft", "hybrid_context_parallel", "dataloader_inter_document_masking")
-_NEEDS_CHECKOUT = (*_PACKED, "fim_data", "logits_load_dir", "mtp_num_layers", "overlap_moe_expert_parallel_comm")
+_NEEDS_CHECKOUT = (*_PACKED, "fim_data", "overlap_moe_expert_parallel_comm")
 
 
 def _check_batches(args: Namespace, program: Program, *, is_ours: bool) -> None:

@@ -40,6 +40,10 @@ def test_a_command_line_without_fault_is_parsed() -> None:
     [
         ("--cp-size 4", "command line: unrecognized arguments: --cp-size 4; --help lists all flags"),
         ("--rotary-base 500000.0", "command line: argument --rotary-base: invalid int value: '500000.0'; --help lists all flags"),
+        (
+            "--longctx-loss-chunk 0",
+            "command line: argument --longctx-loss-chunk: invalid token_count value: '0'; --help lists all flags",
+        ),
         ("--exit-signal usr1", "command line: 'usr1' is not a value of the flag it is given to"),
         (
             "--yaml-cfg x.yaml",
@@ -87,8 +91,8 @@ def test_a_spec_that_megatron_would_replace_by_its_own_layers(words: str, messag
         ("--softmax-type off-by-one", "--softmax-type is off-by-one, our layers compute vanilla; give --softmax-type vanilla"),
         (
             "--attention-backend local",
-            "--attention-backend local would put Megatron's attention in the place of ours, and it keeps s x s scores;"
-            " leave it out: our attention chooses its kernel itself",
+            "--attention-backend local asks for Megatron's attention in the place of ours, and it keeps s x s scores;"
+            " leave it out, or give auto, flash or fused",
         ),
         (
             "--spec mcore_longctx.model.spec llama --tensor-model-parallel-size 2 --sequence-parallel",
@@ -105,7 +109,6 @@ def test_what_our_layers_compute_otherwise(flags: str, message: str) -> None:
     "flags",
     [
         "--num-experts 4",
-        "--mtp-num-layers 1",
         "--multi-latent-attention",
         "--attention-output-gate",
         "--qk-layernorm",
@@ -123,8 +126,7 @@ def test_what_our_layers_do_not_have(flags: str) -> None:
     )
     assert refusal(*flags.split()) == wanted
     spec = ["--spec", "tests.megatron_lm.specs", "layer_function"]
-    if flags != "--mtp-num-layers 1":  # that also needs a checkout
-        launcher.read_arguments([*RUN, *flags.split(), *spec])  # layers of the user's may have it
+    launcher.read_arguments([*RUN, *flags.split(), *spec])  # layers of the user's may have it
 
 
 def test_query_groups_that_have_no_effect() -> None:
@@ -136,17 +138,25 @@ def test_query_groups_that_have_no_effect() -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--cp-comm-type ring", "command line: --cp-comm-type ring is none that is computed; use one of p2p, all_gather"),
+        (
+            "--cp-comm-type ring",
+            "command line: --cp-comm-type ring is none that is computed; use one of p2p, all_gather, a2a, a2a+p2p",
+        ),
         ("--cp-comm-type allgather", "command line: --cp-comm-type allgather is none that is computed; it is spelled all_gather"),
         ("--cp-comm-type p2p p2p", "command line: --cp-comm-type names 2 types for 4 layers; name one, or one a layer"),
         (
-            "--cp-comm-type a2a+p2p --spec tests.megatron_lm.specs layer_function",
+            "--cp-comm-type a2a+p2p",
             "--cp-comm-type a2a+p2p: how many ranks exchange by a2a is not said; give --hierarchical-context-parallel-sizes A P",
         ),
         (
-            "--cp-comm-type a2a+p2p --hierarchical-context-parallel-sizes 4 2 --spec tests.megatron_lm.specs layer_function",
+            "--cp-comm-type a2a+p2p --hierarchical-context-parallel-sizes 4 2",
             "--cp-comm-type a2a+p2p: --hierarchical-context-parallel-sizes 4 2 are not two sizes whose product is"
             " --context-parallel-size 4; these are: 2 2",
+        ),
+        (
+            "--cp-comm-type a2a --tensor-model-parallel-size 2",
+            "--cp-comm-type a2a: a2a over 4 ranks cannot divide 2 query heads and 1 key heads (of one tensor-parallel rank);"
+            " use a2a over 1, 2 ranks, and p2p for the rest (a2a+p2p)",
         ),
         (
             "--seq-length 126",
@@ -165,6 +175,13 @@ def test_query_groups_that_have_no_effect() -> None:
 )
 def test_context_parallelism(flags: str, message: str) -> None:
     assert refusal(*CP4, *flags.split()).startswith(message)
+
+
+@pytest.mark.parametrize("flags", ["--logits-save-dir x", "--logits-load-dir x", "--mtp-num-layers 1", "--use-mup"])
+def test_what_needs_logits(flags: str) -> None:
+    name = flags.split(maxsplit=1)[0]
+    wanted = f"command line: {name} works on the logits, and here the loss is computed without holding them; leave it out"
+    assert refusal(*flags.split()) == wanted
 
 
 def test_an_uneven_loss_mask_under_context_parallelism_needs_one_division() -> None:
@@ -204,7 +221,6 @@ def test_memory(flags: str, message: str) -> None:
         ("--sft", "--sft gives packed sequences, which our layers do not take here; leave it out"),
         ("--hybrid-context-parallel", "--hybrid-context-parallel gives packed sequences, which our layers do not take here"),
         ("--fim-data", "--fim-data needs pretrain_gpt.py, which the wheel does not bring; give --megatron-lm CHECKOUT"),
-        ("--logits-load-dir x", "--logits-load-dir needs pretrain_gpt.py, which the wheel does not bring"),
         (
             "--sft --spec tests.megatron_lm.specs layer_function",
             "--sft needs pretrain_gpt.py, which the wheel does not bring; give --megatron-lm CHECKOUT",

@@ -65,12 +65,18 @@ def test_training_learns_from_the_weights_it_was_given(one_process: dict[int, fl
     assert one_process[5] != one_process[1]
 
 
-@pytest.mark.parametrize("how", ["p2p", "all_gather"])
+def test_a_small_chunk_of_the_loss_changes_nothing_but_memory(data: list[str], one_process: dict[int, float]) -> None:
+    printed = run(command(data, "--longctx-loss-chunk", "50", steps=3))
+    assert "at most 50 rows of 384 logits at a time" in printed
+    assert same(losses(printed), {step: one_process[step] for step in (1, 3)})
+
+
+@pytest.mark.parametrize("how", ["p2p", "all_gather", "a2a"])
 def test_two_context_parallel_ranks_have_the_losses_of_one_process(
     data: list[str], one_process: dict[int, float], how: str
 ) -> None:
     printed = run(command(data, "--context-parallel-size", "2", "--cp-comm-type", how), ranks=2)
-    assert f"{how} over 2 context-parallel ranks" in printed
+    assert f"long-context attention: {how} over 2 ranks" in printed
     assert same(losses(printed), one_process)
 
 
@@ -170,5 +176,5 @@ def test_every_form_of_spec_that_megatron_takes_trains_alike(
     data: list[str], one_process: dict[int, float], spec: list[str]
 ) -> None:
     printed = run(command(data, "--spec", *spec, steps=3))
-    assert "long-context attention: p2p over 1" in printed
+    assert "long-context attention: p2p over 1 ranks" in printed
     assert same(losses(printed), {step: one_process[step] for step in (1, 3)}, tolerance=0)
