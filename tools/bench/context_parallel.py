@@ -4,7 +4,7 @@ python tools/bench/context_parallel.py
 
 The product's exchange code runs for every rank of a group of 2 to 16, one rank after the other on one device (`in_process`), beside
 one call of the kernel over the whole sequence. Efficiency = seconds of that call / seconds of all ranks together: `kernels` counts
-fused attention operators only, `with exchange` also merges, copies and what goes through the network's place. Balance = busiest rank /
+calls of the attention kernel only, `with exchange` also merges, copies and what goes through the network's place. Balance = busiest rank /
 mean. Equality is checked in float64 against plain matrix products over the whole sequence. The last table runs real gloo processes.
 """
 
@@ -26,12 +26,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from harness import Case, Result, command_line, compare, lengths, machine, ratio, short, table
-from in_process import Cost, KernelMeter, run_ranks
+from in_process import Cost, KernelMeter, run_ranks, watch
 from torch import Tensor
 
 from mcore_longctx.errors import LongctxError
 from mcore_longctx.kernels.attention import MathKernel, choose_kernel
 from mcore_longctx.layout import zigzag_positions
+from mcore_longctx.layout.packed import PackLayout, plain_layout
 from mcore_longctx.megatron_compat import training_device
 from mcore_longctx.parallel.exchange import CP_COMM_TYPES, make_exchange
 
@@ -56,9 +57,20 @@ class Setting:
         return float(self.head_dim**-0.5)
 
     @property
+    def pack(self) -> PackLayout:
+        """Of a plain batch."""
+        return plain_layout(self.tokens, self.cp_size)
+
+    @property
     def inner(self) -> int | None:
-        """Ranks that exchange heads in a hierarchy: half of the group, or two."""
+        """Neighbours that exchange heads in a hierarchy."""
         return 2 if self.cp_comm_type == "a2a+p2p" else None
+
+    def kernel(self, dtype: torch.dtype) -> Any:
+        """The one that the product chooses, watched."""
+        kernel = choose_kernel(training_device(), dtype, self.head_dim)
+        watch(kernel)
+        return kernel
 
     def tensors(self, dtype: torch.dtype) -> list[Tensor]:
         """query, key, value, grad_out over the whole sequence [1, heads, s, d]."""
@@ -73,15 +85,15 @@ class OneCall:
 
     def __init__(self, setting: Setting, dtype: torch.dtype) -> None:
         self.setting, self.inputs = setting, setting.tensors(dtype)
+        self.kernel = setting.kernel(dtype)
         self.cost = Cost()
 
     def step(self) -> None:
         """Forward and backward."""
         query, key, value, grad_out = self.inputs
-        kernel = choose_kernel(query.device, query.dtype, query.size(-1))
         with KernelMeter() as meter:
-            out, lse = kernel.forward(query, key, value, causal=True, scale=self.setting.scale)
-            kernel.backward(grad_out, query, key, value, out, lse, causal=True, scale=self.setting.scale)
+            out, lse = self.kernel.forward(query, key, value, causal=True, scale=self.setting.scale)
+            self.kernel.backward(grad_out, query, key, value, out, lse, causal=True, scale=self.setting.scale)
         self.cost = Cost(meter.seconds, meter.seconds, meter.flops)
 
     def facts(self) -> dict[str, Any]:
@@ -94,6 +106,7 @@ class AllRanks:
 
     def __init__(self, setting: Setting, dtype: torch.dtype) -> None:
         self.setting = setting
+        setting.kernel(dtype)
         whole = setting.tensors(dtype)
         self.rows = [
             torch.from_numpy(zigzag_positions(setting.tokens, setting.cp_size, rank)).to(whole[0].device)
@@ -110,8 +123,8 @@ class AllRanks:
         def on_rank(group: Any, hierarchy: Any = None) -> list[Tensor]:
             exchange = make_exchange(setting.cp_comm_type, group, hierarchy)
             query, key, value, grad_out = self.parts[group.rank()]
-            out, lse = exchange.forward(query, key, value, None, setting.scale)
-            return [out, *exchange.backward(grad_out, query, key, value, out, lse, None, setting.scale)]
+            out, lse = exchange.forward(query, key, value, setting.pack, setting.scale)
+            return [out, *exchange.backward(grad_out, query, key, value, out, lse, setting.pack, setting.scale)]
 
         self.results, self.costs = run_ranks(on_rank, setting.cp_size, inner=setting.inner)
 
@@ -134,10 +147,8 @@ def equality_rows(
         ranks = AllRanks(setting, torch.float64)
         try:
             ranks.step()
-        except RuntimeError as error:
-            if not isinstance(error.__cause__, LongctxError):
-                raise
-            rows.append((*name, f"refused: {error.__cause__.what}", "-", "-"))
+        except LongctxError as error:
+            rows.append((*name, f"refused: {error.what}", "-", "-"))
             continue
         query, key, value, grad_out = setting.tensors(torch.float64)
         out, lse = MathKernel().forward(query, key, value, causal=True, scale=setting.scale)
@@ -231,8 +242,8 @@ def _gloo_rank(rank: int, setting: Setting, repeats: int, folder: str, pipe: Any
     for _ in range(repeats + 1):
         dist.barrier()
         began = time.process_time()
-        out, lse = exchange.forward(query, key, value, None, setting.scale)
-        exchange.backward(grad_out, query, key, value, out, lse, None, setting.scale)
+        out, lse = exchange.forward(query, key, value, setting.pack, setting.scale)
+        exchange.backward(grad_out, query, key, value, out, lse, setting.pack, setting.scale)
         times.append(time.process_time() - began)
     dist.barrier()
     pipe.send(times[1:])

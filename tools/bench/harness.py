@@ -32,6 +32,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mcore_longctx.errors import LongctxError
+
 __all__ = ["Case", "Result", "Spread", "available_bytes", "command_line", "compare", "lengths", "machine", "measure", "table"]
 
 NOT_MEASURED = "not measured"
@@ -156,6 +158,8 @@ def _in_process(pipe: Any, case: Case, count_bytes: bool, warmup: int, calls: in
         result = _run(case, count_bytes, warmup, calls)
     except torch.cuda.OutOfMemoryError:
         result = Result(error="out of memory")
+    except LongctxError as error:
+        result = Result(error=f"refused: {error.what}")
     except BaseException:
         traceback.print_exc()
         result = Result(error=traceback.format_exc().strip().splitlines()[-1][:200])

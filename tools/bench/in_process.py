@@ -22,14 +22,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import distributed_c10d
-from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["Cost", "InProcessGroup", "KernelMeter", "run_ranks"]
+from mcore_longctx.errors import LongctxError
+
+__all__ = ["Cost", "InProcessGroup", "KernelMeter", "run_ranks", "watch"]
 
 
 @dataclass
 class Cost:
-    """Seconds of a rank, of its fused attention operators, and the FLOPs of these."""
+    """Seconds of a rank, of the calls of its attention kernel, and the FLOPs of these."""
 
     seconds: float = 0.0
     kernel_seconds: float = 0.0
@@ -42,7 +43,8 @@ def run_ranks(function: Callable[..., Any], size: int, *arguments: Any, inner: i
     With `inner`, `function(group, hierarchy, *arguments)`: the hierarchy is the rank's two groups, `inner` neighbours first.
 
     Raises:
-        RuntimeError: a rank raised (its exception is the cause), or all ranks wait for each other.
+        LongctxError: a rank refused what was asked for.
+        RuntimeError: a rank raised anything else (its exception is the cause), or all ranks wait for each other.
     """
     turns = _Turns(size)
     world = _World(turns)
@@ -76,6 +78,8 @@ def run_ranks(function: Callable[..., Any], size: int, *arguments: Any, inner: i
     world.forget()
     if failures:
         rank, error = failures[0]
+        if isinstance(error, LongctxError):
+            raise error
         raise RuntimeError(f"rank {rank} of {size}: {error}") from error
     return results, costs
 
@@ -169,43 +173,73 @@ def _elapsed(spans: Sequence[tuple[Any, Any]], on_cuda: bool) -> float:
     return sum(first.elapsed_time(last) for first, last in spans) / 1e3
 
 
-class KernelMeter(TorchDispatchMode):
-    """Time and FLOPs of the fused attention operators of this thread: a backward counts 2.5 forwards, causal half the pairs."""
+class KernelMeter:
+    """Time and FLOPs of the calls of a watched attention kernel by this thread: a backward counts 2.5 forwards, causal half the pairs.
+
+    watch(kernel)
+    with KernelMeter() as meter:
+        ...
+    meter.seconds, meter.flops
+    """
 
     def __init__(self) -> None:
-        super().__init__()
         self.on_cuda = torch.cuda.is_available()
-        self.spans: list[tuple[Any, Any]] = []
-        self.flops = 0.0
-        self.calls = 0
+        self.spans: dict[str, list[tuple[Any, Any]]] = {"forward": [], "backward": []}
+        self.flops_of = {"forward": 0.0, "backward": 0.0}
+
+    def __enter__(self) -> KernelMeter:
+        """Count from now on."""
+        _active.meter = self
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Stop."""
+        _active.meter = None
 
     @property
     def seconds(self) -> float:
         """Of all calls so far."""
-        return _elapsed(self.spans, self.on_cuda)
+        return sum(_elapsed(spans, self.on_cuda) for spans in self.spans.values())
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        """Measure if it is attention."""
-        kwargs = kwargs or {}
-        name = func._schema.name
-        if "attention" not in name and "flash_attn" not in name:
-            return func(*args, **kwargs)
-        first = _now(self.on_cuda)
-        results = func(*args, **kwargs)
-        self.spans.append((first, _now(self.on_cuda)))
-        self.calls += 1
-        given = dict(zip((argument.name for argument in func._schema.arguments), args, strict=False)) | kwargs
-        self.flops += _attention_flops(given) * (2.5 if "backward" in name or "bwd" in name else 1.0)
+    @property
+    def flops(self) -> float:
+        """Of all calls so far."""
+        return sum(self.flops_of.values())
+
+    def rate(self, direction: str) -> float:
+        """FLOP/s of the forward or of the backward calls."""
+        return self.flops_of[direction] / _elapsed(self.spans[direction], self.on_cuda)
+
+
+_active = threading.local()
+
+
+def watch(kernel: Any) -> None:
+    """Let meters see the calls of this kernel object. `choose_kernel` gives everybody the same one."""
+    if not hasattr(kernel, "is_watched"):
+        kernel.forward, kernel.backward = _watched(kernel.forward, "forward"), _watched(kernel.backward, "backward")
+        kernel.is_watched = True
+
+
+def _watched(function: Callable[..., Any], direction: str) -> Callable[..., Any]:
+    def call(*tensors: Tensor, causal: bool, scale: float) -> Any:
+        meter: KernelMeter | None = getattr(_active, "meter", None)
+        if meter is None:
+            return function(*tensors, causal=causal, scale=scale)
+        first = _now(meter.on_cuda)
+        results = function(*tensors, causal=causal, scale=scale)
+        meter.spans[direction].append((first, _now(meter.on_cuda)))
+        query, key = tensors[:2] if direction == "forward" else tensors[1:3]
+        meter.flops_of[direction] += _attention_flops(query, key, causal) * (2.5 if direction == "backward" else 1.0)
         return results
 
+    return call
 
-def _attention_flops(given: dict[str, Any]) -> float:
-    """Forward FLOPs of a call with tensors [b, heads, s, d]."""
-    query, key = given["query"], given["key"]
+
+def _attention_flops(query: Tensor, key: Tensor, causal: bool) -> float:
+    """Of a forward call: query [b, n, s_q, d], key [b, g, s_k, d]."""
     batch, heads, queries, width = query.shape
-    keys = key.size(2)
-    causal = given.get("is_causal", False)
-    pairs = queries * (queries + 1) / 2 if causal else queries * keys
+    pairs = queries * (queries + 1) / 2 if causal else queries * key.size(2)
     return 4.0 * batch * heads * width * pairs
 
 

@@ -13,17 +13,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mcore_longctx import megatron_compat as _imports_megatron_quietly  # noqa: F401  # isort: skip
 
+from live_bytes import LiveBytes
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 
 from mcore_longctx.megatron_compat import device_context, training_device
 from mcore_longctx.model import LongContextAttention, build_gpt_model, init_process_groups, transformer_config
 from mcore_longctx.model.initial_weights import set_initial_weights
+from mcore_longctx.parallel.exchange import make_exchange
 from mcore_longctx.recipe.model_shape import ModelShape
-from mcore_longctx.recipe.schema import Parallel
+from mcore_longctx.recipe.schema import Activations, Parallel
 from mcore_longctx.rope import RopeScaling
 
-__all__ = ["LLAMA_8B", "TINY", "TrainingStep", "our_model", "stock_model"]
+__all__ = ["LLAMA_8B", "TINY", "AttentionCalls", "ForwardOnly", "LayersStep", "TrainingStep", "our_model", "stock_model"]
 
 TINY = ModelShape(
     num_layers=2,
@@ -92,8 +94,8 @@ def stock_model(shape: ModelShape, tokens: int, *, flash: bool, precision: str =
         return model.to(training_device()).train()
 
 
-def our_model(shape: ModelShape, tokens: int, *, precision: str = "fp32", **options: Any) -> Any:
-    """`build_gpt_model` with the recompute policy and sizes given in `options`."""
+def our_model(shape: ModelShape, tokens: int, activations: Activations, *, precision: str = "fp32") -> Any:
+    """`build_gpt_model` under a policy for activations."""
     start_groups()
     return build_gpt_model(
         shape,
@@ -102,7 +104,7 @@ def our_model(shape: ModelShape, tokens: int, *, precision: str = "fp32", **opti
         precision=precision,  # type: ignore[arg-type]
         seq_length=tokens,
         seed=SEED,
-        **options,
+        activations=activations,
     ).train()
 
 
@@ -158,6 +160,67 @@ class TrainingStep:
         with OperatorCalls() as calls:
             self.step()
         return told | {"attention": calls.attention(self.shape.num_layers)}
+
+
+class ForwardOnly(TrainingStep):
+    """Counts the bytes that are alive at the end of the forward pass, above weights, gradients and batch (CPU)."""
+
+    def step(self) -> None:
+        """Forward."""
+        ids, positions, labels = self.batch
+        with device_context(), LiveBytes(self.states()) as live:
+            losses = self.model(ids, positions, None, labels=labels)
+            self.alive = live.now - live.at_start
+        del losses
+
+    def facts(self) -> dict[str, Any]:
+        """The bytes."""
+        return {"bytes": self.alive}
+
+
+class LayersStep:
+    """Forward and backward through the layers of a model from given hidden states, without embedding and loss head.
+
+    `kernel` is a name of `kernels.attention`, or empty for the one that the rule chooses.
+    """
+
+    def __init__(self, shape: ModelShape, tokens: int, activations: Activations, precision: str, kernel: str = "") -> None:
+        self.model = our_model(replace(shape, vocab_size=128), tokens, activations, precision=precision)
+        device, dtype = training_device(), self.model.config.params_dtype
+        generator = torch.Generator(device).manual_seed(SEED)
+        size = (tokens, 1, shape.hidden_size)
+        self.hidden = torch.randn(size, generator=generator, device=device, dtype=dtype).requires_grad_()
+        self.grad_out = torch.randn(size, generator=generator, device=device, dtype=dtype)
+        self.angles = self.model.rotary_pos_emb.angles(torch.arange(tokens, device=device)[None])
+        for parameter in self.model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        self.hidden.grad = torch.zeros_like(self.hidden)
+        cores = [layer.self_attention.core_attention for layer in self.model.decoder.layers]
+        if kernel:
+            for core in cores:
+                core.exchange = make_exchange(core.cp_comm_type, core.cp_group, kernels=(kernel,))
+
+    def states(self) -> Iterator[Tensor]:
+        """Weights, gradients, input, gradient of the output, angles."""
+        for parameter in (*self.model.parameters(), self.hidden):
+            yield parameter
+            yield parameter.grad
+        yield self.grad_out
+        yield self.angles
+
+    def step(self) -> None:
+        """One call."""
+        self.hidden.grad.zero_()
+        for parameter in self.model.parameters():
+            parameter.grad.zero_()
+        with device_context():
+            out = self.model.decoder(hidden_states=self.hidden, attention_mask=None, rotary_pos_emb=self.angles)
+            torch.autograd.backward(out, self.grad_out)
+
+    def facts(self) -> dict[str, Any]:
+        """Norms of the gradients of the input and of all weights: policies must agree."""
+        weights = torch.stack([parameter.grad.float().norm() for parameter in self.model.parameters()]).norm().item()
+        return {"input_grad": self.hidden.grad.float().norm().item(), "grad_norm": weights}
 
 
 COUNTED_TOKENS = 256
