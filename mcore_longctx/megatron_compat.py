@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import inspect
 import logging
 import random
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from types import SimpleNamespace
 from typing import Any
@@ -34,6 +35,7 @@ __all__ = [
     "device_context",
     "layer_offset",
     "num_layers_to_build",
+    "of_layers",
     "offload_fraction_fields",
     "quiet_import",
     "require_training_program",
@@ -86,7 +88,7 @@ with quiet_import():
         from megatron.core.tensor_parallel import random as tensor_parallel_random
         from megatron.core.transformer.transformer_block import get_num_layers_to_build
         from megatron.core.transformer.transformer_config import TransformerConfig
-        from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
+        from megatron.core.transformer.transformer_layer import TransformerLayer, get_transformer_layer_offset
     except RuntimeError as error:
         # megatron-core catches ImportError only; the empty meta package raises this
         if "transformer-engine" not in str(error).replace("_", "-"):
@@ -144,6 +146,22 @@ def num_layers_to_build(config: Any, vp_stage: int | None = None) -> int:
 def layer_offset(config: Any, vp_stage: int | None = None) -> int:
     """Global index (from 0) of the first transformer layer of this pipeline stage."""
     return int(get_transformer_layer_offset(config, vp_stage=vp_stage))
+
+
+# 0.16 reads a per-layer list at the layer's number, which counts from 1, and falls off its end (mended by 0.19)
+_LISTS_COUNT_FROM_ONE = "cp_comm_type[self.layer_number]" in inspect.getsource(TransformerLayer.__init__)
+
+
+class _FromOne(list[str]):
+    """A list whose first entry is number 1."""
+
+    def __getitem__(self, index: Any) -> Any:
+        return super().__getitem__(index - 1)
+
+
+def of_layers(values: Sequence[str]) -> list[str]:
+    """A list for TransformerConfig.cp_comm_type that gives each layer its own entry."""
+    return _FromOne(values) if _LISTS_COUNT_FROM_ONE else list(values)
 
 
 def training_device() -> torch.device:

@@ -141,7 +141,7 @@ class LongContextAttention(torch.nn.Module):
             if ranks > 1 and rows % 2:
                 raise LayoutError(f"a context-parallel rank holds {rows:,} tokens, which is not two equal chunks", where=where)
             return plain_layout(rows * ranks, ranks)
-        layout = agreed_layout(packed_seq_params, rows, self.cp_group, query.device, where=where)
+        layout = agreed_layout(packed_seq_params, rows, self.cp_group, query.device)
         if batch != 1:
             raise LayoutError(f"a pack with micro batch size {batch}", where=where, fix="use 1: a pack is a batch of documents")
         return layout

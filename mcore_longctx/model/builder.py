@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from mcore_longctx.errors import ConfigError, LayoutError
 from mcore_longctx.layout import check_seq_length
-from mcore_longctx.megatron_compat import NO_CUDA_GRAPHS, device_context
+from mcore_longctx.megatron_compat import NO_CUDA_GRAPHS, device_context, of_layers
 from mcore_longctx.model.initial_weights import fill_with_nan, set_initial_weights
 from mcore_longctx.model.loss_head import chunked_loss_head
 from mcore_longctx.model.rotary import LongContextRotary, PhaseDtype
@@ -101,7 +101,7 @@ def transformer_config(
     loss masks are right under data and context parallelism. The attention factor a of the rope goes into the softmax scale.
     """
     _, attention_factor = rope.frequencies()
-    dtype = _DTYPES[precision]
+    dtype, sizes = _DTYPES[precision], parallel.hierarchical_context_parallel_sizes
     fields: dict[str, Any] = {
         "num_layers": shape.num_layers,
         "hidden_size": shape.hidden_size,
@@ -122,7 +122,8 @@ def transformer_config(
         "pipeline_model_parallel_size": parallel.pipeline_model_parallel_size,
         "context_parallel_size": parallel.context_parallel_size,
         "sequence_parallel": parallel.sequence_parallel,
-        "cp_comm_type": parallel.cp_comm_type,
+        "cp_comm_type": parallel.cp_comm_type if isinstance(parallel.cp_comm_type, str) else of_layers(parallel.cp_comm_type),
+        "hierarchical_context_parallel_sizes": None if sizes is None else list(sizes),
         "calculate_per_token_loss": True,
         "params_dtype": dtype,
         "pipeline_dtype": dtype,
@@ -302,6 +303,7 @@ def _leave_unset(weight: Tensor) -> None:
 def _check_layout(shape: ModelShape, parallel: Parallel, seq_length: int) -> None:
     tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     shape.check_layout(tp, parallel.pipeline_model_parallel_size)
+    parallel.check_attention(shape.num_layers, shape.num_attention_heads, shape.num_query_groups)
     check_seq_length(seq_length, cp)
     if parallel.sequence_parallel and seq_length // cp % tp:
         raise LayoutError(

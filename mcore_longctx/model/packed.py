@@ -24,7 +24,9 @@ from mcore_longctx.errors import ConfigError, LayoutError, LongctxError
 from mcore_longctx.layout.packed import PackLayout, pack_from_cu_seqlens
 from mcore_longctx.parallel.collectives import gather_numbers
 
-__all__ = ["PackedBatch", "agreed_layout", "layout_of", "packed_batch"]
+__all__ = ["PackedBatch", "agreed_layout", "packed_batch"]
+
+_WHERE = "packed_seq_params"
 
 
 @dataclass
@@ -39,85 +41,82 @@ def packed_batch(layout: PackLayout) -> PackedBatch:
     return PackedBatch(qkv_format="sbhd", layout=layout)
 
 
-def layout_of(params: Any, cp_size: int, *, where: object = None) -> PackLayout:
-    """The layout that a PackedSeqParams means. Reads cu_seqlens, which waits for the device, once for each object.
+def agreed_layout(params: Any, rows: int, group: dist.ProcessGroup | None, device: torch.device) -> PackLayout:
+    """The layout that a PackedSeqParams means, once all context-parallel ranks have agreed that they hold its rows.
+
+    Both are done once for each object; reading cu_seqlens and agreeing wait for the device.
+
+    Args:
+        params: a PackedBatch or a stock PackedSeqParams.
+        rows: rows that this rank holds.
+        group: the context-parallel group; None: this rank alone.
+        device: where numbers can be exchanged.
 
     Raises:
-        LayoutError: see `pack_from_cu_seqlens`; queries and keys of different lengths; max_seqlen below the longest padded document,
-            with which stock rotary code stops on one rank while the others wait; a layout for another number of ranks.
+        LayoutError: on every rank, if one of them holds other rows, another pack, or one that cannot be read (see
+            `pack_from_cu_seqlens`); queries and keys of different lengths; max_seqlen below the longest padded document, with which
+            stock rotary code stops on one rank while the others wait; a layout for another number of ranks.
         ConfigError: another qkv_format, or a context-parallel size of the sample's own.
     """
-    layout = getattr(params, "layout", None) or getattr(params, "_longctx_layout", None)
-    if layout is None:
-        layout = _read_layout(params, cp_size, where)
-        params._longctx_layout = layout
-    if layout.cp_size != cp_size:
-        raise LayoutError(f"the pack is laid out for {layout.cp_size} context-parallel ranks, there are {cp_size}", where=where)
-    return layout
-
-
-def agreed_layout(params: Any, rows: int, group: dist.ProcessGroup, device: torch.device, *, where: object) -> PackLayout:
-    """`layout_of`, after all context-parallel ranks have agreed, once for each object, that they hold `rows` rows of the same pack.
-
-    Raises:
-        LayoutError, ConfigError: as `layout_of`; on every rank, if one of them holds other rows, another pack or one that cannot be
-            read.
-    """
-    if getattr(params, "_longctx_agreed", None) == rows:
-        return layout_of(params, group.size(), where=where)
-    layout, problem = None, None
+    if getattr(params, "_longctx_agreed_rows", None) == rows:
+        return params._longctx_layout
+    size, layout, problem = 1 if group is None else group.size(), None, None
     try:
-        layout = layout_of(params, group.size(), where=where)
+        layout = _layout_of(params, size)
     except LongctxError as error:
         problem = error
     mine = [rows, layout.rows, layout.fingerprint] if layout is not None else [rows, 0, 0]
-    of_ranks = [mine] if group.size() == 1 else gather_numbers(mine, group, device)
-    if layout is None:
-        assert problem is not None
-        raise problem
+    of_ranks = [mine] if group is None or size == 1 else gather_numbers(mine, group, device)
+    if problem is not None or layout is None:
+        raise problem or AssertionError
     for rank, (held, wanted, fingerprint) in enumerate(of_ranks):
         if not fingerprint:
             raise LayoutError(
-                f"context-parallel rank {rank} cannot read its pack", where=where, fix="see that rank's own message"
+                f"context-parallel rank {rank} cannot read its pack", where=_WHERE, fix="see that rank's own message"
             )
         if held != wanted:
             raise LayoutError(
-                f"context-parallel rank {rank} holds {held:,} rows of a pack that has {wanted:,} on each of {group.size()}"
-                f" ({wanted * group.size():,} in all, padding included)",
-                where=where,
+                f"context-parallel rank {rank} holds {held:,} rows of a pack that has {wanted:,} on each of {size}"
+                f" ({wanted * size:,} in all, padding included)",
+                where=_WHERE,
                 fix="slice tokens, labels and positions with the pack's own rows (PackLayout.source)",
             )
     if len({fingerprint for _, _, fingerprint in of_ranks}) > 1:
-        raise LayoutError("context-parallel ranks hold different packs", where=where, fix="give all of them the same documents")
-    params._longctx_agreed = rows
+        raise LayoutError("context-parallel ranks hold different packs", where=_WHERE, fix="give all of them the same documents")
+    params._longctx_layout, params._longctx_agreed_rows = layout, rows
     return layout
 
 
-def _read_layout(params: Any, cp_size: int, where: object) -> PackLayout:
+def _layout_of(params: Any, cp_size: int) -> PackLayout:
+    layout: PackLayout = getattr(params, "layout", None) or _read_layout(params, cp_size)
+    if layout.cp_size != cp_size:
+        raise LayoutError(f"the pack is laid out for {layout.cp_size} context-parallel ranks, there are {cp_size}", where=_WHERE)
+    return layout
+
+
+def _read_layout(params: Any, cp_size: int) -> PackLayout:
     if params.qkv_format not in ("thd", "sbhd"):
-        raise ConfigError(
-            f"packed_seq_params.qkv_format is {params.qkv_format!r}, only 'thd' and 'sbhd' are supported", where=where
-        )
+        raise ConfigError(f"qkv_format is {params.qkv_format!r}, only 'thd' and 'sbhd' are supported", where=_WHERE)
     if params.cp_group is not None or params.local_cp_size is not None:
         raise ConfigError(
-            "packed_seq_params name a context-parallel group of their own",
-            where=where,
+            "they name a context-parallel group of their own",
+            where=_WHERE,
             fix="switch hybrid (dynamic) context parallelism off",
         )
     if params.cu_seqlens_q is None:
-        raise ConfigError("packed_seq_params without cu_seqlens_q", where=where)
+        raise ConfigError("without cu_seqlens_q", where=_WHERE)
     real = params.cu_seqlens_q.tolist()
     padded = real if params.cu_seqlens_q_padded is None else params.cu_seqlens_q_padded.tolist()
     for name, sums in (("cu_seqlens_kv", real), ("cu_seqlens_kv_padded", padded)):
         of_keys = getattr(params, name)
         if of_keys is not None and of_keys.tolist() != sums:
-            raise LayoutError(f"{name} are not those of the queries; only self-attention is computed", where=where)
-    layout = pack_from_cu_seqlens(real, padded, cp_size, where=where)
+            raise LayoutError(f"{name} are not those of the queries; only self-attention is computed", where=_WHERE)
+    layout = pack_from_cu_seqlens(real, padded, cp_size, where=_WHERE)
     longest = max(b - a for a, b in pairwise(padded))
     if params.qkv_format == "thd" and (params.max_seqlen_q is None or int(params.max_seqlen_q) < longest):
         raise LayoutError(
             f"max_seqlen_q is {params.max_seqlen_q}, the longest document has {longest:,} rows with its padding",
-            where=where,
+            where=_WHERE,
             fix="max_seqlen counts padded rows, before the split over ranks",
         )
     return layout

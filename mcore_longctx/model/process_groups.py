@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 from dataclasses import dataclass
@@ -95,7 +96,7 @@ def init_process_groups(parallel: Parallel, *, seed: int, timeout_minutes: float
 
     Raises:
         LayoutError: the number of ranks is not that of the layout.
-        ConfigError: the launcher's environment variables are incomplete.
+        ConfigError: the launcher's environment variables are incomplete; hierarchical sizes without einops.
     """
     ranks = rank_info()
     world_size = dist.get_world_size() if dist.is_initialized() else ranks.world_size
@@ -104,6 +105,9 @@ def init_process_groups(parallel: Parallel, *, seed: int, timeout_minutes: float
             f"the layout needs {parallel.describe()}, but {world_size:,} {'was' if world_size == 1 else 'were'} started",
             fix=f"start {parallel.world_size:,} (torchrun --nproc-per-node, srun --ntasks) or change the layout",
         )
+    sizes = parallel.hierarchical_context_parallel_sizes
+    if sizes is not None and importlib.util.find_spec("einops") is None:
+        raise ConfigError("megatron-core builds hierarchical context-parallel groups with einops", fix="pip install einops")
     if not dist.is_initialized():
         _join(ranks, timedelta(minutes=timeout_minutes))
     parallel_state.destroy_model_parallel()
@@ -111,6 +115,7 @@ def init_process_groups(parallel: Parallel, *, seed: int, timeout_minutes: float
         tensor_model_parallel_size=parallel.tensor_model_parallel_size,
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
+        hierarchical_context_parallel_sizes=None if sizes is None else list(sizes),
         distributed_timeout_minutes=max(1, round(timeout_minutes)),
         create_gloo_process_groups=True,
     )

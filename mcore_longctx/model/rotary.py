@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mcore_longctx.errors import ConfigError
 from mcore_longctx.layout import zigzag_positions
+from mcore_longctx.model.packed import agreed_layout
 from mcore_longctx.rope import RopeScaling
 from mcore_longctx.rope.frequencies import ntk_base
 
@@ -30,7 +31,8 @@ class LongContextRotary(torch.nn.Module):
         float64       float64                        float64, mod 2 pi   2.4e-7 rad at any length
 
     Positions come from `set_positions` (LongContextGPTModel does so at each forward). A stock GPTModel sets none: then they are the
-    zigzag positions of this rank in the group `cp_group`.
+    positions of this rank of the group `cp_group`, in the pack of documents that is given, else in zigzag over the sequence. For a pack
+    of qkv_format "thd" Megatron slices a table itself, from position 0 to the longest document: on every rank, so prefer "sbhd".
 
     Args:
         scaling: the rope.
@@ -50,6 +52,7 @@ class LongContextRotary(torch.nn.Module):
             torch.from_numpy(scaling.frequencies()[0]) if phase_dtype == "float64" else hf_inverse_frequencies(scaling)
         )
         self.positions: Tensor | None = None
+        self._pack_positions: Tensor | None = None
 
     def set_positions(self, position_ids: Tensor | None) -> None:
         """Positions [b, s/c] int64 of the tokens of the next forward; None: derive them from the length."""
@@ -77,25 +80,43 @@ class LongContextRotary(torch.nn.Module):
         packed_seq_params: Any = None,
         **unused: Any,
     ) -> int:
-        """Length of the whole sequence, as GPTModel asks for it before `forward`."""
-        if inference_context is not None or packed_seq_params is not None:
-            raise ConfigError("inference contexts and packed sequences are not supported by this rotary embedding")
+        """Length of the whole sequence (of the table for a pack in "thd"), as GPTModel asks for it before `forward`."""
+        if inference_context is not None:
+            raise ConfigError("inference contexts are not supported by this rotary embedding")
         hidden = transformer.input_tensor if transformer.input_tensor is not None else transformer_input
         assert hidden is not None
         rows = hidden.size(0)
         if transformer_config.sequence_parallel:
             rows *= transformer_config.tensor_model_parallel_size
+        if packed_seq_params is not None:
+            layout = agreed_layout(packed_seq_params, rows, self.cp_group, hidden.device)
+            if packed_seq_params.qkv_format == "thd":
+                table = max(packed_seq_params.max_seqlen_q, packed_seq_params.max_seqlen_kv or 0)
+                # a table exactly as long as the pack would be read as positions that run through all documents
+                return int(table) + (table == layout.rows * layout.cp_size)
+            if self.positions is None:
+                rank = 0 if self.cp_group is None else self.cp_group.rank()
+                self._pack_positions = torch.from_numpy(layout.positions(rank)).unsqueeze(0)
         return int(rows * transformer_config.context_parallel_size)
 
     def forward(self, max_seq_len: int, offset: int = 0, packed_seq: bool = False, cp_group: Any = None) -> Tensor:
-        """Angles of this rank's tokens, float32 [s/c, b or 1, 1, d]. `max_seq_len` is the whole sequence."""
-        positions = self.positions
-        if positions is None:
+        """Angles of this rank's tokens, float32 [s/c, b or 1, 1, d]; `max_seq_len` is the whole sequence.
+
+        For a pack in "thd" (`packed_seq`): angles from position 0, float32 [max_seq_len, 1, 1, d].
+        """
+        if packed_seq:
+            return self.angles(self._on_device(torch.arange(max_seq_len).unsqueeze(0)))
+        positions, of_pack, self._pack_positions = self.positions, self._pack_positions, None
+        if positions is not None:
+            return self.angles(positions)
+        if of_pack is None:
             size, rank = (1, 0) if self.cp_group is None else (self.cp_group.size(), self.cp_group.rank())
-            positions = torch.from_numpy(zigzag_positions(max_seq_len, size, rank)).unsqueeze(0)
-            if torch.cuda.is_available():
-                positions = positions.cuda()
-        return self.angles(positions)
+            of_pack = torch.from_numpy(zigzag_positions(max_seq_len, size, rank)).unsqueeze(0)
+        return self.angles(self._on_device(of_pack))
+
+    @staticmethod
+    def _on_device(positions: Tensor) -> Tensor:
+        return positions.cuda() if torch.cuda.is_available() else positions
 
 
 def hf_inverse_frequencies(scaling: RopeScaling) -> Tensor:

@@ -146,11 +146,13 @@ class _Builder:
         """Build one value of type `kind` at the dotted path `at`."""
         self.lines[at] = place
         origin, args = get_origin(kind), get_args(kind)
-        if origin in (Union, types.UnionType):  # Optional[X] only: a recipe needs no wider union
+        if origin in (Union, types.UnionType):  # Optional[X], or X | tuple[X, ...]: a recipe needs no wider union
             effective = overrides[-1].node if overrides and not overrides[-1].keys else node
             if effective is not None and effective.tag == _NULL:
                 return None
-            return self.value(next(a for a in args if a is not type(None)), node, at, overrides, place)
+            kinds, is_list = [a for a in args if a is not type(None)], isinstance(effective, yaml.SequenceNode)
+            kind = next((a for a in kinds if (get_origin(a) is tuple) == is_list), kinds[0])
+            return self.value(kind, node, at, overrides, place)
         if dataclasses.is_dataclass(kind):
             return self.dataclass_value(kind, node, at, overrides)
         if origin is dict:

@@ -119,14 +119,12 @@ def _shape_of_recipe(file: RecipeFile) -> ModelShape:
 
 
 def _check_layouts(file: RecipeFile, shape: ModelShape) -> None:
-    for stage in file.recipe.stages:
-        parallel = stage.parallel
-        shape.check_layout(
-            parallel.tensor_model_parallel_size,
-            parallel.pipeline_model_parallel_size,
-            where=file.where(f"stages.{stage.name}.parallel"),
-        )
-    shape.check_layout(file.recipe.evaluate.parallel.tensor_model_parallel_size, 1, where=file.where("evaluate.parallel"))
+    layouts = {f"stages.{stage.name}.parallel": stage.parallel for stage in file.recipe.stages}
+    layouts["evaluate.parallel"] = file.recipe.evaluate.parallel
+    for name, parallel in layouts.items():
+        where = file.where(name)
+        shape.check_layout(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, where=where)
+        parallel.check_attention(shape.num_layers, shape.num_attention_heads, shape.num_query_groups, where=where)
 
 
 def _check_lengths(file: RecipeFile, rope: RopeScaling) -> None:

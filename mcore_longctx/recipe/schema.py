@@ -6,12 +6,15 @@ they need, never the whole recipe.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
+from mcore_longctx.errors import LayoutError
 from mcore_longctx.layout import check_seq_length
+from mcore_longctx.layout.heads import key_head_replicas
 from mcore_longctx.rope import RopeScaling, RopeType
 
 __all__ = [
@@ -152,6 +155,9 @@ class DataSection:
             raise ValueError("give every source a positive share, or none")
 
 
+CpCommType = Literal["p2p", "all_gather", "a2a", "a2a+p2p"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Parallel:
     """Layout of one job. `data_parallel_size` is what is left of the ranks: world = TP x PP x CP x DP."""
@@ -161,7 +167,8 @@ class Parallel:
     context_parallel_size: int = 1
     data_parallel_size: int = 1
     sequence_parallel: bool = False
-    cp_comm_type: Literal["p2p", "all_gather"] = "p2p"
+    cp_comm_type: CpCommType | tuple[CpCommType, ...] = "p2p"  # one for all layers, or a list with one for each
+    hierarchical_context_parallel_sizes: tuple[int, ...] | None = None  # a2a+p2p: [ranks of the a2a, ranks of the ring]
 
     def __post_init__(self) -> None:
         for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "data_parallel_size"):
@@ -169,6 +176,45 @@ class Parallel:
                 raise ValueError(f"{name} is {getattr(self, name)}, expected 1 or more")
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise ValueError("sequence_parallel needs tensor_model_parallel_size above 1")
+        if not self.cp_comm_types or not set(self.cp_comm_types) <= set(get_args(CpCommType)):
+            raise ValueError(
+                f"cp_comm_type is {self.cp_comm_type!r}, expected {', '.join(get_args(CpCommType))}, or one for each layer"
+            )
+        sizes, is_hierarchical = self.hierarchical_context_parallel_sizes, "a2a+p2p" in self.cp_comm_types
+        if is_hierarchical and sizes is None and self.context_parallel_size > 1:
+            raise ValueError(
+                "cp_comm_type a2a+p2p needs hierarchical_context_parallel_sizes: [ranks of the a2a, ranks of the ring]"
+            )
+        if sizes is not None and not is_hierarchical:
+            raise ValueError("hierarchical_context_parallel_sizes are given, but cp_comm_type is not a2a+p2p")
+        if sizes is not None and (len(sizes) != 2 or min(sizes) < 1 or math.prod(sizes) != self.context_parallel_size):
+            raise ValueError(
+                f"hierarchical_context_parallel_sizes are {list(sizes)}, expected two sizes whose product is "
+                f"context_parallel_size {self.context_parallel_size}"
+            )
+
+    @property
+    def cp_comm_types(self) -> tuple[CpCommType, ...]:
+        """The exchanges that are used: one for all layers, or one for each."""
+        return (self.cp_comm_type,) if isinstance(self.cp_comm_type, str) else tuple(self.cp_comm_type)
+
+    @property
+    def attention_neighbours(self) -> int:
+        """Context-parallel ranks that share the heads of their rows in every layer: `inner` of `layout.pack_layout`."""
+        sizes = self.hierarchical_context_parallel_sizes
+        of_kind = {"p2p": 1, "all_gather": 1, "a2a": self.context_parallel_size, "a2a+p2p": sizes[0] if sizes is not None else 1}
+        return min(of_kind[kind] for kind in self.cp_comm_types)
+
+    def check_attention(self, num_layers: int, num_attention_heads: int, num_query_groups: int, *, where: object = None) -> None:
+        """Raise LayoutError unless the exchanges fit the model: one for each layer, heads that divide over the ranks of an a2a."""
+        tp, sizes = self.tensor_model_parallel_size, self.hierarchical_context_parallel_sizes
+        if not isinstance(self.cp_comm_type, str) and len(self.cp_comm_type) != num_layers:
+            raise LayoutError(
+                f"cp_comm_type lists {len(self.cp_comm_type)} exchanges, the model has {num_layers} layers", where=where
+            )
+        of_kind = {"a2a": self.context_parallel_size, "a2a+p2p": sizes[0] if sizes is not None else 1}
+        for kind in sorted({kind for kind in self.cp_comm_types if kind in of_kind}):
+            key_head_replicas(num_attention_heads // tp, num_query_groups // tp, of_kind[kind], where=where)
 
     @property
     def world_size(self) -> int:
@@ -183,7 +229,10 @@ class Parallel:
     def describe(self) -> str:
         """For example `TP 8 (SP) x PP 1 x CP 16 p2p x DP 2 = 256 ranks`."""
         sp = " (SP)" if self.sequence_parallel else ""
-        comm = f" {self.cp_comm_type}" if self.context_parallel_size > 1 else ""
+        sizes = self.hierarchical_context_parallel_sizes
+        hierarchy = f" ({sizes[0]} x {sizes[1]})" if sizes is not None else ""
+        kinds = "/".join(sorted(set(self.cp_comm_types)))
+        comm = f" {kinds}{hierarchy}" if self.context_parallel_size > 1 else ""
         return (
             f"TP {self.tensor_model_parallel_size}{sp} x PP {self.pipeline_model_parallel_size} x CP {self.context_parallel_size}{comm}"
             f" x DP {self.data_parallel_size} = {self.world_size:,} ranks"
