@@ -6,12 +6,13 @@ import argparse
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, get_args
 
 import torch
 
 from mcore_longctx.errors import ConfigError
 from mcore_longctx.megatron_compat import quiet_import
+from mcore_longctx.model.recompute import RecomputePolicy
 from mcore_longctx.recipe.units import parse_count
 
 if TYPE_CHECKING:
@@ -93,6 +94,15 @@ def extra_args_provider(program: Program) -> Callable[[argparse.ArgumentParser],
             choices=("float32", "float64"),
             default="float32",
             help="float32: the bits of transformers; float64: angles right to 1e-6 rad at 4M tokens",
+        )
+        group.add_argument(
+            "--longctx-recompute",
+            choices=get_args(RecomputePolicy),
+            default="none",
+            help="what our layers keep for the backward pass (attention_kept: attention is never computed twice); docs/memory.md",
+        )
+        group.add_argument(
+            "--longctx-mlp-tile", type=token_count, metavar="TOKENS", help="tokens of the MLP computed at once (default: all)"
         )
         group.add_argument(
             "--longctx-loss-chunk",

@@ -53,8 +53,17 @@ def model_config(args: Namespace, rope: RopeScaling) -> Any:
 
 
 def _layers(args: Namespace) -> Any:
-    """The layer spec: what --spec names, else our block of layers with its final norm."""
-    return load_spec(args.spec)
+    """The layer spec: what --spec names, else our block of layers with its final norm. Megatron-LM calls it if it is a function."""
+    found = load_spec(args.spec)
+    if found is not spec.llama_block:
+        return found
+
+    def block(config: Any, vp_stage: int | None = None) -> Any:
+        return spec.longctx_block_spec(
+            config.transformer, vp_stage, recompute=args.longctx_recompute, mlp_tile=args.longctx_mlp_tile
+        )
+
+    return block
 
 
 @dataclass(frozen=True)

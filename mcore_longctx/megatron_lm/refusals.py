@@ -46,7 +46,7 @@ def check_arguments(args: Namespace, given: Set[str], program: Program) -> None:
     rope_of(args, given)
     _check_context_parallel(args, CP_COMM_TYPES if is_ours else _MEGATRON_COMM_TYPES)
     _check_loss(args)
-    _check_memory(args)
+    _check_memory(args, layers)
     _check_batches(args, program, is_ours=is_ours)
 
 
@@ -80,6 +80,9 @@ _ABSENT = {
     "fp8": "--fp8-format",
     "fp4": "--fp4-format",
     "tp_comm_overlap": "--tp-comm-overlap",
+    "use_te_activation_func": "--use-te-activation-func",
+    "activation_func_clamp_value": "--activation-func-clamp-value",
+    "glu_linear_offset": "--glu-linear-offset",
 }
 
 
@@ -91,6 +94,10 @@ def _check_layers(args: Namespace, layers: Any) -> None:
         if getattr(args, name) != computed:
             wanted = f"{computed:g}" if isinstance(computed, float) else computed
             _refuse(f"{_flag(name)} is {getattr(args, name)}, our layers compute {wanted}", fix=f"give {_flag(name)} {wanted}")
+    if not args.swiglu:
+        _refuse("--swiglu is missing, and our layers compute nothing else", fix="give --swiglu")
+    if args.add_bias_linear:
+        _refuse("--disable-bias-linear is missing, and our layers have no biases", fix="give --disable-bias-linear")
     for name, flag in _ABSENT.items():
         if getattr(args, name):
             _refuse(
@@ -190,10 +197,27 @@ def _check_loss(args: Namespace) -> None:
         )
 
 
-def _check_memory(args: Namespace) -> None:
+def _check_memory(args: Namespace, layers: Any) -> None:
     with quiet_import():
         from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE
 
+    ours = args.longctx_recompute != "none"
+    if (ours or args.longctx_mlp_tile) and layers is not spec.llama_block:
+        _refuse(
+            f"{'--longctx-recompute' if ours else '--longctx-mlp-tile'} changes our layers, and --spec {' '.join(args.spec)} is another",
+            fix="give no --spec, or put it into your spec: longctx_layer_spec(recompute=..., mlp_tile=...)",
+        )
+    # Megatron-LM deletes the second of these after reading it
+    if ours and (args.recompute_granularity or getattr(args, "recompute_activations", False)):
+        _refuse(
+            f"--longctx-recompute {args.longctx_recompute} beside Megatron's own recompute: a layer is recomputed by one of them",
+            fix="leave the --recompute-... flags out",
+        )
+    if ours and args.hidden_dropout:
+        _refuse(
+            f"--hidden-dropout is {args.hidden_dropout} with --longctx-recompute {args.longctx_recompute}: random numbers are not replayed",
+            fix="give --hidden-dropout 0",
+        )
     if args.recompute_granularity == "full" and args.recompute_modules:
         _refuse(
             "--recompute-modules has no effect with --recompute-granularity full",
@@ -204,8 +228,8 @@ def _check_memory(args: Namespace) -> None:
         offload = "--cpu-offloading-num-layers"
     if offload and not HAVE_TE:
         _refuse(f"{offload} needs TransformerEngine, which is not installed", fix="leave it out")
-    if offload and args.recompute_granularity == "full":
-        _refuse(f"{offload} beside --recompute-granularity full: nothing is kept that could be offloaded", fix="give one of them")
+    if offload and (ours or args.recompute_granularity == "full"):
+        _refuse(f"{offload} beside full recompute: nothing is kept that it could offload", fix="give one of them")
 
 
 # ------------------------------------------------------------------------------------------------------------------------- batches

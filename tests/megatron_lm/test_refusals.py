@@ -129,6 +129,45 @@ def test_what_our_layers_do_not_have(flags: str) -> None:
     launcher.read_arguments([*RUN, *flags.split(), *spec])  # layers of the user's may have it
 
 
+@pytest.mark.parametrize("flag", ["--swiglu", "--disable-bias-linear"])
+def test_what_our_layers_always_do_must_be_said(flag: str) -> None:
+    with pytest.raises(LongctxError, match=rf"{flag} is missing, and our layers .*; give {flag}"):
+        launcher.read_arguments([text for text in RUN if text != flag])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            "--longctx-recompute full --recompute-granularity full",
+            "--longctx-recompute full beside Megatron's own recompute: a layer is recomputed by one of them;"
+            " leave the --recompute-... flags out",
+        ),
+        (
+            "--longctx-recompute attention_kept --recompute-activations",
+            "--longctx-recompute attention_kept beside Megatron's own recompute: a layer is recomputed by one of them;"
+            " leave the --recompute-... flags out",
+        ),
+        (
+            "--longctx-recompute attention_kept --hidden-dropout 0.1",
+            "--hidden-dropout is 0.1 with --longctx-recompute attention_kept: random numbers are not replayed; give --hidden-dropout 0",
+        ),
+        (
+            "--longctx-recompute full --spec mcore_longctx.model.spec llama",
+            "--longctx-recompute changes our layers, and --spec mcore_longctx.model.spec llama is another;"
+            " give no --spec, or put it into your spec: longctx_layer_spec(recompute=..., mlp_tile=...)",
+        ),
+        (
+            "--longctx-mlp-tile 64 --spec tests.megatron_lm.specs layer_function",
+            "--longctx-mlp-tile changes our layers, and --spec tests.megatron_lm.specs layer_function is another;"
+            " give no --spec, or put it into your spec: longctx_layer_spec(recompute=..., mlp_tile=...)",
+        ),
+    ],
+)
+def test_memory_of_our_layers(flags: str, message: str) -> None:
+    assert refusal(*flags.split()) == f"command line: {message}"
+
+
 def test_query_groups_that_have_no_effect() -> None:
     flags = [text for text in RUN if text != "--group-query-attention"]
     with pytest.raises(LongctxError, match="--num-query-groups has no effect without --group-query-attention"):
@@ -209,7 +248,7 @@ def test_an_uneven_loss_mask_under_context_parallelism_needs_one_division() -> N
         ),
     ],
 )
-def test_memory(flags: str, message: str) -> None:
+def test_memory_of_megatrons_own_layers(flags: str, message: str) -> None:
     assert refusal(*flags.split()) == f"command line: {message}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,33 @@ def test_a_small_chunk_of_the_loss_changes_nothing_but_memory(data: list[str], o
     printed = run(command(data, "--longctx-loss-chunk", "50", steps=3))
     assert "at most 50 rows of 384 logits at a time" in printed
     assert same(losses(printed), {step: one_process[step] for step in (1, 3)})
+
+
+def count_attentions() -> None:
+    """At the end of the run, say how often a layer has computed attention."""
+    from megatron.training import training
+
+    from mcore_longctx.model import LongContextAttention
+
+    pretrain = training.pretrain
+
+    def then_print(*args: Any, **kwargs: Any) -> None:
+        pretrain(*args, **kwargs)
+        calls = [one.forward_calls for one in gc.get_objects() if isinstance(one, LongContextAttention)]
+        print("attentions", *calls)  # noqa: T201
+
+    training.pretrain = then_print
+
+
+@pytest.mark.parametrize(("policy", "calls"), [("full", 2), ("attention_kept", 1)])
+def test_recompute_and_tiles_change_memory_and_no_loss(
+    data: list[str], one_process: dict[int, float], policy: str, calls: int
+) -> None:
+    flags = ["--longctx-recompute", policy, "--longctx-mlp-tile", "48", "--context-parallel-size", "2"]
+    printed = run(command(data, *flags, steps=3), ranks=2, before=count_attentions)
+    assert same(losses(printed), {step: one_process[step] for step in (1, 3)})
+    # 3 steps of 2 micro-batches, forward and perhaps once more in the backward pass
+    assert printed.count(f"attentions {' '.join([str(3 * 2 * calls)] * 4)}") == 2
 
 
 @pytest.mark.parametrize("how", ["p2p", "all_gather", "a2a"])
