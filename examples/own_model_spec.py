@@ -14,6 +14,8 @@ ROPE = RopeScaling(type="yarn", head_dim=8, rope_theta=10_000.0, factor=4, origi
 
 
 class MyGPT(GPTModel):
+    """Megatron's model with long-context angles and a loss that never makes logits."""
+
     def __init__(self, config, spec):
         super().__init__(config, spec, vocab_size=256, max_sequence_length=128, position_embedding_type="rope")
         self.rotary_pos_emb = LongContextRotary(ROPE, self.pg_collection.cp, phase_dtype="float64")
@@ -25,5 +27,6 @@ class MyGPT(GPTModel):
 
 
 def build_model(config):
+    """The model of a TransformerConfig."""
     layer = longctx_layer_spec(recompute="attention_kept", mlp_tile=32)  # change it at will: it is Megatron's layer spec
     return MyGPT(config, TransformerBlockSubmodules([layer] * config.num_layers, layer_norm=RMSNorm))

@@ -298,6 +298,7 @@ class Stage:
     train_iters: int | None = None
     train_tokens: TokenCount | None = None
     micro_batch_size: int = 1
+    cross_document_mask: bool = False  # documents of one sample do not see each other (UltraLong: they do)
     parallel: Parallel = field(default_factory=Parallel)
     activations: Activations = field(default_factory=Activations)
     precision: Literal["fp32", "bf16"] = "bf16"
@@ -314,6 +315,10 @@ class Stage:
         if self.global_batch_size < 1 or self.global_batch_size % replicas:
             raise ValueError(
                 f"global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size x data_parallel_size ({replicas})"
+            )
+        if self.cross_document_mask and self.micro_batch_size != 1:
+            raise ValueError(
+                f"cross_document_mask needs micro_batch_size 1, it is {self.micro_batch_size}: a sample is a batch itself"
             )
         if not 0 <= self.optimizer.lr_warmup_iters < self.iterations:
             raise ValueError(
@@ -400,6 +405,9 @@ class Recipe:
             raise ValueError("stages is empty")
         if len(set(names)) < len(names):
             raise ValueError("two stages share a name")
+        masked = [stage.name for stage in self.stages if stage.cross_document_mask]
+        if masked and self.model.backend == "te":
+            raise ValueError(f"stage {masked[0]}: cross_document_mask is computed by backend local only, model.backend is te")
         reserved = {"base", "before", "scaled"} & set(names)
         if reserved:
             raise ValueError(f"no stage may be called {reserved.pop()!r}: the run folder uses this name")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mcore_longctx.errors import DataError
+from mcore_longctx.layout import PackLayout, pack_layout
 from mcore_longctx.recipe import Stage
 
 __all__ = ["MicroBatch", "SampleOrder", "Samples", "StepData"]
@@ -30,6 +31,14 @@ class Samples(Protocol):
 
     def __len__(self) -> int:
         """Number of samples."""
+        ...
+
+    def sample(self, index: int) -> tuple[IntArray, IntArray, npt.NDArray[np.bool_]]:
+        """Tokens, labels and loss mask of a whole sample, each [seq_length]."""
+        ...
+
+    def document_lengths(self, index: int) -> list[int]:
+        """Tokens of each document of a sample, in order; padding at its end belongs to none."""
         ...
 
     def cp_slice(self, index: int, cp_size: int, cp_rank: int) -> tuple[IntArray, IntArray, npt.NDArray[np.bool_], IntArray]:
@@ -65,13 +74,17 @@ class SampleOrder:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One micro-batch of one rank. Tensors are [micro_batch_size, seq_length / cp_size] on the training device."""
+    """One micro-batch of one rank. Tensors are [micro_batch_size, seq_length / cp_size] on the training device.
+
+    With a cross-document mask they are [1, layout.rows]: this rank's rows of one sample, each document padded as the layout says.
+    """
 
     sample_ids: tuple[int, ...]
     tokens: Tensor  # int64
     labels: Tensor  # int64
     loss_mask: Tensor  # bool
-    positions: Tensor  # int64, global
+    positions: Tensor  # int64, global; with a cross-document mask inside the document
+    layout: PackLayout | None = None  # where the documents of the sample lie; None: they see each other
 
 
 class StepData:
@@ -133,15 +146,44 @@ class StepData:
             yield self._read(tuple(ids[first : first + size]))
 
     def _read(self, ids: tuple[int, ...]) -> MicroBatch:
-        rows = [self.samples.cp_slice(index, self.stage.parallel.context_parallel_size, self.cp_rank) for index in ids]
-        for index, (tokens, labels, _, _) in zip(ids, rows, strict=True):
+        layout: PackLayout | None = None
+        if self.stage.cross_document_mask:
+            (index,) = ids
+            layout = self._layout(index)
+            rows = [self._share_of_documents(index, layout)]
+        else:
+            rows = [self.samples.cp_slice(index, self.stage.parallel.context_parallel_size, self.cp_rank) for index in ids]
+        for index, (read, following, _, _) in zip(ids, rows, strict=True):
             # Megatron's embedding turns an id beyond its table into a zero row, or takes one of the padding, without a word
-            largest, smallest = max(tokens.max(), labels.max()), min(tokens.min(), labels.min())
+            largest, smallest = max(read.max(), following.max()), min(read.min(), following.min())
             if largest >= self.vocab_size or smallest < 0:
                 raise DataError(
                     f"sample {index} holds token {largest if smallest >= 0 else smallest}, the vocabulary has {self.vocab_size:,}",
                     where=self.where,
                     fix="build the data again with the model's tokenizer",
                 )
-        columns = [torch.from_numpy(np.stack(column)).to(self.device, non_blocking=True) for column in zip(*rows, strict=True)]
-        return MicroBatch(ids, *columns)
+        tokens, labels, loss_mask, positions = (
+            torch.from_numpy(np.stack(column)).to(self.device, non_blocking=True) for column in zip(*rows, strict=True)
+        )
+        return MicroBatch(ids, tokens, labels, loss_mask, positions, layout)
+
+    def _layout(self, index: int) -> PackLayout:
+        """How the documents of a sample are split over the context-parallel ranks: the same on all of them."""
+        parallel = self.stage.parallel
+        return pack_layout(
+            self.samples.document_lengths(index),
+            parallel.context_parallel_size,
+            inner=parallel.attention_neighbours,
+            multiple=parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1,
+        )
+
+    def _share_of_documents(self, index: int, layout: PackLayout) -> tuple[IntArray, IntArray, npt.NDArray[np.bool_], IntArray]:
+        """Tokens, labels, loss mask and positions of this rank's rows. The last token of a document has no label: 0 and no loss."""
+        tokens, labels, loss_mask = self.samples.sample(index)
+        source, has_next = layout.source(self.cp_rank), layout.has_next(self.cp_rank)
+        return (
+            np.where(source >= 0, tokens[source], 0),
+            np.where(has_next, labels[source], 0),
+            loss_mask[source] & has_next,
+            layout.positions(self.cp_rank),
+        )

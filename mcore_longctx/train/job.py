@@ -65,6 +65,7 @@ class TrainJob:
             "precision": stage.precision,
             **{f"optimizer.{name}": value for name, value in asdict(stage.optimizer).items()},
             "rope.phase_dtype": self.phase_dtype,
+            **({"cross_document_mask": True} if stage.cross_document_mask else {}),  # checkpoints of before do not name it
             "data": data,
             "start_checkpoint": _manifest_hash(self.start_checkpoint),
         }

@@ -27,8 +27,10 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from mcore_longctx.data import PackedSamples
 from mcore_longctx.errors import CheckpointError, StoppedBySignal, TrainingError
+from mcore_longctx.layout import PackLayout
 from mcore_longctx.megatron_compat import MEGATRON_VERSION, device_context, training_device
 from mcore_longctx.model import build_gpt_model, destroy_process_groups, init_process_groups
+from mcore_longctx.model.packed import PackedBatch, packed_batch
 from mcore_longctx.model.process_groups import rank_info
 from mcore_longctx.model.te import check_backend
 from mcore_longctx.model.weights import load_model_weights
@@ -153,6 +155,8 @@ class Trainer:
             backend=job.backend,
         )
         load_model_weights(model, start.folder)
+        # samples with a cross-document mask have rows of their own: pipeline stages tell each other how many
+        model.config.variable_seq_lengths = stage.cross_document_mask
         self.wrapped = wrap_model(model)
         self.optimizer = build_optimizer(self.wrapped, stage)
         self.schedule = build_schedule(self.optimizer, stage.optimizer, stage.iterations)
@@ -170,6 +174,7 @@ class Trainer:
         self.seconds: list[float] = []  # of the steps of this start
         # losses are counted once: by one tensor-parallel rank of the last pipeline stage
         self.counts_losses = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
+        self.said_how_documents_are_split = False
         self.metrics: MetricsWriter | None = None
         if control.rank == 0:
             self.metrics = MetricsWriter(job.metrics_path, job.tensorboard, resumed_step=self.finished)
@@ -258,7 +263,9 @@ class Trainer:
             batch = next(batches)
             if losses and may_stop_inside:
                 self._leave_if_asked()
-            output = model(batch.tokens, batch.positions, None, labels=batch.labels, loss_weights=batch.loss_mask.float())
+            packed = {} if batch.layout is None else {"packed_seq_params": self._packed(batch.layout)}
+            weights = batch.loss_mask.float()
+            output = model(batch.tokens, batch.positions, None, labels=batch.labels, loss_weights=weights, **packed)
 
             def loss_function(loss_sum: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
                 tokens = batch.loss_mask.sum()
@@ -278,6 +285,12 @@ class Trainer:
             forward_only=False,
         )
         return losses
+
+    def _packed(self, layout: PackLayout) -> PackedBatch:
+        if not self.said_how_documents_are_split:
+            logger.info("documents of the first sample: %s", layout.describe(self.stage.parallel.attention_neighbours))
+            self.said_how_documents_are_split = True
+        return packed_batch(layout)
 
     def _own_sums(self, losses: list[tuple[tuple[int, ...], torch.Tensor]]) -> list[float]:
         if not self.counts_losses:

@@ -123,5 +123,5 @@ def test_on_the_cpu_nothing_is_copied() -> None:
 
 
 def test_a_fraction_that_is_none_is_refused() -> None:
-    with pytest.raises(ConfigError, match="offload_fraction is 1.5, expected 0 to 1"):
+    with pytest.raises(ConfigError, match=r"offload_fraction is 1\.5, expected 0 to 1"):
         ActivationOffload(1.5, 4)

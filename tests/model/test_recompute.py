@@ -19,12 +19,13 @@ from tests.model.llama import PLAIN_ROPE, SEQ_LENGTH, SHAPE, build
 from tests.model.test_layouts import batches, forward_backward, layout
 from tests.multiproc import run_processes
 
+ALONE = Parallel()
 POLICIES = ("none", "full", "attention_kept")
 TWO_RANKS = [layout(cp=2), layout(cp=2, comm="all_gather"), layout(tp=2), layout(tp=2, sp=True), layout(pp=2)]
 FOUR_RANKS = [layout(cp=2, tp=2, sp=True), layout(cp=2, pp=2), layout(tp=2, pp=2, sp=True)]
 
 
-def model_with(recompute: Any, parallel: Parallel = Parallel(), mlp_tile: int | None = 12, **options: Any) -> LongContextGPTModel:
+def model_with(recompute: Any, parallel: Parallel = ALONE, mlp_tile: int | None = 12, **options: Any) -> LongContextGPTModel:
     activations = Activations(recompute=recompute, mlp_tile=mlp_tile)  # type: ignore[arg-type]
     return build(parallel, activations=activations, **options).train()
 

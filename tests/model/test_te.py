@@ -49,7 +49,7 @@ def test_a_part_of_the_layers_is_offloaded_where_megatron_can() -> None:
     if HAS_FRACTION:
         assert te_config_fields(Activations(offload_fraction=0.5))["activation_offload_fraction"] == 0.5
     else:
-        with pytest.raises(ConfigError, match="offload_fraction is 0.5, and megatron-core .* offloads all or nothing"):
+        with pytest.raises(ConfigError, match=r"offload_fraction is 0\.5, and megatron-core .* offloads all or nothing"):
             te_config_fields(Activations(offload_fraction=0.5))
 
 

@@ -110,6 +110,40 @@ def test_a_good_file_is_read_with_types(recipe_file: Path) -> None:
             "{lr: 1e-4, lr_warmup_iters: 2}",
             "run.yaml:13: stages.extend: optimizer.lr_warmup_iters is 2, expected less than the 2 iterations",
         ),
+        (
+            "global_batch_size: 1",
+            "global_batch_size: 2\n    micro_batch_size: 2\n    cross_document_mask: true",
+            "run.yaml:13: stages.extend: cross_document_mask needs micro_batch_size 1, it is 2: a sample is a batch itself",
+        ),
+        (
+            "global_batch_size: 1",
+            "global_batch_size: 1\n    activations: {recompute: kept}",
+            "run.yaml:19: stages.extend.activations.recompute: 'kept' is not one of none, full, attention_kept; valid: attention_kept,"
+            " full, none",
+        ),
+        (
+            "global_batch_size: 1",
+            "global_batch_size: 1\n    activations: {recompute: none, offload_fraction: 0.5}",
+            "run.yaml:19: stages.extend.activations: offload_fraction needs recompute attention_kept or full: with none there is"
+            " nothing that is kept by us",
+        ),
+        (
+            "global_batch_size: 1",
+            "global_batch_size: 1\n    activations: {mlp_tile: 0}",
+            "run.yaml:19: stages.extend.activations: mlp_tile is 0, expected 1 or more tokens",
+        ),
+        (
+            "{context_parallel_size: 2}",
+            "{context_parallel_size: 4, cp_comm_type: a2a+p2p}",
+            "run.yaml:19: stages.extend.parallel: cp_comm_type a2a+p2p needs hierarchical_context_parallel_sizes: [ranks of the a2a,"
+            " ranks of the ring]",
+        ),
+        (
+            "{context_parallel_size: 2}",
+            "{context_parallel_size: 4, cp_comm_type: a2a+p2p, hierarchical_context_parallel_sizes: [2, 4]}",
+            "run.yaml:19: stages.extend.parallel: hierarchical_context_parallel_sizes are [2, 4], expected two sizes whose product is"
+            " context_parallel_size 4",
+        ),
         ("name: small", "name: [small", "run.yaml:2: not valid YAML: did not find expected ',' or ']'"),
     ],
 )

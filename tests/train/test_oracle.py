@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,16 +44,47 @@ def reference(job: TrainJob, hf: Path) -> list[tuple[float, float, float]]:
             lr = section.min_lr + (section.lr - section.min_lr) * 0.5 * (1 + math.cos(math.pi * ratio))
         for group in optimizer.param_groups:
             group["lr"] = lr
-        batch = [samples.sample(order[4 * step + i]) for i in range(4)]
-        tokens, labels, mask = (torch.stack([torch.from_numpy(row[i]) for row in batch]) for i in range(3))
-        losses = torch.nn.functional.cross_entropy(model(tokens).logits.flatten(0, 1), labels.flatten(), reduction="none")
-        loss = (losses * mask.flatten()).sum() / mask.sum()
+        loss = mean_loss(model, samples, [order[4 * step + i] for i in range(4)], job.stage.cross_document_mask)
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), section.clip_grad)
         optimizer.step()
         found.append((loss.item(), float(norm), lr))
     return found
+
+
+def mean_loss(model: Any, samples: PackedSamples, ids: list[int], one_by_one: bool) -> torch.Tensor:
+    """Over all tokens that carry loss; `one_by_one`: each document on its own, its last token without loss."""
+    losses, masks = [], []
+    for index in ids:
+        tokens, labels, mask = (torch.from_numpy(column) for column in samples.sample(index))
+        lengths = samples.document_lengths(index) if one_by_one else [len(tokens)]
+        assert not one_by_one or len(lengths) == 2
+        for t, y, m in zip(tokens.split(lengths), labels.split(lengths), mask.split(lengths), strict=True):
+            losses.append(torch.nn.functional.cross_entropy(model(t[None]).logits[0], y, reduction="none"))
+            masks.append(m.clone())
+            if one_by_one:
+                masks[-1][-1] = False
+    return (torch.cat(losses) * torch.cat(masks)).sum() / torch.cat(masks).sum()
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"context_parallel_size": 2},
+        {"context_parallel_size": 2, "cp_comm_type": "a2a", "pipeline_model_parallel_size": 2},
+        {"tensor_model_parallel_size": 2, "sequence_parallel": True},
+    ],
+    ids=["CP 2", "CP 2 a2a PP 2", "TP 2 SP"],
+)
+def test_documents_that_do_not_see_each_other_train_as_if_each_were_alone(tmp_path: Path, layout: dict[str, Any]) -> None:
+    world = make_world(tmp_path)
+    job = make_job(world, "masked", cross_document_mask=True, train_iters=4, save_interval=100, **layout)
+    train(job)
+    for row, (loss, norm, _) in zip(rows(job), reference(job, world / "hf"), strict=True):
+        assert row["loss"] == pytest.approx(loss, rel=1e-5)
+        assert row["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    assert "documents of the first sample: 2 documents, 64 tokens in" in (job.log_folder / "rank0.log").read_text()
 
 
 def test_every_step_equals_transformers_and_torch_adamw(tmp_path: Path) -> None:
