@@ -197,7 +197,7 @@ class _Head:
     def own_labels(self, labels: Tensor, piece: slice) -> tuple[Tensor, Tensor]:
         """(column of each label, int64 [tokens, 1]; is it one of this rank's). Elsewhere the column is one that exists."""
         column = self.take(labels, piece).unsqueeze(1) - self.first
-        is_own = (column >= 0) & (column < self.columns) & (not self.only_padding)
+        is_own = (column >= 0) & (column < self.columns)
         return column.clamp_(0, self.columns - 1), is_own
 
 

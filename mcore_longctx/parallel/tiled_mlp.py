@@ -91,7 +91,7 @@ class _TiledSwiglu(torch.autograd.Function):
         gate_up = x.new_empty(tiles.tokens, gate_up_weight.size(0))
         for piece, (rows,) in tiles.gathered(tiles.pieces(), x.reshape(tiles.rows, -1)):
             gate, up = torch.mm(rows, gate_up_weight.t(), out=gate_up[: rows.size(0)]).chunk(2, dim=1)
-            products.put(piece, F.silu(gate).mul_(up), down_weight.t())
+            products.put(piece, F.silu(gate, inplace=True).mul_(up), down_weight.t())
         products.wait()
         return out
 
@@ -107,16 +107,19 @@ class _TiledSwiglu(torch.autograd.Function):
         grad_x = torch.empty_like(x, memory_format=torch.contiguous_format) if ctx.needs_input_grad[0] else None
         products = None if grad_x is None else SummedProducts(grad_x.view(tiles.rows, -1), tiles)
         gate_up, grad_gate_up = (x.new_empty(tiles.tokens, gate_up_weight.size(0)) for _ in range(2))
-        product, grad_product = (x.new_empty(tiles.tokens, down_weight.size(1)) for _ in range(2))
-        for piece, (rows, grad_rows) in tiles.gathered(
-            tiles.pieces(), x.reshape(tiles.rows, -1), grad_out.reshape(tiles.rows, -1)
-        ):
+        grad_product = x.new_empty(tiles.tokens, down_weight.size(1))
+        flat = x.reshape(tiles.rows, -1), grad_out.reshape(tiles.rows, -1)
+        for piece, (rows, grad_rows) in tiles.gathered(tiles.pieces(), *flat):
             n = rows.size(0)
             gate, up = torch.mm(rows, gate_up_weight.t(), out=gate_up[:n]).chunk(2, dim=1)
+            grad_gate, grad_up = grad_gate_up[:n].chunk(2, dim=1)
             grad = torch.mm(grad_rows, down_weight, out=grad_product[:n])
-            _swiglu_backward(grad, gate, up, product[:n], grad_gate_up[:n])
+            # rounded where autograd rounds; intermediates live in the memory of what comes after them
+            silu = torch.ops.aten.silu.out(gate, out=grad_gate)
             if down_gradient is not None:
-                down_gradient.add(grad_rows, product[:n])
+                down_gradient.add(grad_rows, torch.mul(silu, up, out=grad_up))
+            torch.mul(grad, silu, out=grad_up)
+            torch.ops.aten.silu_backward.grad_input(grad.mul_(up), gate, grad_input=grad_gate)
             if products is not None:
                 products.put(piece, grad_gate_up[:n], gate_up_weight)
             if gate_up_gradient is not None:
@@ -124,12 +127,3 @@ class _TiledSwiglu(torch.autograd.Function):
         if products is not None:
             products.wait()
         return grad_x, gate_up_gradient and gate_up_gradient.finish(), down_gradient and down_gradient.finish(), None, None
-
-
-def _swiglu_backward(grad: Tensor, gate: Tensor, up: Tensor, product: Tensor, grad_gate_up: Tensor) -> None:
-    """silu(gate) * up into `product`, gradients of gate and up into `grad_gate_up`; `grad` is used up. Rounded as autograd does."""
-    grad_gate, grad_up = grad_gate_up.chunk(2, dim=1)
-    silu = F.silu(gate)
-    torch.mul(silu, up, out=product)
-    torch.mul(grad, silu, out=grad_up)
-    torch.ops.aten.silu_backward.grad_input(grad.mul_(up), gate, grad_input=grad_gate)
