@@ -13,12 +13,13 @@ NEWEST := .venv-newest
 # Python 3.12 under its own name, or the newest one that pyenv has
 NEWEST_PYTHON ?= $(shell for p in python3.12 $$(PYENV_VERSION=$$(pyenv versions --bare 2>/dev/null | grep '^3\.12' | tail -1) pyenv which python3.12 2>/dev/null); do $$p -c '' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: help setup demo test test-newest lint types contract format
+.PHONY: help setup demo test test-long test-newest lint types contract format
 
 help:
 	@echo "make demo         set up, run the UltraLong recipe on the tiny model (two CPU cores, minutes), write runs/tiny-cpu/report.html"
 	@echo "make test         set up, run the test suite"
 	@echo "make test-newest  the suite on Python 3.12 with megatron-core 0.19 and transformers 5 (in $(NEWEST))"
+	@echo "make test-long    a training step at 262,144 tokens on the CPU against plain float64 (minutes)"
 	@echo "make lint types contract   ruff, mypy, import-linter"
 
 setup: $(VENV)/.installed
@@ -39,6 +40,10 @@ demo: setup
 test: setup
 	@echo "== tests"
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-long: setup
+	@echo "== a step at 262,144 tokens"
+	$(BIN)/python -m pytest -m 'long and not gpu' $(PYTEST_ARGS)
 
 test-newest:
 	@test -n "$(NEWEST_PYTHON)" || { echo "make: no Python 3.12 found; install one, or say which: make test-newest NEWEST_PYTHON=/path/to/python3.12"; exit 2; }
