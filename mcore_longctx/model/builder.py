@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from mcore_longctx.recipe.schema import Parallel
     from mcore_longctx.rope import RopeScaling
 
-__all__ = ["Backend", "LongContextGPTModel", "Precision", "build_gpt_model", "transformer_config"]
+__all__ = ["Backend", "LongContextGPTModel", "Precision", "build_gpt_model", "gpt_model_of_spec", "transformer_config"]
 
 Precision = Literal["fp32", "bf16"]
 Backend = Literal["local", "te"]
@@ -146,6 +146,13 @@ def transformer_config(
         **NO_CUDA_GRAPHS,
     }
     return TransformerConfig(**(fields | overrides))
+
+
+def gpt_model_of_spec(config: TransformerConfig, spec: Any, *, vocab_size: int, seq_length: int, rope: RopeScaling) -> GPTModel:
+    """Megatron's own model of a layer or block spec, in one pipeline stage, with our rotary embedding."""
+    model = GPTModel(config, spec, vocab_size, seq_length, parallel_output=True, position_embedding_type="rope")
+    model.rotary_pos_emb = LongContextRotary(rope, model.pg_collection.cp)
+    return model
 
 
 class LongContextGPTModel(GPTModel):

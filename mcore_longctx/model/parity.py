@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from torch import Tensor
@@ -27,9 +26,8 @@ from torch import Tensor
 from mcore_longctx.errors import ConfigError
 from mcore_longctx.layout import zigzag_positions
 from mcore_longctx.megatron_compat import device_context
-from mcore_longctx.model.builder import transformer_config
+from mcore_longctx.model.builder import gpt_model_of_spec, transformer_config
 from mcore_longctx.model.process_groups import destroy_process_groups, init_process_groups
-from mcore_longctx.model.rotary import LongContextRotary
 from mcore_longctx.recipe.model_shape import ModelShape
 from mcore_longctx.recipe.schema import Parallel
 from mcore_longctx.rope import RopeScaling
@@ -124,9 +122,7 @@ def _build(target: Any, parallel: Parallel) -> torch.nn.Module:
         return built
     if not isinstance(built, ModuleSpec | TransformerBlockSubmodules):
         raise ConfigError(f"{type(built).__name__} is neither a ModuleSpec nor TransformerBlockSubmodules nor a model")
-    model = GPTModel(config, built, TINY.padded_vocab_size(), _TOKENS, parallel_output=True, position_embedding_type="rope")
-    model.rotary_pos_emb = LongContextRotary(_ROPE, parallel_state.get_context_parallel_group())
-    return model
+    return gpt_model_of_spec(config, built, vocab_size=TINY.padded_vocab_size(), seq_length=_TOKENS, rope=_ROPE)
 
 
 def _set_weights(model: torch.nn.Module) -> None:
