@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from mcore_longctx.errors import LayoutError
+from mcore_longctx.errors import ConfigError, LayoutError
 from mcore_longctx.kernels.attention import accumulator_dtype
 from mcore_longctx.kernels.matmul import matmul_into
 from mcore_longctx.parallel.collectives import all_gather
@@ -112,6 +112,7 @@ def chunked_linear_cross_entropy(
 
     Raises:
         LayoutError: shapes that do not fit together, or a chunk below 1.
+        ConfigError: `loss_weights` with float16.
     """
     labels = labels.contiguous()
     head = _Head.of(hidden, weight, labels, group, sequence_parallel, real_vocab_size, chunk)
@@ -120,6 +121,10 @@ def chunked_linear_cross_entropy(
         return losses
     if loss_weights.shape != labels.shape:
         raise LayoutError(f"loss_weights are {list(loss_weights.shape)}, labels {list(labels.shape)}: every token has one")
+    if hidden.dtype is torch.float16:
+        raise ConfigError(
+            "loss_weights with float16: the gradients would be made before the loss scale is known", fix="leave loss_weights out"
+        )
     needed = torch.is_grad_enabled()  # autograd does not tell a Function
     total, losses = _WeightedLoss.apply(hidden, weight, labels, loss_weights.to(head.dtype).contiguous(), head, needed)
     return total, losses
@@ -131,8 +136,8 @@ class _Head:
 
     tiles: TokenTiles
     first: int  # word of this rank's first column
-    columns: int  # words of this rank that are real, at least 1
-    only_padding: bool  # that one is not real either
+    columns: int  # v/t
+    words: int  # of these columns: the first ones; the others are padding
     dtype: torch.dtype  # of logits and losses
 
     @classmethod
@@ -162,17 +167,17 @@ class _Head:
             chunk = default_chunk(weight.size(0), hidden.dtype)
         if chunk < 1:
             raise LayoutError(f"chunk is {chunk}, expected at least one token")
-        first = rank * weight.size(0)
-        real = weight.size(0)
-        if real_vocab_size is not None:
-            if not 0 < real_vocab_size <= size * weight.size(0):
-                raise LayoutError(f"real_vocab_size is {real_vocab_size:,}, the weights have {size * weight.size(0):,} rows")
-            real = min(max(real_vocab_size - first, 0), real)
+        columns = weight.size(0)
+        first = rank * columns
+        if real_vocab_size is None:
+            real_vocab_size = size * columns
+        if not 0 < real_vocab_size <= size * columns:
+            raise LayoutError(f"real_vocab_size is {real_vocab_size:,}, the weights have {size * columns:,} rows")
         return cls(
             tiles=TokenTiles.of(hidden.size(0), chunk, group, sequence_parallel),
             first=first,
-            columns=max(real, 1),
-            only_padding=real == 0,
+            columns=columns,
+            words=min(max(real_vocab_size - first, 0), columns),
             dtype=accumulator_dtype(hidden.dtype),
         )
 
@@ -189,15 +194,18 @@ class _Head:
         return hidden.new_empty((self.tiles.tokens, self.columns), dtype=self.dtype)
 
     def logits(self, rows: Tensor, weight: Tensor, buffer: Tensor) -> Tensor:
-        """[tokens, columns] in `buffer`, padding left out."""
-        logits = matmul_into(buffer[: rows.size(0)], rows, weight[: self.columns].t())
-        # smaller than any logit, and finite: -inf alone in its row would make a softmax of NaN
-        return logits.fill_(torch.finfo(self.dtype).min) if self.only_padding else logits
+        """[tokens, columns] in `buffer`."""
+        logits = matmul_into(buffer[: rows.size(0)], rows, weight.t())
+        if self.words < self.columns:
+            # Less than any logit, so that padding gets a probability of exactly 0, and with it a gradient of 0. Finite, because a
+            # rank may hold nothing else, and a softmax of -inf alone is NaN.
+            logits[:, self.words :] = torch.finfo(self.dtype).min
+        return logits
 
     def own_labels(self, labels: Tensor, piece: slice) -> tuple[Tensor, Tensor]:
         """(column of each label, int64 [tokens, 1]; is it one of this rank's). Elsewhere the column is one that exists."""
         column = self.take(labels, piece).unsqueeze(1) - self.first
-        is_own = (column >= 0) & (column < self.columns)
+        is_own = (column >= 0) & (column < self.words)
         return column.clamp_(0, self.columns - 1), is_own
 
 
@@ -227,7 +235,7 @@ def _softmax_(logits: Tensor, column: Tensor, is_own: Tensor, head: _Head) -> _T
 class _Gradients:
     """Gradients of hidden and weight, chunk by chunk; None where one is not wanted."""
 
-    weight: Tensor  # [columns, h]
+    weight: Tensor
     of_hidden: SummedProducts | None
     of_weight: WeightGradient | None
     low: Tensor | None = None  # room for a chunk's gradient of the logits in the dtype of the weights
@@ -235,9 +243,9 @@ class _Gradients:
     @classmethod
     def of(cls, hidden: Tensor, weight: Tensor, head: _Head, needs: tuple[bool, bool], into_main_grad: bool) -> _Gradients:
         return cls(
-            weight[: head.columns],
+            weight,
             SummedProducts(torch.empty_like(hidden), head.tiles) if needs[0] else None,
-            WeightGradient(weight, rows=head.columns, into_main_grad=into_main_grad) if needs[1] else None,
+            WeightGradient(weight, into_main_grad=into_main_grad) if needs[1] else None,
         )
 
     def add(

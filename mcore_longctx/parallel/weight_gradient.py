@@ -27,12 +27,11 @@ class WeightGradient:
 
     Args:
         weight: [n, k], the parameter itself: its attributes are read and set.
-        rows: the first rows of the weight that get a gradient; the others get zeros. None: all.
         into_main_grad: add to `main_grad` while summing. False where the sum may still be thrown away or multiplied.
     """
 
-    def __init__(self, weight: Tensor, *, rows: int | None = None, into_main_grad: bool = True) -> None:
-        self.weight, self.rows = weight, weight.size(0) if rows is None else rows
+    def __init__(self, weight: Tensor, *, into_main_grad: bool = True) -> None:
+        self.weight = weight
         dtype = accumulator_dtype(weight.dtype)
         self.main_grad = _main_grad(weight)
         self.in_place = into_main_grad and self.main_grad is not None and self.main_grad.dtype is dtype
@@ -44,11 +43,9 @@ class WeightGradient:
         self.is_empty = not self.in_place
 
     def add(self, left: Tensor, right: Tensor) -> None:
-        """Add left.T @ right: left [tokens, rows], right [tokens, k], both in the weight's dtype."""
-        matmul_into(self.sum[: self.rows], left.t(), right, add=not self.is_empty)
-        if self.is_empty:
-            self.sum[self.rows :] = 0
-            self.is_empty = False
+        """Add left.T @ right: left [tokens, n], right [tokens, k], both in the weight's dtype."""
+        matmul_into(self.sum, left.t(), right, add=not self.is_empty)
+        self.is_empty = False
 
     def finish(self, factor: Tensor | None = None) -> Tensor:
         """What `backward` returns for the weight: the sum (times `factor`, a scalar), or a stand-in if it is in `main_grad`.

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.spec_utils import ModuleSpec, build_module
@@ -135,8 +136,8 @@ def test_gpt_model_is_built_with_it_and_its_checkpoint_is_the_same() -> None:
             config = transformer_config(SHAPE, PLAIN_ROPE, Parallel(), precision="fp32")
             block = longctx_block_spec(config)
             for layer in block.layer_specs:
-                if tile is not None:
-                    layer.submodules.mlp = tiled_mlp_spec(tile)
+                stock = get_gpt_layer_local_spec(normalization="RMSNorm").submodules.mlp
+                layer.submodules.mlp = stock if tile is None else tiled_mlp_spec(tile)
             model = GPTModel(
                 config=config,
                 transformer_layer_spec=block,

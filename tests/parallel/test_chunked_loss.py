@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mcore_longctx.errors import LayoutError
+from mcore_longctx.errors import ConfigError, LayoutError
 from mcore_longctx.parallel.chunked_loss import chunked_linear_cross_entropy, default_chunk
 from tests.multiproc import run_processes
 
@@ -360,6 +360,12 @@ def test_gradients_made_in_forward_are_handed_out_once() -> None:
     total.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="leave loss_weights out"):
         total.backward()
+
+
+def test_float16_gradients_are_not_made_before_the_loss_scale_is_known() -> None:
+    hidden, weight, labels = torch.zeros(4, 8).half(), torch.zeros(6, 8).half(), torch.zeros(4, dtype=torch.int64)
+    with pytest.raises(ConfigError, match=r"^loss_weights with float16: .*; leave loss_weights out$"):
+        chunked_linear_cross_entropy(hidden, weight, labels, loss_weights=torch.ones(4))
 
 
 @pytest.mark.parametrize(
