@@ -131,6 +131,33 @@ def test_a_vocabulary_over_several_ranks_equals_torch(size: int, vocab: int, rea
         assert not wrong, f"rank {rank}: {wrong}"
 
 
+def without_any_weight(group: Any = None, sp: bool = False) -> None:
+    """No token counts: the sum and every gradient are exactly 0, and ranks do not wait for each other."""
+    size, rank = rank_of(group)
+    problem = Problem(torch.float32, 40)
+    hidden = (problem.hidden.chunk(size)[rank] if sp else problem.hidden).clone().requires_grad_()
+    weight = problem.weight.chunk(size)[rank].clone().requires_grad_()
+    total, losses = chunked_linear_cross_entropy(
+        hidden, weight, problem.labels, group=group, sequence_parallel=sp, chunk=8, loss_weights=torch.zeros(40)
+    )
+    total.backward()
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    assert total == 0
+    assert not any(tensor.any() for tensor in (losses, hidden.grad, weight.grad))
+
+
+def without_any_weight_on_ranks() -> None:
+    for sp in (False, True):
+        without_any_weight(dist.group.WORLD, sp)
+
+
+@pytest.mark.multiproc
+def test_a_batch_without_any_weight_gives_zeros() -> None:
+    without_any_weight()
+    run_processes(without_any_weight_on_ranks, 2)
+
+
 def test_bf16_is_as_near_to_float64_as_its_rounding_allows() -> None:
     problem = Problem(torch.bfloat16, 600)
     for weighted in (False, True):
