@@ -100,7 +100,7 @@ def _pretrain(flags: Any, program: Any) -> None:
     check_arguments(args, flags.given, program)
     rope = rope_of(args, flags.given)
     config = model_config(args, rope)
-    logger.info("megatron-core %s, %s; %s", MEGATRON_VERSION, program.name, training_device())
+    logger.info("megatron-core %s on %s, batches and loss of %s", MEGATRON_VERSION, training_device(), program.name)
     if flags.added:
         logger.info("added flags: %s", " ".join(flags.added))
     logger.info("rope: %s", rope.describe())

@@ -35,7 +35,7 @@ class Program:
     is_own: bool = False
 
 
-OWN_PROGRAM = Program("no pretrain_gpt.py", datasets_provider, forward_step, is_own=True)
+OWN_PROGRAM = Program("mcore-longctx", datasets_provider, forward_step, is_own=True)
 
 
 def find_program(argv: Sequence[str]) -> Program:

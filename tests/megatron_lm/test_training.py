@@ -9,12 +9,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from tests.megatron_lm.program import MODEL, PLAIN_ROPE, TINY, TRAINING, losses, needs_program, run
+from mcore_longctx.data import IndexedWriter
+from tests.megatron_lm.program import MODEL, PLAIN_ROPE, SEQ_LENGTH, TINY, TRAINING, losses, needs_program, run
 
 pytestmark = [needs_program, pytest.mark.multiproc]
 
 STEPS = 5
+END = 261  # what NullTokenizer takes for the end of a document: the last of 262
 LLAMA3 = [*PLAIN_ROPE, "--use-rope-scaling"]
 YARN = [
     *("--position-embedding-type", "yarn", "--rotary-base", "10000", "--rotary-scaling-factor", "4", "--yarn-beta-fast", "8"),
@@ -58,6 +64,33 @@ def test_losses_are_those_of_megatrons_own_layers_and_rope(data: list[str], rope
     ours = losses(run(command(data, rope=rope, steps=3)))
     stock = losses(run(command(data, rope=rope, steps=3), before=megatrons_own_model))
     assert same(ours, stock)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_first_loss_is_that_of_transformers(data: list[str], tmp_path: Path, ranks: int) -> None:
+    # every sample is this row, wherever GPTDataset starts to count; its first half has nearly all tokens without loss
+    row = np.random.default_rng(3).integers(0, 256, SEQ_LENGTH)
+    row[8:56:2] = row[100] = END
+    with IndexedWriter(tmp_path / "rows", "uint16") as writer:
+        for _ in range(40):
+            writer.add(row.astype(np.uint16))
+    start = data[data.index("--load") :]
+    samples = ["--data-path", str(tmp_path / "rows"), "--split", "100,0,0", "--data-cache-path", str(tmp_path / "cache")]
+    flags = ["--eod-mask-loss", "--context-parallel-size", str(ranks)]
+    found = losses(run(command([*samples, *start], *flags, steps=1), ranks))
+    model = LlamaForCausalLM.from_pretrained(TINY)
+    with torch.no_grad():
+        logits = model(torch.from_numpy(row).unsqueeze(0)).logits[0]
+    logits = F.pad(logits, (0, 384 - 262))  # rows of zeros fill the vocabulary up, and Megatron's softmax is over all of them
+    wanted = F.cross_entropy(logits, torch.from_numpy(np.roll(row, -1)), reduction="none")[torch.from_numpy(row != END)].mean()
+    assert found[1] == pytest.approx(wanted.item(), abs=1e-5)
+
+
+def test_initial_weights_do_not_depend_on_the_context_parallel_size() -> None:
+    mock = ["--mock-data", "--eval-iters", "0"]
+    one = losses(run(command(mock, steps=1)))
+    assert one[1] > 5.0
+    assert losses(run(command(mock, "--context-parallel-size", "2", steps=1), ranks=2))[1] == pytest.approx(one[1], abs=1e-5)
 
 
 def test_training_learns_from_the_weights_it_was_given(one_process: dict[int, float]) -> None:
@@ -169,9 +202,6 @@ def test_the_factor_of_the_rope_scaling_reaches_the_model(data: list[str]) -> No
     flags = command(data, "--rope-scaling-factor", "512", rope=LLAMA3, steps=1)
     printed = run(flags, before=show_the_frequencies)
     found = next(line.split()[1:] for line in printed.splitlines() if line.startswith("frequencies"))
-    from transformers import LlamaConfig
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
     settings = {
         "rope_type": "llama3",
         "rope_theta": 10000.0,
