@@ -21,6 +21,7 @@ from mcore_longctx.rope.frequencies import ntk_base
 __all__ = ["LongContextRotary", "PhaseDtype", "hf_inverse_frequencies"]
 
 PhaseDtype = Literal["float32", "float64"]
+_ROWS_AT_ONCE = 65_536
 
 
 class LongContextRotary(torch.nn.Module):
@@ -66,10 +67,16 @@ class LongContextRotary(torch.nn.Module):
         if position_ids.size(0) > 1 and position_ids.stride(0) == 0:
             position_ids = position_ids[:1]
         self.inv_freq = self.inv_freq.to(position_ids.device)  # once: afterwards it is there
-        phase = position_ids.t().unsqueeze(-1).to(self.inv_freq.dtype) * self.inv_freq  # [s, b, d/2]
-        if self.phase_dtype == "float64":
-            phase = torch.remainder(phase, 2 * math.pi).float()
-        return torch.cat((phase, phase), dim=-1).unsqueeze(2)
+        half = self.inv_freq.size(0)
+        angles = torch.empty((*position_ids.t().shape, 1, 2 * half), dtype=torch.float32, device=position_ids.device)
+        # in pieces: float64 products of all positions would be twice as large as the result
+        for rows, piece in zip(position_ids.t().split(_ROWS_AT_ONCE), angles.split(_ROWS_AT_ONCE), strict=True):
+            phase = rows.unsqueeze(-1).to(self.inv_freq.dtype) * self.inv_freq  # [rows, b, d/2]
+            if self.phase_dtype == "float64":
+                phase = torch.remainder(phase, 2 * math.pi)
+            piece[:, :, 0, :half] = phase
+            piece[:, :, 0, half:] = phase
+        return angles
 
     def get_rotary_seq_len(
         self,

@@ -171,3 +171,12 @@ def test_dynamic_scaling_is_refused() -> None:
     rope = RopeScaling(type="dynamic", head_dim=128, rope_theta=1e4, factor=2, max_position_embeddings=4096)
     with pytest.raises(ConfigError, match="dynamic"):
         LongContextRotary(rope)
+
+
+def test_angles_made_in_pieces_are_those_made_at_once() -> None:
+    rope = RopeScaling(type="none", head_dim=8, rope_theta=10_000.0)
+    positions = torch.arange(140_000).unsqueeze(0)
+    for phase_dtype in ("float32", "float64"):
+        rotary = LongContextRotary(rope, phase_dtype=phase_dtype)
+        pieces = [rotary.angles(positions[:, start : start + 1000]) for start in range(0, 140_000, 1000)]
+        assert torch.equal(rotary.angles(positions), torch.cat(pieces))
