@@ -133,7 +133,7 @@ class PackLayout:
                 for chunk in (ranks, 2 * ring - 1 - ranks):
                     low = np.minimum(chunk * d.chunk * inner, d.length)
                     high = np.minimum((chunk + 1) * d.chunk * inner, d.length)
-                    work += high * (high + 1) // 2 - low * (low + 1) // 2
+                    work += (high - low) * (high + low + 1) // 2
         return work
 
     def imbalance(self, inner: int = 1) -> float:

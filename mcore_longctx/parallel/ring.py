@@ -52,9 +52,9 @@ def ring_forward(
     if not plan.steps:
         return whole_forward(query, key, value, plan.whole, kernel, scale)
     assert group is not None
-    hops, travelling = _KeyHops(key, value, plan, group), slice(0, plan.split_rows)
+    hops = _KeyHops(key, value, plan, group)
     hops.start(0)
-    out, lse = whole_forward(query, key, value, plan.whole, kernel, scale)
+    others = whole_forward(query, key, value, plan.whole, kernel, scale) if plan.split_rows < plan.rows else None
     dtype = accumulator_dtype(query.dtype)
     total = empty_rows(query, rows=plan.split_rows, dtype=dtype, zero=True)
     total_lse = torch.full(total.shape[:3], -math.inf, dtype=dtype, device=query.device)
@@ -68,7 +68,10 @@ def ring_forward(
             else:
                 total[:, :, queries], total_lse[:, :, queries] = part
         hops.wait()
-    out[:, :, travelling], lse[:, :, travelling] = total, total_lse
+    if others is None:
+        return total.to(query.dtype), total_lse
+    out, lse = others
+    out[:, :, : plan.split_rows], lse[:, :, : plan.split_rows] = total, total_lse
     return out, lse
 
 
@@ -88,9 +91,11 @@ def ring_backward(
     if not plan.steps:
         return whole_backward(grad_out, query, key, value, out, lse, plan.whole, kernel, scale)
     assert group is not None
-    hops, travelling = _KeyHops(key, value, plan, group), slice(0, plan.split_rows)
+    hops = _KeyHops(key, value, plan, group)
     hops.start(0)
-    gradients = whole_backward(grad_out, query, key, value, out, lse, plan.whole, kernel, scale)
+    others = None
+    if plan.split_rows < plan.rows:
+        others = whole_backward(grad_out, query, key, value, out, lse, plan.whole, kernel, scale)
     total = empty_rows(query, rows=plan.split_rows, dtype=accumulator_dtype(query.dtype), zero=True)
     totals = _GradientHops(key, value, plan, group)
     for step, calls in enumerate(plan.steps):
@@ -117,9 +122,11 @@ def ring_backward(
         totals.start()
         hops.wait()
     totals.wait()
-    for gradient, summed in zip(gradients, (total, totals.key, totals.value), strict=True):
-        gradient[:, :, travelling] = summed
-    return gradients
+    if others is None:
+        return total.to(query.dtype), totals.key.to(key.dtype), totals.value.to(value.dtype)
+    for gradient, summed in zip(others, (total, totals.key, totals.value), strict=True):
+        gradient[:, :, : plan.split_rows] = summed
+    return others
 
 
 class _Ring:

@@ -39,7 +39,9 @@ BF16_TOLERANCE = 5e-3  # of the loss, against float32
 TIED = replace(SHAPE, tie_word_embeddings=True, vocab_size=100)
 
 
-def layout(tp: int = 1, pp: int = 1, cp: int = 1, dp: int = 1, sp: bool = False, comm: Any = "p2p") -> Parallel:
+def layout(
+    tp: int = 1, pp: int = 1, cp: int = 1, dp: int = 1, sp: bool = False, comm: Any = "p2p", sizes: tuple[int, int] | None = None
+) -> Parallel:
     return Parallel(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,
@@ -47,6 +49,7 @@ def layout(tp: int = 1, pp: int = 1, cp: int = 1, dp: int = 1, sp: bool = False,
         data_parallel_size=dp,
         sequence_parallel=sp,
         cp_comm_type=comm,
+        hierarchical_context_parallel_sizes=sizes,
     )
 
 
@@ -57,11 +60,13 @@ TWO_RANKS = [
     layout(pp=2),
     layout(cp=2),
     layout(cp=2, comm="all_gather"),
+    layout(cp=2, comm="a2a"),
 ]
 TWO_RANKS_TIED = [layout(tp=2, sp=True), layout(pp=2), layout(cp=2)]
 FOUR_RANKS = [
     layout(cp=4),
     layout(cp=4, comm="all_gather"),
+    layout(cp=4, comm=("a2a", "a2a+p2p", "p2p", "a2a+p2p"), sizes=(2, 2)),
     layout(tp=2, sp=True, cp=2),
     layout(tp=2, pp=2, sp=True),
     layout(pp=2, cp=2),

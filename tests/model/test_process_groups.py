@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 import pytest
@@ -101,3 +102,27 @@ def join_and_sum(as_srun: bool) -> tuple[int, float, int]:
 def test_two_ranks_meet_as_torchrun_and_as_srun_started_them(as_srun: bool) -> None:
     environment = {"MASTER_PORT": str(free_port()), "MASTER_ADDR": "127.0.0.1"}
     assert run_processes(join_and_sum, 2, as_srun, init=False, environment=environment) == [(0, 1.0, 0), (1, 1.0, 1)]
+
+
+def hierarchical_ranks() -> list[list[int]]:
+    layout = Parallel(context_parallel_size=4, cp_comm_type="a2a+p2p", hierarchical_context_parallel_sizes=(2, 2))
+    init_process_groups(layout, seed=0)
+    return [dist.get_process_group_ranks(group) for group in parallel_state.get_hierarchical_context_parallel_groups()]
+
+
+@pytest.mark.multiproc
+def test_the_first_hierarchical_size_is_of_neighbours() -> None:
+    assert run_processes(hierarchical_ranks, 4) == [[[0, 1], [0, 2]], [[0, 1], [1, 3]], [[2, 3], [0, 2]], [[2, 3], [1, 3]]]
+
+
+def test_hierarchical_groups_without_einops_are_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "einops" else find_spec(name, *rest))
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    layout = Parallel(context_parallel_size=4, cp_comm_type="a2a+p2p", hierarchical_context_parallel_sizes=(2, 2))
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError) as caught:
+        init_process_groups(layout, seed=0)
+    assert str(caught.value) == "megatron-core builds hierarchical context-parallel groups with einops; pip install einops"
+    assert not dist.is_initialized()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_thd
+from megatron.core.packed_seq_params import PackedSeqParams
 
 from mcore_longctx.errors import ConfigError
+from mcore_longctx.layout.packed import pack_from_cu_seqlens
+from mcore_longctx.layout.zigzag import zigzag_positions
 from mcore_longctx.model.rotary import LongContextRotary, hf_inverse_frequencies
 from mcore_longctx.rope import RopeScaling, write_hf_rope
 
@@ -158,6 +163,57 @@ def test_a_stock_model_that_sets_no_positions_gets_the_zigzag_positions_of_its_r
         assert torch.equal(rotary(8), rotary.angles(torch.tensor([expected])))
         rotary.set_positions(torch.tensor([[9, 8, 7, 6]]))
         assert torch.equal(rotary(8), rotary.angles(torch.tensor([[9, 8, 7, 6]])))
+
+
+def pack(qkv_format: str, max_seqlen: int) -> PackedSeqParams:
+    """Documents of 5, 1 and 0 tokens, padded for two ranks to 8, 4 and 4 rows."""
+    real, padded = (torch.tensor(sums, dtype=torch.int32) for sums in ([0, 5, 6, 6], [0, 8, 12, 16]))
+    return PackedSeqParams(
+        qkv_format=qkv_format,
+        cu_seqlens_q=real,
+        cu_seqlens_kv=real,
+        cu_seqlens_q_padded=padded,
+        cu_seqlens_kv_padded=padded,
+        max_seqlen_q=max_seqlen,
+        max_seqlen_kv=max_seqlen,
+    )
+
+
+def angles_of_pack(rotary: LongContextRotary, params: PackedSeqParams) -> torch.Tensor:
+    """As GPTModel asks for them: first the length, then the angles."""
+    config = SimpleNamespace(context_parallel_size=2, sequence_parallel=False)
+    hidden = torch.zeros(8, 1, 4)
+    # the two ranks agree through a collective, which has tests of its own
+    params._longctx_layout, params._longctx_agreed_rows = pack_from_cu_seqlens([0, 5, 6, 6], [0, 8, 12, 16], 2), 8
+    length = rotary.get_rotary_seq_len(None, SimpleNamespace(input_tensor=None), hidden, config, params)
+    return rotary(length, packed_seq=params.qkv_format == "thd", cp_group=None)
+
+
+def test_a_pack_whose_rows_are_given_no_positions_gets_those_inside_its_documents() -> None:
+    for rank, expected in ((0, [0, 1, 6, 7, 0, 3, 0, 0]), (1, [2, 3, 4, 5, 1, 2, 0, 0])):
+        rotary = LongContextRotary(ROPES["llama3 x8"], TwoRanks(rank))
+        assert torch.equal(angles_of_pack(rotary, pack("sbhd", 8)), rotary.angles(torch.tensor([expected])))
+        # and the next batch, which is no pack, does not
+        zigzag = torch.from_numpy(zigzag_positions(8, 2, rank)).unsqueeze(0)
+        assert torch.equal(rotary(8), rotary.angles(zigzag))
+        rotary.set_positions(torch.tensor([[9, 8, 7, 6, 5, 4, 3, 2]]))
+        assert torch.equal(angles_of_pack(rotary, pack("sbhd", 8)), rotary.angles(torch.tensor([[9, 8, 7, 6, 5, 4, 3, 2]])))
+
+
+@pytest.mark.parametrize(("max_seqlen", "rows"), [(8, 8), (12, 12), (16, 17)])
+def test_a_thd_pack_gets_a_table_that_megatron_reads_from_the_start_of_each_document(max_seqlen: int, rows: int) -> None:
+    """A table of exactly the 16 rows of the pack would be read as positions that run through all documents."""
+    rotary = LongContextRotary(ROPES["llama3 x8"], TwoRanks(1))
+    rotary.set_positions(torch.zeros(1, 8, dtype=torch.int64))  # the positions of rows are not those of a table
+    table = angles_of_pack(rotary, pack("thd", max_seqlen))
+    assert table.shape == (rows, 1, 1, 128)
+    assert torch.equal(table, rotary.angles(torch.arange(rows)[None]))
+    queries = torch.randn(8, 2, 128, generator=torch.Generator().manual_seed(0))
+    sums = torch.tensor([0, 8, 12, 16], dtype=torch.int32)
+    turned = _apply_rotary_pos_emb_thd(queries, sums, table, cp_group=TwoRanks(1))
+    angles = rotary.angles(torch.tensor([[2, 3, 4, 5, 1, 2, 1, 2]]))[:, 0]
+    halves = torch.cat((-queries[..., 64:], queries[..., :64]), dim=-1)
+    assert (turned - queries * angles.cos() - halves * angles.sin()).abs().max() < 1e-6
 
 
 def test_a_model_cast_to_bf16_keeps_its_frequencies() -> None:

@@ -42,13 +42,15 @@ def packs(cp: int) -> dict[str, tuple[list[int], PackLayout]]:
     tiny = [1, 2 * cp - 1, 1, max(1, cp - 1), 1]
     unit = 2 * cp
     cu, padded = [0, 5 * cp + 1, 5 * cp + 4, 5 * cp + 4], [0, 8 * cp, 8 * cp + 3 * unit, 24 * cp]  # padded more than it needs
+    hybrid = pack_layout(mixed, cp, limit=20)
+    assert {d.rank is None for d in hybrid.documents} == {True, False}
     return {
         "plain": ([16 * cp], plain_layout(16 * cp, cp)),
         "one odd document": ([16 * cp - 3], pack_layout([16 * cp - 3], cp, split="zigzag")),
         "zigzag": (mixed, pack_layout(mixed, cp, split="zigzag", multiple=8)),
-        "hybrid": (mixed, pack_layout(mixed, cp, limit=20)),
+        "hybrid": (mixed, hybrid),
         "all shorter than 2 cp": (tiny, pack_layout(tiny, cp, split="zigzag")),
-        "all whole": (mixed, pack_layout(mixed, cp, limit=1000)),
+        "as it is chosen": (mixed, pack_layout(mixed, cp)),
         "stock cu_seqlens, empty tail": ([5 * cp + 1, 3], pack_from_cu_seqlens(cu, padded, cp)),
     }
 
