@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -26,7 +27,8 @@ from mcore_longctx import megatron_compat as _imports_megatron_quietly  # noqa: 
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from mcore_longctx.megatron_compat import device_context, training_device
-from mcore_longctx.model import build_gpt_model, init_process_groups
+from mcore_longctx.model import build_gpt_model, builder, init_process_groups
+from mcore_longctx.model.loss_head import chunked_loss_head
 from mcore_longctx.recipe.model_shape import ModelShape
 from mcore_longctx.recipe.schema import Activations, OptimizerSection, Parallel
 from mcore_longctx.rope import RopeScaling
@@ -140,27 +142,33 @@ def run_step(job: LongStep) -> Outcome:
 
 
 def _forward_backward(wrapped: Any, job: LongStep, ids: Tensor, positions: Tensor, labels: Tensor) -> Tensor:
+    """Gradients in the main gradient buffers, as `train.loop` makes them. Returns the losses that the loss head computed on the way."""
     kept: list[Tensor] = []
+    weights = torch.ones(labels.shape, device=labels.device)
+
+    def loss_head(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        loss_sum, losses = chunked_loss_head(*args, **options)
+        kept.append(losses)
+        return loss_sum, losses
 
     def forward_step(batches: Iterator[None], model: Any) -> tuple[Tensor, Any]:
-        output = model(ids, positions, None, labels=labels)
+        output = model(ids, positions, None, labels=labels, loss_weights=weights)
 
-        def loss_function(per_token: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-            kept.append(per_token.detach())
-            tokens = torch.tensor(per_token.numel(), dtype=torch.int, device=per_token.device)
-            return per_token.float().sum(), tokens, {}
+        def loss_function(loss_sum: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+            return loss_sum, weights.sum().to(torch.int), {}
 
         return output, loss_function
 
-    get_forward_backward_func()(
-        forward_step_func=forward_step,
-        data_iterator=iter([None]),
-        model=[wrapped],
-        num_microbatches=1,
-        seq_length=job.seq_length,
-        micro_batch_size=1,
-        forward_only=False,
-    )
+    with mock.patch.object(builder, "chunked_loss_head", loss_head):
+        get_forward_backward_func()(
+            forward_step_func=forward_step,
+            data_iterator=iter([None]),
+            model=[wrapped],
+            num_microbatches=1,
+            seq_length=job.seq_length,
+            micro_batch_size=1,
+            forward_only=False,
+        )
     return kept[0]
 
 

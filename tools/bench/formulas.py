@@ -10,7 +10,18 @@ from dataclasses import dataclass
 
 from mcore_longctx.recipe.model_shape import ModelShape
 
-__all__ = ["GEMM_SHARE", "MFU_FORMULA", "PEAK_FLOPS", "KernelRate", "StepFlops", "attended_seconds", "kept_bytes", "step_flops"]
+__all__ = [
+    "GEMM_SHARE",
+    "MFU_FORMULA",
+    "PEAK_FLOPS",
+    "KernelRate",
+    "StepFlops",
+    "attended_seconds",
+    "kept_bytes",
+    "peak_bytes",
+    "step_flops",
+    "working_elements",
+]
 
 MFU_FORMULA = (
     "MFU = (6 L P s + 6 V h s + 6 s^2 q d L) / (seconds x peak), P = h d (2 q + 2 k) + 3 h f: "
@@ -87,6 +98,27 @@ def kept_bytes(shape: ModelShape, policy: str, element: int) -> int:
         qkv = shape.kv_channels * (shape.num_attention_heads + 2 * shape.num_query_groups)
         return (4 * h + qkv + width + 3 * shape.ffn_hidden_size) * element + lse
     raise ValueError(policy)
+
+
+def working_elements(shape: ModelShape, policy: str) -> int:
+    """Elements of one token at the largest while a layer is run again and differentiated, beside what all layers keep.
+
+    Counted, not derived, under `full` and `attention_kept` with MLP and loss in tiles that are small beside the sequence. Two moments
+    compete: the MLP's backward, while all that the layer saved for autograd is there, and that of the attention. In both: cosines, sines
+    and angles of all positions (5 d) and the weight of the token's loss.
+    """
+    h, width, groups = (
+        shape.hidden_size,
+        shape.num_attention_heads * shape.kv_channels,
+        shape.num_query_groups * shape.kv_channels,
+    )
+    own = width + shape.num_attention_heads if policy == "full" else 0  # output and log-sum-exp, which `full` makes again
+    return max(10 * h + 2 * width + 3 * groups, 5 * h + 4 * width + 5 * groups) + own + 5 * shape.kv_channels + 1
+
+
+def peak_bytes(shape: ModelShape, tokens: int, policy: str, element: int) -> int:
+    """Most bytes of a training step beyond weights, gradients and optimizer: what all layers keep and the working set of one."""
+    return tokens * (shape.num_layers * kept_bytes(shape, policy, element) + element * working_elements(shape, policy))
 
 
 def attended_seconds(

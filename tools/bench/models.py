@@ -116,10 +116,14 @@ def random_tokens(shape: ModelShape, tokens: int) -> tuple[Tensor, Tensor, Tenso
 
 
 class TrainingStep:
-    """Forward and backward over one sequence, the mean loss of its tokens. Gradients are there from the start, as in training."""
+    """Forward and backward over one sequence, the mean loss of its tokens. Gradients are there from the start, as in training.
 
-    def __init__(self, model: Any, shape: ModelShape, tokens: int, *, with_mask: bool = False) -> None:
-        self.model, self.shape, self.with_mask = model, shape, with_mask
+    Stock models give a loss for each token; Megatron's DotProductAttention is given the mask that Megatron-LM's data loader makes for it
+    ([1, 1, s, s], True where a key is hidden). Ours are trained as the product does: with the weight of each token in the sum.
+    """
+
+    def __init__(self, model: Any, shape: ModelShape, tokens: int, *, is_stock: bool = False, with_mask: bool = False) -> None:
+        self.model, self.shape, self.is_stock, self.with_mask = model, shape, is_stock, with_mask
         self.batch = random_tokens(shape, tokens)
         self.loss = float("nan")
         for parameter in model.parameters():
@@ -134,23 +138,24 @@ class TrainingStep:
 
     def step(self) -> None:
         """One call."""
-        ids, positions, labels = self.batch
         for parameter in self.model.parameters():
             parameter.grad.zero_()
         with device_context():
-            losses = self.model(ids, positions, self._mask(), labels=labels)
-            loss = losses.float().mean()
+            loss = self.forward()
             torch.autograd.backward(loss)
         self.loss = loss.item()
 
-    def _mask(self) -> Tensor | None:
-        """What Megatron-LM's data loader gives to DotProductAttention: [1, 1, s, s], True where a key is hidden."""
-        tokens = self.batch[0].size(1)
-        return (
-            torch.ones(tokens, tokens, dtype=torch.bool, device=self.batch[0].device).triu_(1)[None, None]
-            if self.with_mask
-            else None
-        )
+    def forward(self) -> Tensor:
+        """The loss."""
+        ids, positions, labels = self.batch
+        if self.is_stock:
+            tokens = ids.size(1)
+            mask = (
+                torch.ones(tokens, tokens, dtype=torch.bool, device=ids.device).triu_(1)[None, None] if self.with_mask else None
+            )
+            return self.model(ids, positions, mask, labels=labels).float().mean()
+        weights = torch.full(labels.shape, 1 / labels.numel(), device=labels.device)
+        return self.model(ids, positions, None, labels=labels, loss_weights=weights)
 
     def facts(self) -> dict[str, Any]:
         """Loss, norm of all gradients, and attention operators of a step over the first tokens."""
@@ -167,11 +172,10 @@ class ForwardOnly(TrainingStep):
 
     def step(self) -> None:
         """Forward."""
-        ids, positions, labels = self.batch
         with device_context(), LiveBytes(self.states()) as live:
-            losses = self.model(ids, positions, None, labels=labels)
+            loss = self.forward()
             self.alive = live.now - live.at_start
-        del losses
+        del loss
 
     def facts(self) -> dict[str, Any]:
         """The bytes."""
