@@ -45,6 +45,13 @@ class Problem:
         assert weight.grad is not None
         self.hidden_grad, self.weight_grad = hidden.grad, weight.grad
 
+    def to(self, device: str) -> Problem:
+        """Everything on another device."""
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value.detach().to(device))
+        return self
+
 
 def relative(found: Tensor, expected: Tensor) -> float:
     largest = expected.abs().max().item()
@@ -101,6 +108,18 @@ def worst(found: dict[str, float], tolerance: float) -> dict[str, float]:
 def test_losses_and_gradients_equal_torch(dtype: torch.dtype, weighted: bool, rows: int, chunk: int | None) -> None:
     found = errors(Problem(dtype, rows), weighted, chunk)
     assert not worst(found, TOLERANCE[dtype]), found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 6e-3)])
+def test_a_gpu_equals_torch_on_the_cpu(dtype: torch.dtype, tolerance: float, weighted: bool) -> None:
+    problem = Problem(dtype, 300, vocab=1024, real=1000).to("cuda")
+    for chunk in (64, 37, None):
+        found = errors(problem, weighted, chunk)
+        assert not worst(found, tolerance), found
+        if dtype is torch.bfloat16:
+            assert found["losses"] < 1e-5, "logits must not be rounded to bfloat16"
 
 
 GROUPED = [(48, 16), (48, 7), (48, None), (4, 8), (8, 1)]

@@ -43,6 +43,12 @@ class Problem:
         self.out.backward(self.upstream.double())
         self.x_grad, self.gate_up_grad, self.down_grad = (leaf.grad for leaf in leaves)
 
+    def to(self, device: str) -> Problem:
+        """Everything on another device."""
+        for name, value in vars(self).items():
+            setattr(self, name, value.detach().to(device))
+        return self
+
 
 def relative(found: Tensor, expected: Tensor) -> float:
     return ((found.double() - expected).abs().max() / expected.abs().max()).item()
@@ -85,6 +91,16 @@ def errors(problem: Problem, tile: int | None, group: Any = None, sp: bool = Fal
 def test_result_and_gradients_equal_torch(dtype: torch.dtype, rows: int, tile: int | None, skip: bool) -> None:
     found = errors(Problem(dtype, rows), tile, skip=skip)
     assert max(found.values()) < TOLERANCE[dtype], found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 1e-2)])
+def test_a_gpu_equals_torch_on_the_cpu(dtype: torch.dtype, tolerance: float) -> None:
+    problem = Problem(dtype, 300).to("cuda")
+    for tile in (None, 64, 37):
+        for skip in (False, True):
+            found = errors(problem, tile, skip=skip)
+            assert max(found.values()) < tolerance, found
 
 
 def errors_of_ranks() -> dict[str, float]:
