@@ -86,6 +86,7 @@ class Outcome:
     moved: Tensor  # rows of the embedding after the step, of the unique tokens
     inputs: list[Tensor]  # what entered layers 1, 2, ...: [s, h]
     grad_norm: float
+    attention_forwards: float  # computed, of a layer
     seconds: dict[str, float] = field(default_factory=dict)
     peak_bytes: int = 0
 
@@ -136,6 +137,7 @@ def run_step(job: LongStep) -> Outcome:
             moved=model.embedding.word_embeddings.weight[unique].detach().clone(),
             inputs=[tensor[:, 0] for tensor in inputs],
             grad_norm=float(grad_norm),
+            attention_forwards=_attention_forwards(model) / job.shape.num_layers,
             seconds=seconds,
             peak_bytes=torch.cuda.max_memory_allocated() if device.type == "cuda" else 0,
         )
@@ -172,6 +174,10 @@ def _forward_backward(wrapped: Any, job: LongStep, ids: Tensor, positions: Tenso
     return kept[0]
 
 
+def _attention_forwards(model: Any) -> int:
+    return sum(layer.self_attention.core_attention.forward_calls for layer in model.decoder.layers)
+
+
 def _record_inputs(model: Any) -> list[Tensor]:
     """Copies of what enters the second and later layers, in host memory."""
     recorded: list[Tensor] = []
@@ -196,7 +202,10 @@ class Comparison:
     smallest_update: float  # mean of |u| of the row that moved least: far from 0 and 1 it shows the gradient's size
     largest_update: float
     grad_norm: float  # below 1, or gradients were clipped and updates cannot be compared
-    seconds: float
+    attention_forwards: float
+    step_seconds: dict[str, float]
+    reference_seconds: float
+    peak_bytes: int
 
 
 def compare_with_reference(job: LongStep, outcome: Outcome) -> Comparison:
@@ -224,7 +233,10 @@ def compare_with_reference(job: LongStep, outcome: Outcome) -> Comparison:
         smallest_update=sizes.min().item(),
         largest_update=sizes.max().item(),
         grad_norm=outcome.grad_norm,
-        seconds=time.perf_counter() - began,
+        attention_forwards=outcome.attention_forwards,
+        step_seconds=outcome.seconds,
+        reference_seconds=time.perf_counter() - began,
+        peak_bytes=outcome.peak_bytes,
     )
 
 
