@@ -244,7 +244,7 @@ class _Gradients:
     def of(cls, hidden: Tensor, weight: Tensor, head: _Head, needs: tuple[bool, bool], into_main_grad: bool) -> _Gradients:
         return cls(
             weight,
-            SummedProducts(torch.empty_like(hidden), head.tiles) if needs[0] else None,
+            SummedProducts(torch.empty_like(hidden, memory_format=torch.contiguous_format), head.tiles) if needs[0] else None,
             WeightGradient(weight, into_main_grad=into_main_grad) if needs[1] else None,
         )
 

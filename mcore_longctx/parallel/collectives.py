@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-__all__ = ["all_gather", "all_to_all", "gather_numbers", "reduce_scatter"]
+__all__ = ["all_gather", "all_to_all", "gather_numbers", "reduce_scatter", "start_all_gather", "start_reduce_scatter"]
 
 # gloo checks shapes where NCCL does not: flat views are the same memory and pass on both
 _ALL_GATHER: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -39,3 +39,14 @@ def all_to_all(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
 def gather_numbers(numbers: list[int], group: dist.ProcessGroup, device: torch.device) -> list[list[int]]:
     """A few numbers of every rank of the group. Waits for the device."""
     return all_gather(torch.tensor(numbers, dtype=torch.int64, device=device), group).tolist()
+
+
+def start_all_gather(tensor: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, dist.Work]:
+    """`all_gather` under way: its result may be read after `work.wait()`."""
+    gathered = tensor.new_empty((group.size(), *tensor.shape))
+    return gathered, _ALL_GATHER(gathered.view(-1), tensor.contiguous().view(-1), group=group, async_op=True)
+
+
+def start_reduce_scatter(tensor: Tensor, own: Tensor, group: dist.ProcessGroup) -> dist.Work:
+    """`reduce_scatter` into `own` under way: `own` may be read, and `tensor` written, after `work.wait()`. Both are contiguous."""
+    return _REDUCE_SCATTER(own.view(-1), tensor.view(-1), group=group, async_op=True)

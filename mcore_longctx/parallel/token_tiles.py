@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mcore_longctx.parallel.collectives import _ALL_GATHER, _REDUCE_SCATTER
+from mcore_longctx.parallel.collectives import start_all_gather, start_reduce_scatter
 
 __all__ = ["SummedProducts", "TokenTiles"]
 
@@ -64,7 +64,7 @@ class TokenTiles:
 
     def _gather(self, piece: slice, tensors: tuple[Tensor, ...]) -> list[tuple[Tensor, dist.Work]]:
         assert self.group is not None
-        return [_start_all_gather(tensor[piece], self.group) for tensor in tensors]
+        return [start_all_gather(tensor[piece], self.group) for tensor in tensors]
 
 
 @dataclass
@@ -83,7 +83,7 @@ class SummedProducts:
             torch.mm(left, right, out=own)
         elif self.tiles.parts > 1:
             summands = left @ right
-            self.under_way.append((_start_reduce_scatter(summands, own, group), summands))
+            self.under_way.append((start_reduce_scatter(summands, own, group), summands))
         else:
             torch.mm(left, right, out=own)
             work = dist.all_reduce(own, group=group, async_op=True)
@@ -94,14 +94,3 @@ class SummedProducts:
         """Until `out` may be read."""
         while self.under_way:
             self.under_way.pop()[0].wait()
-
-
-def _start_all_gather(tensor: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, dist.Work]:
-    """[ranks, *shape], to be read after `work.wait()`."""
-    gathered = tensor.new_empty((group.size(), *tensor.shape))
-    return gathered, _ALL_GATHER(gathered.view(-1), tensor.contiguous().view(-1), group=group, async_op=True)
-
-
-def _start_reduce_scatter(tensor: Tensor, own: Tensor, group: dist.ProcessGroup) -> dist.Work:
-    """Sum of [ranks, *shape] over the group; `own` [*shape] may be read, and `tensor` written, after `work.wait()`."""
-    return _REDUCE_SCATTER(own.view(-1), tensor.view(-1), group=group, async_op=True)
