@@ -10,6 +10,10 @@ from typing import TYPE_CHECKING, NoReturn, get_args
 
 import torch
 
+from mcore_longctx import megatron_compat as _imports_megatron_quietly  # noqa: F401  # isort: skip
+
+from megatron.core.models.gpt import gpt_layer_specs
+
 from mcore_longctx.errors import ConfigError
 from mcore_longctx.megatron_compat import quiet_import
 from mcore_longctx.model.recompute import RecomputePolicy
@@ -52,7 +56,7 @@ def parse(argv: Sequence[str], program: Program) -> CommandLine:
     added = machine_flags()
     if any(text.split("=")[0] == "--longctx-rope" for text in argv):
         added += ("--position-embedding-type", "rope")
-    parser = extra_args_provider(program)(add_megatron_arguments(_Parser(prog="mcore_longctx.megatron_lm", allow_abbrev=False)))
+    parser = extra_args_provider(program)(add_megatron_arguments(_Parser()))
     try:
         args = parser.parse_args([*added, *argv])
         for action in parser._actions:
@@ -68,9 +72,7 @@ def machine_flags() -> tuple[str, ...]:
     flags: tuple[str, ...] = _ALWAYS
     if not torch.cuda.is_available():
         flags += _WITHOUT_CUDA
-    with quiet_import():
-        from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE
-    if not HAVE_TE:
+    if not gpt_layer_specs.HAVE_TE:
         flags += _WITHOUT_TE
     if importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is None:
         flags += _WITHOUT_APEX
@@ -131,5 +133,17 @@ def token_count(text: str) -> int:
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong, without the usage of 850 flags."""
 
+    def __init__(self) -> None:
+        usage = "python -m mcore_longctx.megatron_lm FLAGS"
+        super().__init__(usage=usage, allow_abbrev=False, formatter_class=_HelpFormatter)
+
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message, where="command line", fix="--help lists all flags")
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    def _expand_help(self, action: argparse.Action) -> str:
+        try:
+            return super()._expand_help(action)
+        except (ValueError, TypeError):  # Megatron-LM writes a bare %, and its own --help ends there
+            return action.help or ""

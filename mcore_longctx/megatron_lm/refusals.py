@@ -11,10 +11,14 @@ from argparse import Namespace
 from collections.abc import Set
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from mcore_longctx import megatron_compat as _imports_megatron_quietly  # noqa: F401  # isort: skip
+
+from megatron.core.models.gpt import gpt_layer_specs
+from megatron.core.transformer.enums import AttnBackend
+
 from mcore_longctx.errors import ConfigError, LayoutError
 from mcore_longctx.layout import check_seq_length
 from mcore_longctx.layout.heads import key_head_replicas
-from mcore_longctx.megatron_compat import quiet_import
 from mcore_longctx.megatron_lm.model import is_our_spec, load_spec
 from mcore_longctx.megatron_lm.rope import rope_of
 from mcore_longctx.model import spec
@@ -87,9 +91,6 @@ _ABSENT = {
 
 
 def _check_layers(args: Namespace, layers: Any) -> None:
-    with quiet_import():
-        from megatron.core.transformer.enums import AttnBackend
-
     for name, computed in _FIXED.items():
         if getattr(args, name) != computed:
             wanted = f"{computed:g}" if isinstance(computed, float) else computed
@@ -198,9 +199,6 @@ def _check_loss(args: Namespace) -> None:
 
 
 def _check_memory(args: Namespace, layers: Any) -> None:
-    with quiet_import():
-        from megatron.core.models.gpt.gpt_layer_specs import HAVE_TE
-
     ours = args.longctx_recompute != "none"
     if (ours or args.longctx_mlp_tile) and layers is not spec.llama_block:
         _refuse(
@@ -226,7 +224,7 @@ def _check_memory(args: Namespace, layers: Any) -> None:
     offload = "--fine-grained-activation-offloading" if args.fine_grained_activation_offloading else ""
     if args.cpu_offloading_num_layers:
         offload = "--cpu-offloading-num-layers"
-    if offload and not HAVE_TE:
+    if offload and not gpt_layer_specs.HAVE_TE:
         _refuse(f"{offload} needs TransformerEngine, which is not installed", fix="leave it out")
     if offload and (ours or args.recompute_granularity == "full"):
         _refuse(f"{offload} beside full recompute: nothing is kept that it could offload", fix="give one of them")

@@ -39,6 +39,16 @@ def test_a_refusal_is_one_line_and_exit_code_2() -> None:
     assert result.returncode == 2
 
 
+@needs_program
+def test_help_lists_megatrons_flags_and_ours(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match=r"^0$"):
+        launcher.main(["--help"])
+    printed = capsys.readouterr().out
+    assert printed.startswith("usage: python -m mcore_longctx.megatron_lm FLAGS\n")
+    assert "--rope-scaling-factor" in printed
+    assert "--longctx-recompute {none,full,attention_kept}" in printed
+
+
 def test_only_one_rank_speaks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     for rank, lines in (("1", 0), ("0", 1)):
         monkeypatch.setenv("RANK", rank)
