@@ -70,12 +70,14 @@ class FlashKernel:
 
 
 class CudnnKernel:
-    """cuDNN's fused attention, bf16 and fp16. Its lse is [b, n, s, 1]."""
+    """cuDNN's fused attention, bf16 and fp16. Its lse is [b, n, s, 1]. It refuses a single key, which takes matrix products."""
 
     name = "cudnn"
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scale: float) -> OutAndLse:
         """See `AttentionKernel`."""
+        if key.size(2) == 1:
+            return MathKernel().forward(query, key, value, causal=causal, scale=scale)
         out, lse, *_ = aten._scaled_dot_product_cudnn_attention(query, key, value, None, True, 0.0, causal, False, scale=scale)
         return out, lse.reshape(query.shape[:3])
 
@@ -83,6 +85,8 @@ class CudnnKernel:
         self, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
     ) -> Gradients:
         """See `AttentionKernel`."""
+        if key.size(2) == 1:
+            return MathKernel().backward(grad_out, query, key, value, out, lse, causal=causal, scale=scale)
         seed, offset = _no_dropout(query.device, torch.int64)
         return aten._scaled_dot_product_cudnn_attention_backward(
             grad_out.contiguous(),

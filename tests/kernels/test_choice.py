@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mcore_longctx.errors import ConfigError
 from mcore_longctx.kernels import attention
-from mcore_longctx.kernels.attention import CpuFlashKernel, MathKernel, kernel_and_reason
+from mcore_longctx.kernels.attention import CpuFlashKernel, CudnnKernel, MathKernel, kernel_and_reason
 from mcore_longctx.kernels.flash_attention import Flash3Kernel, Flash4Kernel, PackageKernel
 from mcore_longctx.kernels.head_split import HeadSplit
 
@@ -96,6 +96,16 @@ def test_on_a_cpu_nothing_is_wrapped() -> None:
     kernel, reason = kernel_and_reason(CPU, BF16, 16)
     assert isinstance(kernel, CpuFlashKernel)
     assert reason == "kernel cpu_flash for bfloat16 heads of 16 on cpu"
+
+
+def test_cudnn_is_not_asked_for_a_single_key() -> None:
+    """Documents of one token; torch: "cudnn SDPA does not support key/value sequence length 1"."""
+    shapes = ((1, 8, 5, 16), (1, 2, 1, 16), (1, 2, 1, 16), (1, 8, 5, 16))
+    query, key, value, grad_out = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in shapes)
+    out, lse = CudnnKernel().forward(query, key, value, causal=False, scale=SCALE)
+    gradients = CudnnKernel().backward(grad_out, query, key, value, out, lse, causal=False, scale=SCALE)
+    expected = CpuFlashKernel().backward(grad_out, query, key, value, out, lse, causal=False, scale=SCALE)
+    assert all((a - b).abs().max() < 1e-6 for a, b in zip(gradients, expected, strict=True))
 
 
 class Broken(CpuFlashKernel):
