@@ -103,7 +103,7 @@ def chunked_loss_head(
         Losses, float32 (float64 for float64) [b, s]; with `loss_weights` (sum of weight * loss, losses without gradient).
 
     Raises:
-        ConfigError: a bias, MuP, deferred weight gradients, or another output layer.
+        ConfigError: a bias, MuP, deferred weight gradients, multi-token prediction, or another output layer.
         LayoutError: shapes that do not fit together.
     """
     _check(output_layer, weight)
@@ -147,9 +147,10 @@ def _check(output_layer: Any, weight: Tensor | None) -> None:
         )
     if output_layer.bias is not None:
         raise ConfigError("the output layer has a bias, which the chunked loss does not add")
-    for field in ("defer_embedding_wgrad_compute", "use_mup"):
+    # the last: its own use of the output layer would return a gradient that DDP leaves alone once ours is in main_grad
+    for field in ("defer_embedding_wgrad_compute", "use_mup", "mtp_num_layers"):
         if getattr(output_layer.config, field, False):
-            raise ConfigError(f"{field} is on, which the chunked loss does not do", fix="turn it off, or use Megatron's loss")
+            raise ConfigError(f"{field} is set, which the chunked loss does not do", fix="leave it unset, or use Megatron's loss")
 
 
 @lru_cache

@@ -227,10 +227,11 @@ def test_what_is_not_computed_is_refused_in_one_line(model: Any, hidden: Tensor,
         chunked_loss_head(layer, hidden, labels[:, 1:])
     with pytest.raises(LayoutError, match=r"loss_weights are \[1, 24\], labels \[2, 24\]"):
         chunked_loss_head(layer, hidden, labels, loss_weights=torch.ones(1, LENGTH))
-    monkeypatch.setattr(layer.config, "defer_embedding_wgrad_compute", True)
-    with pytest.raises(ConfigError, match="defer_embedding_wgrad_compute is on"):
-        chunked_loss_head(layer, hidden, labels)
-    monkeypatch.undo()
+    for field, value in (("defer_embedding_wgrad_compute", True), ("mtp_num_layers", 1)):
+        with monkeypatch.context() as patch:
+            patch.setattr(layer.config, field, value)
+            with pytest.raises(ConfigError, match=f"{field} is set, which the chunked loss does not do"):
+                chunked_loss_head(layer, hidden, labels)
     tied = build(ChunkedGPT, Parallel(), tied=True)
     with pytest.raises(ConfigError, match=r"no weight of its own.*shared_embedding_or_output_weight"):
         chunked_loss_head(tied.output_layer, hidden, labels)
