@@ -87,6 +87,7 @@ def all_gather_backward(
             grad_keys[:, :, columns] += of_keys
             grad_values[:, :, columns] += of_values
         grad_query[:, :, rows] = total
+    del keys, values  # the sums are put into the order of the ranks next, which takes as much memory again
     for gradient, summed in ((grad_key, grad_keys), (grad_value, grad_values)):
         gradient[:, :, : plan.split_rows] = _scattered(summed, plan, group)
     return grad_query, grad_key, grad_value
