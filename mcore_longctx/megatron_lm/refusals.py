@@ -232,8 +232,8 @@ def _check_memory(args: Namespace, layers: Any) -> None:
 
 # ------------------------------------------------------------------------------------------------------------------------- batches
 
-_PACKED = ("sft", "hybrid_context_parallel", "dataloader_inter_document_masking")
-_NEEDS_CHECKOUT = (*_PACKED, "fim_data", "overlap_moe_expert_parallel_comm")
+_PACKED = ("sft", "hybrid_context_parallel")
+_NEEDS_CHECKOUT = (*_PACKED, "dataloader_inter_document_masking", "fim_data", "overlap_moe_expert_parallel_comm")
 
 
 def _check_batches(args: Namespace, program: Program, *, is_ours: bool) -> None:

@@ -259,6 +259,10 @@ def test_memory_of_megatrons_own_layers(flags: str, message: str) -> None:
         ("--reset-position-ids", "--reset-position-ids has no effect: rope does not look at position ids; leave it out"),
         ("--sft", "--sft gives packed sequences, which our layers do not take here; leave it out"),
         ("--hybrid-context-parallel", "--hybrid-context-parallel gives packed sequences, which our layers do not take here"),
+        (
+            "--dataloader-inter-document-masking",
+            "--dataloader-inter-document-masking needs pretrain_gpt.py, which the wheel does not bring; give --megatron-lm CHECKOUT",
+        ),
         ("--fim-data", "--fim-data needs pretrain_gpt.py, which the wheel does not bring; give --megatron-lm CHECKOUT"),
         (
             "--sft --spec tests.megatron_lm.specs layer_function",
