@@ -25,11 +25,11 @@ def run(name: str, arguments: list[str]) -> tuple[str, bool]:
     began = time.monotonic()
     command = [sys.executable, str(FOLDER / f"{name}.py"), *arguments]
     if name == GPU_TESTS:
-        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rs", "--tb=short", str(ROOT / "tests" / "gpu")]
+        command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rs", "--tb=short", str(ROOT / "tests")]
     ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, cwd=ROOT)
     text, minutes = ran.stdout.strip(), (time.monotonic() - began) / 60
     if name in (GPU_TESTS, "startup"):
-        title = "Tests on a GPU: `pytest -m gpu tests/gpu`" if name == GPU_TESTS else "Start-up: `python tools/bench/startup.py`"
+        title = "Tests on a GPU: `pytest -m gpu`" if name == GPU_TESTS else "Start-up: `python tools/bench/startup.py`"
         text = f"## {title}\n\n```\n{chr(10).join(text.splitlines()[-40:])}\n```"
     print(
         f"{name}: {'done' if ran.returncode == 0 else f'exit code {ran.returncode}'} in {minutes:.1f} min",

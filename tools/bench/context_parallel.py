@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from harness import Case, Result, command_line, compare, lengths, machine, ratio, short, table
 from in_process import Cost, KernelMeter, run_ranks, watch
+from rates import peak_flops
 from torch import Tensor
 
 from mcore_longctx.errors import LongctxError
@@ -86,7 +87,7 @@ class OneCall:
     def __init__(self, setting: Setting, dtype: torch.dtype) -> None:
         self.setting, self.inputs = setting, setting.tensors(dtype)
         self.kernel = setting.kernel(dtype)
-        self.cost = Cost()
+        self.costs: list[list[Cost]] = []
 
     def step(self) -> None:
         """Forward and backward."""
@@ -94,11 +95,11 @@ class OneCall:
         with KernelMeter() as meter:
             out, lse = self.kernel.forward(query, key, value, causal=True, scale=self.setting.scale)
             self.kernel.backward(grad_out, query, key, value, out, lse, causal=True, scale=self.setting.scale)
-        self.cost = Cost(meter.seconds, meter.seconds, meter.flops)
+        self.costs.append([Cost(meter.seconds, meter.seconds, meter.flops)])
 
     def facts(self) -> dict[str, Any]:
-        """One cost."""
-        return {"costs": [self.cost]}
+        """The cost of a call in the middle of all."""
+        return {"costs": median_costs(self.costs)}
 
 
 class AllRanks:
@@ -113,7 +114,7 @@ class AllRanks:
             for rank in range(setting.cp_size)
         ]
         self.parts = [[tensor[:, :, rows].contiguous() for tensor in whole] for rows in self.rows]
-        self.costs: list[Cost] = []
+        self.costs: list[list[Cost]] = []
         self.results: list[list[Tensor]] = []
 
     def step(self) -> None:
@@ -126,11 +127,17 @@ class AllRanks:
             out, lse = exchange.forward(query, key, value, setting.pack, setting.scale)
             return [out, *exchange.backward(grad_out, query, key, value, out, lse, setting.pack, setting.scale)]
 
-        self.results, self.costs = run_ranks(on_rank, setting.cp_size, inner=setting.inner)
+        self.results, costs = run_ranks(on_rank, setting.cp_size, inner=setting.inner)
+        self.costs.append(costs)
 
     def facts(self) -> dict[str, Any]:
-        """The cost of each rank."""
-        return {"costs": self.costs}
+        """The cost of each rank, of a step in the middle of all."""
+        return {"costs": median_costs(self.costs)}
+
+
+def median_costs(steps: Sequence[list[Cost]]) -> list[Cost]:
+    """Of the step whose kernels took the median time."""
+    return sorted(steps, key=lambda costs: sum(cost.kernel_seconds for cost in costs))[len(steps) // 2]
 
 
 # ------------------------------------------------------------------------------------------------------------------ equality
@@ -158,7 +165,7 @@ def equality_rows(
             for rank, parts in enumerate(ranks.results)
             for part, whole in zip(parts, (out, *gradients), strict=True)
         )
-        flops = [cost.flops for cost in ranks.costs]
+        flops = [cost.flops for cost in ranks.costs[-1]]
         once = 3.5 * 4 * queries * setting.head_dim * tokens * (tokens + 1) / 2
         balance = max(flops) / statistics.mean(flops) if sum(flops) else float("nan")
         rows.append((*name, f"{worst:.1e}", f"{balance:.3f}", f"{sum(flops) / once:.3f}"))
@@ -176,14 +183,14 @@ def timed(settings: Sequence[Setting], dtype: torch.dtype, rounds: int, warmup: 
     return compare(cases, rounds=rounds, warmup=warmup, calls=calls)
 
 
-def timed_rows(setting: Setting, results: dict[str, Result]) -> list[tuple[Any, ...]]:
-    """(heads, tokens per rank, ranks, type, efficiency of kernels, with exchange, balance, rate)."""
+def timed_rows(setting: Setting, results: dict[str, Result], peak: float) -> list[tuple[Any, ...]]:
+    """(heads, tokens per rank, ranks, type, efficiency of kernels, with exchange, balance, rate, its share of the peak)."""
     name = (f"{setting.heads}/{setting.groups}", short(setting.tokens // setting.cp_size), setting.cp_size)
     single = results["one call"].facts.get("costs", [Cost()])[0]
     rows: list[tuple[Any, ...]] = []
     for cp_comm_type, result in results.items():
         if result.error is not None:
-            rows.append((*name, cp_comm_type, result.error, "-", "-", "-"))
+            rows.append((*name, cp_comm_type, result.error, *["-"] * 4))
             continue
         costs = result.facts["costs"]
         kernels, everything = sum(cost.kernel_seconds for cost in costs), sum(cost.seconds for cost in costs)
@@ -197,6 +204,7 @@ def timed_rows(setting: Setting, results: dict[str, Result]) -> list[tuple[Any, 
                 ratio(single.seconds, everything),
                 f"{max(seconds) / statistics.mean(seconds):.3f}",
                 f"{rate / 1e12:.3g}",
+                f"{rate / peak:.0%}",
             )
         )
     return rows
@@ -319,11 +327,12 @@ def timed_table(
     on_cuda: bool,
 ) -> list[tuple[Any, ...]]:
     """All rows of the timed part."""
+    peak, _ = peak_flops()
     rows: list[tuple[Any, ...]] = []
     for pair, tokens, cp_size in itertools.product(heads, given.tokens, given.cp):
         settings = [Setting(cp_comm_type, cp_size, tokens * cp_size, *pair, head_dim) for cp_comm_type in types]
         results = timed(settings, dtype, given.rounds, warmup=3 if on_cuda else 0, calls=5 if on_cuda else 1)
-        rows += timed_rows(settings[0], results)
+        rows += timed_rows(settings[0], results, peak)
     return rows
 
 

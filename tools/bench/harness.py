@@ -32,6 +32,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from mcore_longctx.errors import LongctxError
 
 __all__ = ["Case", "Result", "Spread", "available_bytes", "command_line", "compare", "lengths", "machine", "measure", "table"]
@@ -39,7 +41,8 @@ __all__ = ["Case", "Result", "Spread", "available_bytes", "command_line", "compa
 NOT_MEASURED = "not measured"
 
 _PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["mcore_longctx.megatron_compat"])
+# processes are forked from one that has imported what is slow; importing megatron-core may start CUDA, which does not survive a fork
+_PROCESSES.set_forkserver_preload(["torch" if torch.cuda.is_available() else "mcore_longctx.megatron_compat"])
 
 
 @dataclass(frozen=True)
@@ -151,8 +154,6 @@ def _exit_reason(code: int | None) -> str:
 
 
 def _in_process(pipe: Any, case: Case, count_bytes: bool, warmup: int, calls: int) -> None:
-    import torch
-
     torch.set_num_threads(1)
     try:
         result = _run(case, count_bytes, warmup, calls)
@@ -168,8 +169,6 @@ def _in_process(pipe: Any, case: Case, count_bytes: bool, warmup: int, calls: in
 
 
 def _run(case: Case, count_bytes: bool, warmup: int, calls: int) -> Result:
-    import torch
-
     subject = case.setup(*case.arguments)
     result = Result()
     states = list(subject.states()) if hasattr(subject, "states") else []
@@ -219,8 +218,6 @@ def _timed_on_cuda(
     step: Callable[[], Any], states: Iterable[Any] | None, calls: int
 ) -> tuple[list[float], int | None, int | None]:
     """Seconds between CUDA events, and the allocator's bytes where `states` is given (cold: nothing is cached)."""
-    import torch
-
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
@@ -256,8 +253,6 @@ def _status_bytes(key: str) -> int:
 
 def machine() -> str:
     """One line: processor or GPU, its software, and how busy the machine is."""
-    import torch
-
     from mcore_longctx.megatron_compat import MEGATRON_VERSION
 
     software = f"Python {platform.python_version()}, torch {torch.__version__}, megatron-core {MEGATRON_VERSION}"

@@ -157,6 +157,15 @@ def layer_cases(tokens: int, kernel: str) -> dict[str, Case]:
     return cases | {f"{policy}, offload": case(policy, offload=True) for policy in ("full", "attention_kept")}
 
 
+def check_layers(results: dict[str, Result]) -> None:
+    """End with a message if policies do not agree in the norms of their gradients (bf16, attention's backward with atomics)."""
+    told = {name: result.facts for name, result in results.items() if result.error is None}
+    for name, facts in told.items():
+        for what, wanted in told.get("full", facts).items():
+            if abs(facts[what] - wanted) > 0.01 * wanted:
+                sys.exit(f"{name}: {what} is {facts[what]:.6g}, under full {wanted:.6g}: not the same computation")
+
+
 def layer_rows(tokens: int, results: dict[str, Result], kernel: KernelRate, peak: float) -> list[tuple[Any, ...]]:
     """(tokens, policy, ms, over full, GiB allocated and reserved, MFU, MFU that the kernel's rate allows, share, clocks)."""
     shape = with_layers(LLAMA_8B, 1)
@@ -237,10 +246,11 @@ def allowed_rows(found: dict[int, dict[str, Result]], peak: float) -> list[tuple
     return rows
 
 
-def cuda_tables(sizes: list[int], rounds: int) -> None:
+def cuda_tables(sizes: list[int], rounds: int, wanted: list[str]) -> None:
     """Print what needs a GPU."""
     peak, what = peak_flops()
-    kernels = usable_kernels(torch.bfloat16, LLAMA_8B.kv_channels)
+    usable = usable_kernels(torch.bfloat16, LLAMA_8B.kv_channels)
+    kernels = {name: reason for name, reason in usable.items() if not wanted or name in wanted}
     print(
         f"One Llama-8B layer, bf16, MLP in tiles of 8,192 tokens. {MFU_FORMULA}; peak: {what}. GiB are above weights, gradients and input."
     )
@@ -273,6 +283,7 @@ def cuda_tables(sizes: list[int], rounds: int) -> None:
                 rows.append((short(tokens), kernel, rate))
                 continue
             results = compare(layer_cases(tokens, kernel), rounds=rounds, warmup=3 if tokens <= 2**17 else 1, calls=3)
+            check_layers(results)
             rows += layer_rows(tokens, results, rate, peak)
         print(table(headers, rows))
     print("\nTargets: attention_kept at least 1.18 times as fast as full at 128K and 1.23 times at 512K, share at least 95 %, offload at most 1.02 "
@@ -284,11 +295,12 @@ def main() -> None:
     on_cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=lengths, default=lengths("32K,64K,128K,256K,512K" if on_cuda else "4K,8K,16K,32K,64K"))
+    parser.add_argument("--kernels", type=lambda text: text.split(","), default=[], help="CUDA: only these")
     parser.add_argument("--rounds", type=int, help="of each length; CPU default: 5 to 16K, 2 at 32K, 1 above. CUDA: 4")
     given = parser.parse_args()
     print(f"## B3 A layer under each recompute policy\n\n`{command_line()}`\n\n{machine()}\n")
     if on_cuda:
-        cuda_tables(given.tokens, given.rounds or 4)
+        cuda_tables(given.tokens, given.rounds or 4, given.kernels)
     else:
         cpu_tables(given.tokens, [given.rounds or (5 if n <= 2**14 else 2 if n <= 2**15 else 1) for n in given.tokens])
 

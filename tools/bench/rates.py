@@ -26,15 +26,14 @@ def kernel_rate(shape: ModelShape, tokens: int, dtype: torch.dtype, kernel: str 
 
 
 def usable_kernels(dtype: torch.dtype, head_dim: int) -> dict[str, str]:
-    """Every kernel that can be used here, except plain matrix products: its name, and what the rule says about it."""
-    usable = {}
+    """Every kernel that can be used here and is meant for speed: its name, and what the rule says about it."""
+    usable: dict[str, str] = {}
     for name in KERNEL_NAMES:
         try:
             usable[name] = kernel_and_reason(training_device(), dtype, head_dim, (name,))[1]
         except ConfigError:
             continue
-    usable.pop("math", None)
-    return usable
+    return {name: reason for name, reason in usable.items() if name not in ("efficient", "math")}
 
 
 def peak_flops() -> tuple[float, str]:
