@@ -263,6 +263,13 @@ class Activations:
             if value is not None and value < 1:
                 raise ValueError(f"{name} is {value}, expected 1 or more tokens")
 
+    def describe(self) -> str:
+        """For example `recompute attention_kept, MLP 8,192 tokens at a time, loss as many as 256 MiB of logits hold`."""
+        tile = "whole" if self.mlp_tile is None else f"{self.mlp_tile:,} tokens at a time"
+        chunk = "as many tokens at a time as 256 MiB of logits hold" if self.loss_chunk is None else f"{self.loss_chunk:,}"
+        kept = f", {self.offload_fraction:.0%} of the layers' kept activations on the host" if self.offload_fraction else ""
+        return f"recompute {self.recompute}{kept}, MLP {tile}, loss {chunk}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerSection:

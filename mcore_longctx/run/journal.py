@@ -58,7 +58,7 @@ class Journal:
     def stamp(self, step: Step, recipe: Recipe) -> dict[str, Any]:
         """What a step is made from: recipe values by dotted path, and a sha256 per input file."""
         flat = dict(_flatten(yaml.safe_load(dump_recipe(recipe)), ""))
-        values = {key: value for key, value in flat.items() if any(key == k or key.startswith(k) for k in step.keys)}
+        values = {key: value for key, value in flat.items() if _decides(key, step)}
         known = {name: row for past in self.steps.values() for name, row in past.get("inputs", {}).get("files", {}).items()}
         return {
             "recipe": values,
@@ -113,6 +113,11 @@ class Journal:
     def _write(self) -> None:
         text = {"format": 1, "name": self.folder.name, "versions": versions(), "steps": list(self.steps.values())}
         write_atomic(self.path, json.dumps(text, indent=1) + "\n")
+
+
+def _decides(key: str, step: Step) -> bool:
+    """Whether a value of the recipe is part of what a step makes. What is kept and recomputed is not: it is memory and speed."""
+    return ".activations." not in key and any(key == k or key.startswith(f"{k}.") for k in step.keys)
 
 
 def _flatten(value: Any, at: str) -> Iterator[tuple[str, Any]]:

@@ -165,6 +165,7 @@ def _train_step(recipe: Recipe, folder: Path, stage: Stage) -> Step:
     lines = (
         f"{stage.kind}: {stage.iterations:,} iterations x {stage.global_batch_size:,} sequences x {stage.seq_length:,} tokens = {tokens:,} tokens",
         f"{stage.parallel.describe()}; micro-batch {stage.micro_batch_size}, {stage.num_microbatches} micro-batches a step; {stage.precision}",
+        stage.activations.describe() + (", documents of a sample do not see each other" if stage.cross_document_mask else ""),
         f"AdamW lr {o.lr:g}{decay}, warm-up {o.lr_warmup_iters} iterations, betas {o.adam_beta1:g} {o.adam_beta2:g}, "
         f"weight decay {o.weight_decay:g}, clip {o.clip_grad:g}",
         f"a checkpoint every {stage.save_interval} iterations, the newest {stage.keep_checkpoints} are kept",

@@ -355,6 +355,7 @@ class Trainer:
             *(stage.name, stage.kind, f"{stage.iterations:,}", stage.global_batch_size, f"{stage.seq_length:,}"),
             *(stage.precision, stage.parallel.describe()),
         )
+        logger.info("%s", stage.activations.describe())
         logger.info("%s parameters, rope: %s", f"{int(parameters):,}", self.job.rope.describe())
         logger.info("%s samples in %s, order of seed %s", f"{len(self.data.samples):,}", self.job.data_prefix, self.job.seed)
         logger.info("megatron-core %s, torch %s, %s", MEGATRON_VERSION, torch.__version__, training_device().type)

@@ -122,6 +122,13 @@ def test_a_failed_step_is_noted_and_tried_again(folder: Path, done: list[str], m
     assert done == ALL
 
 
+def test_memory_settings_may_change_between_two_starts(folder: Path, done: list[str]) -> None:
+    runner.run_recipe(recipe_of(folder), until="extend")
+    before = list(done)
+    runner.run_recipe(recipe_of(folder, "stages.extend.activations.recompute=full"), until="extend")
+    assert done == before
+
+
 def test_inputs_that_are_not_there_stop_the_run_before_its_first_step(folder: Path, done: list[str]) -> None:
     (folder / "books.txt").unlink()
     with pytest.raises(ConfigError, match=r"books\.txt: step data-extend needs it, but there is no such file or folder"):
@@ -225,6 +232,7 @@ def test_the_plan_of_the_4m_preset_needs_no_model(capsys: pytest.CaptureFixture[
         "not found here: sizes from the recipe",
         "150 iterations x 2 sequences x 4,194,304 tokens = 1,258,291,200 tokens",
         "TP 8 (SP) x PP 1 x CP 16 p2p x DP 2 = 256 ranks",
+        "recompute attention_kept, MLP 8,192 tokens at a time, loss as many tokens at a time as 256 MiB of logits hold",
         "AdamW lr 3e-05, constant",
         "150 iterations x 128 sequences x 8,192 tokens",
         "factor 512",
