@@ -18,7 +18,7 @@ from torch import Tensor
 from mcore_longctx.errors import LongctxError
 from mcore_longctx.layout.packed import PackLayout, pack_from_cu_seqlens, pack_layout
 from mcore_longctx.megatron_compat import device_context
-from mcore_longctx.model import LongContextGPTModel, init_process_groups
+from mcore_longctx.model import LongContextGPTModel, destroy_process_groups, init_process_groups
 from mcore_longctx.model.initial_weights import global_name
 from mcore_longctx.model.packed import packed_batch
 from mcore_longctx.recipe.schema import Parallel
@@ -174,7 +174,10 @@ def test_four_ranks_have_the_loss_and_gradients_of_the_documents_alone(reference
 
 
 def test_one_rank_has_the_loss_and_gradients_of_the_documents_alone(reference: Path) -> None:
-    assert_all_small([errors_of_packs(reference, [Parallel()])], 8)
+    try:
+        assert_all_small([errors_of_packs(reference, [Parallel()])], 8)
+    finally:
+        destroy_process_groups()
 
 
 class Lines(logging.Handler):
