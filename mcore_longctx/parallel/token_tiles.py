@@ -77,7 +77,8 @@ class SummedProducts:
 
     def put(self, piece: slice, left: Tensor, right: Tensor) -> None:
         """Left [tile, k], right [k, h]; under sequence parallelism each rank gets the rows of its own block."""
-        own, group = self.out[piece], self.tiles.group
+        # detached: a view would keep `out` in use after the exchange, and autograd copies a gradient that is in use
+        own, group = self.out.detach()[piece], self.tiles.group
         self.wait()
         if group is None:
             torch.mm(left, right, out=own)
