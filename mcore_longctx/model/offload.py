@@ -13,6 +13,8 @@ The CUDA part has not run yet: `tests/gpu` has its tests. The order of copies is
 
 from __future__ import annotations
 
+import mmap
+import weakref
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -51,16 +53,8 @@ class CudaCopier:
         self.device, self.stream = device, torch.cuda.Stream(device)
 
     def allocate_host(self, like: Tensor) -> Tensor:
-        """See `Copier`. Memory is registered page by page: torch's own pinned allocator rounds each block up to a power of two."""
-        buffer = torch.empty_like(like, device="cpu")  # strides as well: a copy that changes them is not asynchronous
-        status = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)
-        if int(status) != 0:
-            raise ConfigError(
-                f"the host refused {buffer.nbytes:,} bytes of page-locked memory (cudaHostRegister: {status})",
-                where="activations.offload_fraction",
-                fix="lower offload_fraction, or raise the memory lock limit (ulimit -l)",
-            )
-        return buffer
+        """See `Copier`."""
+        return _page_locked(like, self.device)
 
     def to_host(self, tensors: Sequence[Tensor], buffers: Sequence[Tensor]) -> Any:
         """See `Copier`."""
@@ -161,6 +155,38 @@ class ActivationOffload:
     def _fetch(self, copier: Copier, offloaded: Offloaded) -> None:
         if offloaded.coming is None:
             offloaded.coming, offloaded.arrived = copier.to_device(offloaded.buffers)
+
+
+def _page_locked(like: Tensor, device: torch.device) -> Tensor:
+    """Page-locked host memory of the shape, dense strides and dtype of `like`, which is unlocked when the tensor goes.
+
+    Memory is registered by itself: torch's own pinned allocator rounds each block up to a power of two.
+
+    Raises:
+        ConfigError: the host refuses to lock it.
+    """
+    # CUDA locks whole pages: no other tensor may lie on them, or theirs cannot be locked
+    size = max(1, -(-like.nbytes // mmap.PAGESIZE)) * mmap.PAGESIZE
+    memory = torch.empty(size + mmap.PAGESIZE, dtype=torch.uint8)
+    address = -(-memory.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    first = address - memory.data_ptr()
+    strides = torch.empty_like(like, device="meta").stride()  # a copy that changes strides is not asynchronous
+    buffer = memory[first : first + size].view(like.dtype).as_strided(like.shape, strides)
+    status = torch.cuda.cudart().cudaHostRegister(address, size, 0)
+    if int(status) != 0:
+        raise ConfigError(
+            f"the host refused {size:,} bytes of page-locked memory (cudaHostRegister: {status})",
+            where="activations.offload_fraction",
+            fix="lower offload_fraction, or raise the memory lock limit (ulimit -l)",
+        )
+    # the driver's table outlives the memory: whoever is given these addresses next could not lock them, or copies would go astray
+    weakref.finalize(buffer, _unlock, address, device).atexit = False
+    return buffer
+
+
+def _unlock(address: int, device: torch.device) -> None:
+    torch.cuda.synchronize(device)  # a copy may be under way
+    torch.cuda.cudart().cudaHostUnregister(address)
 
 
 def _kind(tensor: Tensor) -> tuple[Any, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import mmap
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from mcore_longctx.errors import ConfigError
 from mcore_longctx.model import destroy_process_groups
-from mcore_longctx.model.offload import ActivationOffload
+from mcore_longctx.model.offload import ActivationOffload, CudaCopier
 from tests.model.llama import SHAPE
 from tests.model.test_recompute import gradients, model_with
 
@@ -44,6 +45,62 @@ class RecordingCopier:
 
     def wait(self, event: Any) -> None:
         self.log.append(f"wait {event}")
+
+
+class RecordingDriver:
+    """Stands for `torch.cuda.cudart()`: refuses what is locked already, as CUDA does."""
+
+    def __init__(self, status: int = 0) -> None:
+        self.status, self.locked = status, {}
+
+    def cudaHostRegister(self, address: int, size: int, flags: int) -> int:
+        pages = set(range(address // mmap.PAGESIZE, -(-(address + size) // mmap.PAGESIZE)))
+        if any(pages & others for others in self.locked.values()):
+            return 712
+        self.locked[address] = pages
+        return self.status
+
+    def cudaHostUnregister(self, address: int) -> int:
+        del self.locked[address]
+        return 0
+
+
+@pytest.fixture
+def driver(monkeypatch: pytest.MonkeyPatch) -> RecordingDriver:
+    made = RecordingDriver()
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: made)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    return made
+
+
+def test_page_locked_memory_shares_no_page_and_is_unlocked_before_it_is_freed(driver: RecordingDriver) -> None:
+    copier = CudaCopier(torch.device("cuda", 0))
+    like = [
+        torch.empty(3, 5, dtype=torch.bfloat16).t(),
+        torch.empty(2, 4, 7, 8).permute(1, 2, 0, 3),
+        torch.empty(1, dtype=torch.bfloat16),
+        torch.empty(513, dtype=torch.float64),
+        torch.empty(0, 4),
+    ]
+    buffers = [copier.allocate_host(tensor) for tensor in like * 3]
+    assert len(driver.locked) == len(buffers)
+    for buffer, tensor in zip(buffers, like * 3, strict=True):
+        assert (buffer.shape, buffer.stride(), buffer.dtype) == (tensor.shape, tensor.stride(), tensor.dtype)
+        if buffer.numel():
+            first = buffer.data_ptr() // mmap.PAGESIZE
+            last = (buffer.data_ptr() + buffer.nbytes - 1) // mmap.PAGESIZE
+            assert driver.locked[buffer.data_ptr()] == set(range(first, last + 1))
+        buffer.fill_(1.0)
+    del buffers, buffer
+    gc.collect()
+    assert not driver.locked
+
+
+def test_memory_that_the_host_does_not_lock_is_one_clear_line(driver: RecordingDriver) -> None:
+    driver.status = 2
+    with pytest.raises(ConfigError, match="refused 4,096 bytes of page-locked memory"):
+        CudaCopier(torch.device("cuda", 0)).allocate_host(torch.empty(8))
 
 
 def kept(layer: int) -> list[Tensor]:
