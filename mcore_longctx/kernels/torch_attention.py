@@ -16,6 +16,8 @@ __all__ = ["CpuFlashKernel", "CudnnKernel", "EfficientKernel", "FlashKernel", "M
 
 aten = torch.ops.aten
 
+_CUDNN_LSE_TAIL = (1,) if torch.__version__ >= "2.9" else ()  # backward takes the shape that forward gives
+
 
 class CpuFlashKernel:
     """Torch's flash attention for CPUs: grouped queries are native in both directions, float64 to bfloat16."""
@@ -51,7 +53,7 @@ class FlashKernel:
         """See `AttentionKernel`."""
         seed, offset = _no_dropout(query.device, torch.uint64)
         return aten._scaled_dot_product_flash_attention_backward(
-            grad_out.contiguous(),
+            _dense_rows(grad_out),
             query,
             key,
             value,
@@ -70,13 +72,16 @@ class FlashKernel:
 
 
 class CudnnKernel:
-    """cuDNN's fused attention, bf16 and fp16. Its lse is [b, n, s, 1]. It refuses a single key, which takes matrix products."""
+    """cuDNN's fused attention, bf16 and fp16. Its lse is [b, n, s, 1] (torch before 2.9: [b, n, s]).
+
+    It refuses a single key, and in backward a single query (pytorch/pytorch#138529): these take matrix products.
+    """
 
     name = "cudnn"
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scale: float) -> OutAndLse:
         """See `AttentionKernel`."""
-        if key.size(2) == 1:
+        if 1 in (query.size(2), key.size(2)):
             return MathKernel().forward(query, key, value, causal=causal, scale=scale)
         out, lse, *_ = aten._scaled_dot_product_cudnn_attention(query, key, value, None, True, 0.0, causal, False, scale=scale)
         return out, lse.reshape(query.shape[:3])
@@ -85,16 +90,16 @@ class CudnnKernel:
         self, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
     ) -> Gradients:
         """See `AttentionKernel`."""
-        if key.size(2) == 1:
+        if 1 in (query.size(2), key.size(2)):
             return MathKernel().backward(grad_out, query, key, value, out, lse, causal=causal, scale=scale)
         seed, offset = _no_dropout(query.device, torch.int64)
         return aten._scaled_dot_product_cudnn_attention_backward(
-            grad_out.contiguous(),
+            _dense_rows(grad_out),  # always of the same strides: older torch leaves them out of the key of its plans
             query,
             key,
             value,
             out,
-            lse.contiguous().unsqueeze(-1),
+            lse.reshape(*lse.shape, *_CUDNN_LSE_TAIL).contiguous(),
             seed,
             offset,
             None,  # attn_bias
@@ -119,7 +124,7 @@ class EfficientKernel:
         out, lse, *_ = aten._scaled_dot_product_efficient_attention(
             query, expand_groups(key, groups), expand_groups(value, groups), None, True, 0.0, causal, scale=scale
         )
-        return out, lse[:, :, : query.size(2)]
+        return out, lse[:, :, : query.size(2)].contiguous()
 
     def backward(
         self, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
@@ -130,7 +135,7 @@ class EfficientKernel:
         # +inf in the padding: exp(score - inf) = 0, as the forward writes it
         padded = torch.nn.functional.pad(lse, (0, -rows % 32), value=math.inf)
         grad_query, grad_key, grad_value, _ = aten._scaled_dot_product_efficient_attention_backward(
-            grad_out.contiguous(),
+            _dense_rows(grad_out),
             query,
             expand_groups(key, groups),
             expand_groups(value, groups),
@@ -186,6 +191,11 @@ def _scores(query: Tensor, key: Tensor, *, causal: bool, scale: float) -> Tensor
         above = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
         scores = scores.masked_fill(above, -math.inf)
     return scores
+
+
+def _dense_rows(tensor: Tensor) -> Tensor:
+    """[b, n, s, d] that lies in memory as [b, s, n, d], as the kernels want a gradient: for b = 1 a view of what Megatron gives."""
+    return tensor.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _no_dropout(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

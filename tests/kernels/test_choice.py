@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from mcore_longctx.errors import ConfigError
-from mcore_longctx.kernels import attention
+from mcore_longctx.kernels import attention, torch_attention
 from mcore_longctx.kernels.attention import CpuFlashKernel, CudnnKernel, MathKernel, kernel_and_reason
 from mcore_longctx.kernels.flash_attention import Flash3Kernel, Flash4Kernel, PackageKernel
 from mcore_longctx.kernels.head_split import HeadSplit
+from mcore_longctx.kernels.torch_attention import EfficientKernel, FlashKernel
 
 SCALE = 0.3
 CPU = torch.device("cpu")
@@ -215,3 +216,56 @@ def test_packages_are_not_installed_here_and_not_imported() -> None:
     assert not Flash3Kernel.is_installed()
     assert not Flash4Kernel.is_installed()
     assert "flash_attn_interface" not in sys.modules
+
+
+@pytest.mark.parametrize(
+    ("kernel", "operator"),
+    [
+        (CudnnKernel(), "_scaled_dot_product_cudnn_attention_backward"),
+        (FlashKernel(), "_scaled_dot_product_flash_attention_backward"),
+        (EfficientKernel(), "_scaled_dot_product_efficient_attention_backward"),
+    ],
+    ids=lambda case: getattr(case, "name", ""),
+)
+@pytest.mark.parametrize("batch", [1, 2])
+def test_the_gradient_goes_to_cuda_kernels_by_rows_and_for_one_sample_uncopied(
+    monkeypatch: pytest.MonkeyPatch, kernel: Any, operator: str, batch: int
+) -> None:
+    received: list[Any] = []
+    monkeypatch.setattr(
+        torch_attention, "aten", SimpleNamespace(**{operator: lambda *args, **scale: received.extend(args) or args[1:5]})
+    )
+    # a chunk of the rows, as Megatron and the rings lay them: [s, b, heads, d]
+    query, key, value, out, grad_out = (
+        torch.randn(64, batch, heads, 8).permute(1, 2, 0, 3)[:, :, 32:] for heads in (4, 4, 4, 4, 4)
+    )
+    lse = torch.randn(batch, 4, 64)[:, :, 32:]
+    kernel.backward(grad_out, query, key, value, out, lse, causal=True, scale=SCALE)
+    assert torch.equal(received[0], grad_out)
+    assert received[0].transpose(1, 2).is_contiguous()
+    assert (received[0].data_ptr() == grad_out.data_ptr()) == (batch == 1)
+    stats = received[6 if kernel.name == "efficient" else 5]
+    assert stats.is_contiguous()
+    assert torch.equal(stats.flatten(), lse.flatten())
+
+
+def test_cudnn_takes_the_lse_in_the_shape_in_which_it_gives_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    query = torch.empty(1, 4, 32, 64, dtype=BF16, device="meta")
+    given = torch.ops.aten._scaled_dot_product_cudnn_attention(query, query, query, None, True, 0.0, True, False, scale=SCALE)[1]
+    received: list[Any] = []
+    operator = {"_scaled_dot_product_cudnn_attention_backward": lambda *args, **scale: received.extend(args) or args[1:4]}
+    monkeypatch.setattr(torch_attention, "aten", SimpleNamespace(**operator))
+    CudnnKernel().backward(query, query, query, query, query, given.reshape(1, 4, 32), causal=True, scale=SCALE)
+    assert received[5].shape == given.shape
+
+
+def test_a_single_query_never_reaches_cudnn() -> None:
+    """Its backward refuses one; here there is no cuDNN at all."""
+    generator = torch.Generator().manual_seed(5)
+    query, grad_out = (torch.randn(1, 4, 1, 16, generator=generator) for _ in "qg")
+    key, value = (torch.randn(1, 2, 7, 16, generator=generator) for _ in "kv")
+    out, lse = CudnnKernel().forward(query, key, value, causal=False, scale=SCALE)
+    found = CudnnKernel().backward(grad_out, query, key, value, out, lse, causal=False, scale=SCALE)
+    expected = CpuFlashKernel().backward(grad_out, query, key, value, out, lse, causal=False, scale=SCALE)
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).abs().max() < 1e-5
