@@ -10,9 +10,9 @@ Decided by `choose_kernel` and by nothing else, once for a device, dtype and hea
     CUDA                  fp32           efficient: keys and values of grouped queries are expanded, gradients summed
     CUDA                  fp64           math: O(s^2) memory, for tests
 
-All but efficient take grouped queries as they are. d is a multiple of 8 for the first four. The order is that of published rates
-(docs/benchmarks.md): nothing on CUDA is measured yet. On CUDA every kernel stands behind `HeadSplit`, which keeps it below 2^31
-elements.
+All but efficient take grouped queries as they are. d is a multiple of 8 for the first four. Packs of several documents pass over
+cudnn (`mcore_longctx.parallel.exchange`). The order is that of published rates (docs/benchmarks.md): nothing on CUDA is measured yet.
+On CUDA every kernel stands behind `HeadSplit`, which keeps it below 2^31 elements.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mcore_longctx.errors import ConfigError, LayoutError
-from mcore_longctx.kernels.attention import attention_kernel
-from mcore_longctx.kernels.interface import expand_groups, sum_groups
+from mcore_longctx.kernels.attention import KERNEL_NAMES, attention_kernel
+from mcore_longctx.kernels.interface import AttentionKernel, expand_groups, sum_groups
 from mcore_longctx.layout.heads import key_head_replicas
 from mcore_longctx.layout.packed import PackLayout
 from mcore_longctx.layout.plans import RingPlan, gather_plan, ring_plan
@@ -35,6 +35,7 @@ from mcore_longctx.parallel.ulysses import heads_to_rows, rows_to_heads
 __all__ = ["CP_COMM_TYPES", "Exchange", "attention", "make_exchange", "replayed_attention"]
 
 CP_COMM_TYPES = ("p2p", "all_gather", "a2a", "a2a+p2p")
+_WITHOUT_PLANS = tuple(name for name in KERNEL_NAMES if name != "cudnn")
 
 
 class Exchange(Protocol):
@@ -128,7 +129,7 @@ class _RingExchange:
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, pack: PackLayout, scale: float) -> tuple[Tensor, Tensor]:
         """See `Exchange`."""
-        plan, kernel = self._plan(pack), attention_kernel(query, self.kernels)
+        plan, kernel = self._plan(pack), _kernel(query, pack, self.kernels)
         if self.neighbours is None:
             return ring_forward(query, key, value, plan, self.ring, kernel, scale)
         replicas, order = key_head_replicas(query.size(1), key.size(1), self.inner), order_on(plan, query.device)
@@ -149,7 +150,7 @@ class _RingExchange:
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Exchange`."""
-        plan, kernel = self._plan(pack), attention_kernel(query, self.kernels)
+        plan, kernel = self._plan(pack), _kernel(query, pack, self.kernels)
         if self.neighbours is None:
             return ring_backward(grad_out, query, key, value, out, lse, plan, self.ring, kernel, scale)
         replicas, order = key_head_replicas(query.size(1), key.size(1), self.inner), order_on(plan, query.device)
@@ -171,7 +172,7 @@ class _AllGatherExchange:
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, pack: PackLayout, scale: float) -> tuple[Tensor, Tensor]:
         """See `Exchange`."""
-        plan, kernel = gather_plan(pack, self.group.rank()), attention_kernel(query, self.kernels)
+        plan, kernel = gather_plan(pack, self.group.rank()), _kernel(query, pack, self.kernels)
         return all_gather_forward(query, key, value, plan, self.group, kernel, scale)
 
     def backward(
@@ -186,8 +187,19 @@ class _AllGatherExchange:
         scale: float,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See `Exchange`."""
-        plan, kernel = gather_plan(pack, self.group.rank()), attention_kernel(query, self.kernels)
+        plan, kernel = gather_plan(pack, self.group.rank()), _kernel(query, pack, self.kernels)
         return all_gather_backward(grad_out, query, key, value, out, lse, plan, self.group, kernel, scale)
+
+
+def _kernel(query: Tensor, pack: PackLayout, kernels: tuple[str, ...]) -> AttentionKernel:
+    """The kernel for a pack. Unless it is asked for, cuDNN does not compute several documents, whose lengths are new in each step.
+
+    It builds a plan for every new shape, which takes half a second in each direction and device memory that is never given back
+    (modelscope/FunASR#3704, and the message of its failure in torch's cudnn/MHA.cpp).
+    """
+    if not kernels and len(pack.documents) > 1:
+        kernels = _WITHOUT_PLANS
+    return attention_kernel(query, kernels)
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, exchange: Exchange, pack: PackLayout, scale: float) -> Tensor:

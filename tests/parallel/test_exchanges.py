@@ -14,6 +14,7 @@ from mcore_longctx.errors import ConfigError, LayoutError
 from mcore_longctx.kernels.attention import CpuFlashKernel
 from mcore_longctx.layout.packed import PackLayout, pack_from_cu_seqlens, pack_layout, plain_layout
 from mcore_longctx.layout.plans import ring_plan
+from mcore_longctx.parallel import exchange as exchange_module
 from mcore_longctx.parallel.exchange import Exchange, _RingExchange, attention, make_exchange, replayed_attention
 from mcore_longctx.parallel.ring import ring_backward, ring_forward
 from tests.multiproc import run_processes
@@ -243,3 +244,20 @@ def test_what_cannot_be_exchanged_is_refused_before_anything_is_sent() -> None:
             "kernel": "attention kernel 'flash3' cannot be used for float32 heads of 16 on cpu (flash3: needs CUDA); "
             "let the rule choose one",
         }
+
+
+def test_packs_of_several_documents_pass_over_the_kernel_that_plans_for_each_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, ...]] = []
+    monkeypatch.setattr(exchange_module, "attention_kernel", lambda query, wanted: asked.append(wanted) or CpuFlashKernel())
+    query, key, value, grad_out = random_tensors(4, 2, 8, 1, torch.float32)
+    for kernels in ((), ("cudnn",)):
+        alone = _RingExchange(None, None, kernels)
+        for lengths in ([8], [3, 5]):
+            layout = pack_layout(lengths, 1)
+            out, lse = alone.forward(query, key, value, layout, SCALE)
+            alone.backward(grad_out, query, key, value, out, lse, layout, SCALE)
+    one, several = asked[0], asked[2]
+    assert one == ()
+    assert "cudnn" not in several
+    assert {"cpu_flash", "flash3", "flash", "efficient", "math"} <= set(several)
+    assert asked == [one, one, several, several] + [("cudnn",)] * 4
