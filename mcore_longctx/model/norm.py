@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 __all__ = ["RMSNorm"]
 
+_WRAPS_AT = 2**32  # elements at which torch's CUDA kernels begin again at the first row (pytorch/pytorch#181555, mended in 2026)
+
 
 class RMSNorm(torch.nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, over the last axis; computed in float32 inside.
@@ -26,4 +28,7 @@ class RMSNorm(torch.nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise [..., hidden_size]."""
-        return F.rms_norm(x, (x.size(-1),), self.weight, self.eps)
+        if x.numel() < _WRAPS_AT:
+            return F.rms_norm(x, (x.size(-1),), self.weight, self.eps)
+        parts = x.split((_WRAPS_AT - 1) // (x.numel() // x.size(0)))
+        return torch.cat([F.rms_norm(part, (x.size(-1),), self.weight, self.eps) for part in parts])

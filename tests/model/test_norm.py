@@ -6,7 +6,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn import functional as F
 
+from mcore_longctx.model import norm as norm_module
 from mcore_longctx.model.norm import RMSNorm
 
 
@@ -39,3 +41,26 @@ def test_in_bf16_the_result_is_rounded_once() -> None:
 def test_its_weight_tells_megatron_whether_gradients_are_summed_over_tensor_parallel_ranks(sequence_parallel: bool) -> None:
     norm = RMSNorm(SimpleNamespace(params_dtype=torch.float32, sequence_parallel=sequence_parallel), hidden_size=8, eps=1e-5)
     assert norm.weight.sequence_parallel is sequence_parallel
+
+
+def test_above_the_elements_that_a_kernel_can_index_rows_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, x = norm_and_input(torch.float64)
+    sizes: list[int] = []
+    rms_norm = F.rms_norm
+
+    def small_kernel(part: torch.Tensor, *args: object) -> torch.Tensor:
+        sizes.append(part.numel())
+        return rms_norm(part, *args)
+
+    monkeypatch.setattr(F, "rms_norm", small_kernel)
+    results = []
+    for limit in (2**32, 2 * 2 * 64 + 1):  # two rows of five
+        monkeypatch.setattr(norm_module, "_WRAPS_AT", limit)
+        leaf = x.clone().requires_grad_()
+        whole.weight.grad = None
+        out = whole(leaf)
+        out.square().sum().backward()
+        results.append((out.detach(), leaf.grad, whole.weight.grad))
+    assert sizes == [640, 256, 256, 128]
+    for one, parts in zip(*results, strict=True):
+        assert torch.allclose(one, parts, rtol=1e-12, atol=0)
