@@ -33,7 +33,7 @@ class HeadSplit:
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, *, causal: bool, scale: float) -> OutAndLse:
         """See `AttentionKernel`."""
-        if self._fits(query, key):
+        if self._fits(query, key, value):
             return self.kernel.forward(query, key, value, causal=causal, scale=scale)
         out = torch.empty_like(query)
         lse = torch.empty(query.shape[:3], dtype=accumulator_dtype(query.dtype), device=query.device)
@@ -52,7 +52,7 @@ class HeadSplit:
         self, grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, *, causal: bool, scale: float
     ) -> Gradients:
         """See `AttentionKernel`."""
-        if self._fits(query, key):
+        if self._fits(query, key, value):
             return self.kernel.backward(grad_out, query, key, value, out, lse, causal=causal, scale=scale)
         grad_query, grad_key, grad_value = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
         sums: list[Tensor] = []  # of a group whose query heads are split
@@ -75,8 +75,8 @@ class HeadSplit:
             grad_key[sample, groups], grad_value[sample, groups] = sums
         return grad_query, grad_key, grad_value
 
-    def _fits(self, query: Tensor, key: Tensor) -> bool:
-        return max(_extent(query), _extent(key)) < self.limit
+    def _fits(self, *tensors: Tensor) -> bool:
+        return all(_extent(tensor) < self.limit for tensor in tensors)
 
     def _parts(self, query: Tensor, key: Tensor) -> Iterator[tuple[slice, slice, slice]]:
         """(samples, query heads, key heads) of each call, as many heads as fit."""

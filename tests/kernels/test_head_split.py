@@ -86,6 +86,25 @@ def test_gaps_between_rows_count() -> None:
     assert guarded.calls == 2
 
 
+def test_values_inside_the_projection_that_made_them_count_with_its_width() -> None:
+    """Megatron's values are a slice of q, k and v side by side: they reach further than queries that rope has made dense."""
+    query, key, _, grad_out = tensors(8, 4, torch.float32)
+    projected = torch.randn(40, 2, 4, 6 * 16, generator=torch.Generator().manual_seed(3))
+    value = projected[..., -16:].permute(1, 2, 0, 3)
+    limit = 8_000
+    assert query.numel() < limit
+    assert key.numel() < limit
+    plain, guarded = CpuFlashKernel(), Guarded(limit)
+    split = HeadSplit(guarded, limit)
+    out, lse = split.forward(query, key, value, causal=False, scale=SCALE)
+    gradients = split.backward(grad_out, query, key, value, out, lse, causal=False, scale=SCALE)
+    assert guarded.calls == 4  # each sample, both ways
+    expected = plain.forward(query, key, value, causal=False, scale=SCALE)
+    assert torch.equal(out, expected[0])
+    of_plain = plain.backward(grad_out, query, key, value, *expected, causal=False, scale=SCALE)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, of_plain, strict=True))
+
+
 def test_one_head_that_is_too_large_alone_is_refused() -> None:
     for heads, groups, limit, rows in ((8, 4, 24 * 16, 40), (8, 4, 40 * 16, 40)):
         query, key, value, _ = tensors(heads, groups, torch.float32)
