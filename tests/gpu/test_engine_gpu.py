@@ -163,3 +163,27 @@ def test_norm_mlp_and_loss_over_two_to_the_31_elements(more_rows: int) -> None:
         assert found is not None
         assert leaf.grad is not None
         assert (found.double() - leaf.grad).norm() < 0.05 * leaf.grad.norm()
+
+
+def test_the_norm_over_two_to_the_32_elements() -> None:
+    """Where torch's kernels of 2025 began again at the first row: the last rows against float64, both ways."""
+    rows, hidden = 2**20 + 1, 4096
+    if torch.cuda.mem_get_info()[0] < 60 * 2**30:
+        pytest.skip("needs 60 GiB of free device memory")
+    norm = RMSNorm(type("Config", (), {"params_dtype": torch.bfloat16, "sequence_parallel": False})(), hidden).cuda()
+    x = torch.zeros(rows, hidden, device="cuda", dtype=torch.bfloat16)
+    ends = torch.tensor([0, 1, rows - 2, rows - 1], device="cuda")
+    values, of_out = (torch.randn(4, hidden, device="cuda", dtype=torch.bfloat16) for _ in "xg")
+    x[ends] = values
+    x.requires_grad_()
+    out = norm(x)
+    grad_out = torch.zeros_like(x)
+    grad_out[ends] = of_out
+    out.backward(grad_out)
+    wide = values.double().requires_grad_()
+    expected = F.rms_norm(wide, (hidden,), norm.weight.detach().double(), norm.eps)
+    expected.backward(of_out.double())
+    assert x.grad is not None
+    assert wide.grad is not None
+    assert (out[ends].double() - expected).norm() < 0.01 * expected.norm()
+    assert (x.grad[ends].double() - wide.grad).norm() < 0.01 * wide.grad.norm()
