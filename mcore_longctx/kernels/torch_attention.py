@@ -74,7 +74,9 @@ class FlashKernel:
 class CudnnKernel:
     """cuDNN's fused attention, bf16 and fp16. Its lse is [b, n, s, 1] (torch before 2.9: [b, n, s]).
 
-    It refuses a single key, and in backward a single query (pytorch/pytorch#138529): these take matrix products.
+    It refuses a single key, and in backward a single query (pytorch/pytorch#138529): these take matrix products. On compute capability
+    9.0 its backward gives NaN where the last tile of keys is not full and a lse is far below 0 (pytorch/pytorch#196678,
+    NVIDIA/cudnn-frontend#160 and #1072; cuDNN 9.25 at least): key counts that are no multiple of 128 take flash attention 2.
     """
 
     name = "cudnn"
@@ -83,6 +85,8 @@ class CudnnKernel:
         """See `AttentionKernel`."""
         if 1 in (query.size(2), key.size(2)):
             return MathKernel().forward(query, key, value, causal=causal, scale=scale)
+        if key.size(2) % 128:
+            return FlashKernel().forward(query, key, value, causal=causal, scale=scale)
         out, lse, *_ = aten._scaled_dot_product_cudnn_attention(query, key, value, None, True, 0.0, causal, False, scale=scale)
         return out, lse.reshape(query.shape[:3])
 
@@ -92,6 +96,8 @@ class CudnnKernel:
         """See `AttentionKernel`."""
         if 1 in (query.size(2), key.size(2)):
             return MathKernel().backward(grad_out, query, key, value, out, lse, causal=causal, scale=scale)
+        if key.size(2) % 128:
+            return FlashKernel().backward(grad_out, query, key, value, out, lse, causal=causal, scale=scale)
         seed, offset = _no_dropout(query.device, torch.int64)
         return aten._scaled_dot_product_cudnn_attention_backward(
             _dense_rows(grad_out),  # always of the same strides: older torch leaves them out of the key of its plans

@@ -237,9 +237,9 @@ def test_the_gradient_goes_to_cuda_kernels_by_rows_and_for_one_sample_uncopied(
     )
     # a chunk of the rows, as Megatron and the rings lay them: [s, b, heads, d]
     query, key, value, out, grad_out = (
-        torch.randn(64, batch, heads, 8).permute(1, 2, 0, 3)[:, :, 32:] for heads in (4, 4, 4, 4, 4)
+        torch.randn(256, batch, heads, 8).permute(1, 2, 0, 3)[:, :, 128:] for heads in (4, 4, 4, 4, 4)
     )
-    lse = torch.randn(batch, 4, 64)[:, :, 32:]
+    lse = torch.randn(batch, 4, 256)[:, :, 128:]
     kernel.backward(grad_out, query, key, value, out, lse, causal=True, scale=SCALE)
     assert torch.equal(received[0], grad_out)
     assert received[0].transpose(1, 2).is_contiguous()
@@ -250,12 +250,12 @@ def test_the_gradient_goes_to_cuda_kernels_by_rows_and_for_one_sample_uncopied(
 
 
 def test_cudnn_takes_the_lse_in_the_shape_in_which_it_gives_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    query = torch.empty(1, 4, 32, 64, dtype=BF16, device="meta")
+    query = torch.empty(1, 4, 128, 64, dtype=BF16, device="meta")
     given = torch.ops.aten._scaled_dot_product_cudnn_attention(query, query, query, None, True, 0.0, True, False, scale=SCALE)[1]
     received: list[Any] = []
     operator = {"_scaled_dot_product_cudnn_attention_backward": lambda *args, **scale: received.extend(args) or args[1:4]}
     monkeypatch.setattr(torch_attention, "aten", SimpleNamespace(**operator))
-    CudnnKernel().backward(query, query, query, query, query, given.reshape(1, 4, 32), causal=True, scale=SCALE)
+    CudnnKernel().backward(query, query, query, query, query, given.reshape(1, 4, 128), causal=True, scale=SCALE)
     assert received[5].shape == given.shape
 
 
@@ -269,3 +269,21 @@ def test_a_single_query_never_reaches_cudnn() -> None:
     expected = CpuFlashKernel().backward(grad_out, query, key, value, out, lse, causal=False, scale=SCALE)
     for a, b in zip(found, expected, strict=True):
         assert (a - b).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize(("queries", "keys", "name"), [(192, 256, "cudnn"), (256, 192, "flash"), (192, 192, "flash")])
+def test_keys_that_do_not_fill_the_last_tile_take_flash_attention(
+    monkeypatch: pytest.MonkeyPatch, queries: int, keys: int, name: str
+) -> None:
+    called: list[str] = []
+
+    class Operators:
+        def __getattr__(self, operator: str) -> Any:
+            called.append(operator)
+            return lambda query, *rest, **scale: (query, torch.zeros(1, 2, queries), query)
+
+    monkeypatch.setattr(torch_attention, "aten", Operators())
+    query, key = (torch.randn(1, 2, rows, 8) for rows in (queries, keys))
+    out, lse = CudnnKernel().forward(query, key, key, causal=False, scale=SCALE)
+    CudnnKernel().backward(out, query, key, key, out, lse, causal=False, scale=SCALE)
+    assert called == [f"_scaled_dot_product_{name}_attention", f"_scaled_dot_product_{name}_attention_backward"]
