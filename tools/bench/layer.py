@@ -296,13 +296,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=lengths, default=lengths("32K,64K,128K,256K,512K" if on_cuda else "4K,8K,16K,32K,64K"))
     parser.add_argument("--kernels", type=lambda text: text.split(","), default=[], help="CUDA: only these")
-    parser.add_argument("--rounds", type=int, help="of each length; CPU default: 5 to 16K, 2 at 32K, 1 above. CUDA: 4")
+    parser.add_argument("--rounds", type=int, help="of each length; CPU default: 5 to 8K, 3 at 16K, 2 at 32K, 1 above. CUDA: 4")
     given = parser.parse_args()
     print(f"## B3 A layer under each recompute policy\n\n`{command_line()}`\n\n{machine()}\n")
     if on_cuda:
         cuda_tables(given.tokens, given.rounds or 4, given.kernels)
     else:
-        cpu_tables(given.tokens, [given.rounds or (5 if n <= 2**14 else 2 if n <= 2**15 else 1) for n in given.tokens])
+        cpu_tables(given.tokens, [given.rounds or (5 if n <= 2**13 else 3 if n <= 2**14 else 2 if n <= 2**15 else 1) for n in given.tokens])
 
 
 if __name__ == "__main__":
