@@ -1,1 +1,1 @@
-"""Exchange patterns of context parallelism over any process group: they know tensors and ranks, not Megatron."""
+"""What ranks compute together over any process group, knowing tensors and ranks, not Megatron: attention, loss of the head, MLP."""
