@@ -91,6 +91,6 @@ def test_all_writes_one_file_and_tells_what_failed(
         monkeypatch.setattr(sys, "argv", ["all.py", "--out", str(tmp_path / "found.md"), "--only", "rope", *more])
         assert module.main() == code
         written = (tmp_path / "found.md").read_text()
-        assert written.startswith("# Benchmarks of one machine\n\n\n## B")
+        assert written.startswith("# Benchmarks of one machine\n\n## B")
         assert ("**rope ended with exit code 1.**" in written) == bool(code)
     assert "rope: done" in capsys.readouterr().err

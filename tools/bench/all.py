@@ -3,7 +3,7 @@
 python tools/bench/all.py                     the GPU's where there is one, else the CPU's
 python tools/bench/all.py --out FILE --only layer,longest
 
-A benchmark that fails leaves its last lines in the file, and the exit code is 1; the others still run.
+A benchmark that fails leaves what it printed in the file, and the exit code is 1; the others still run.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import IO
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
@@ -20,25 +21,22 @@ BENCHMARKS = ("loss", "tiled_mlp", "layer", "longest", "context_parallel", "rope
 GPU_TESTS = "gpu_tests"
 
 
-def run(name: str, arguments: list[str]) -> tuple[str, bool]:
-    """The Markdown that a benchmark printed, and whether it came to its end. Its progress goes to stderr."""
+def run(name: str, arguments: list[str], out: IO[str]) -> bool:
+    """Let a benchmark print into the file. Whether it came to its end; its progress goes to stderr."""
     began = time.monotonic()
+    is_text = name in (GPU_TESTS, "startup")  # no Markdown
     command = [sys.executable, str(FOLDER / f"{name}.py"), *arguments]
     if name == GPU_TESTS:
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rs", "--tb=short", str(ROOT / "tests")]
-    ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, cwd=ROOT)
-    text, minutes = ran.stdout.strip(), (time.monotonic() - began) / 60
-    if name in (GPU_TESTS, "startup"):
-        title = "Tests on a GPU: `pytest -m gpu`" if name == GPU_TESTS else "Start-up: `python tools/bench/startup.py`"
-        text = f"## {title}\n\n```\n{chr(10).join(text.splitlines()[-40:])}\n```"
-    print(
-        f"{name}: {'done' if ran.returncode == 0 else f'exit code {ran.returncode}'} in {minutes:.1f} min",
-        file=sys.stderr,
-        flush=True,
-    )
-    if ran.returncode:
-        text += f"\n\n**{name} ended with exit code {ran.returncode}.**"
-    return f"{text}\n\n({minutes:.1f} minutes)", ran.returncode == 0
+    out.write(f"## `{' '.join(['python', *command[1:]]).replace(f'{ROOT}/', '')}`\n\n```\n" if is_text else "")
+    out.flush()
+    code = subprocess.run(command, stdout=out, check=False, cwd=ROOT).returncode
+    minutes = (time.monotonic() - began) / 60
+    out.write("```\n" if is_text else "")
+    out.write(f"\n**{name} ended with exit code {code}.**\n" if code else "")
+    out.write(f"\n({minutes:.1f} minutes)\n\n")
+    print(f"{name}: {'done' if code == 0 else f'exit code {code}'} in {minutes:.1f} min", file=sys.stderr, flush=True)
+    return code == 0
 
 
 def main() -> int:
@@ -52,12 +50,11 @@ def main() -> int:
     unknown = set(given.only) - set(names)
     if unknown:
         parser.error(f"no benchmark is called {', '.join(sorted(unknown))}; there are {', '.join(names)}")
-    all_done, parts = True, ["# Benchmarks of one machine\n"]
-    for name in given.only:
-        text, done = run(name, given.arguments)
-        all_done &= done
-        parts.append(text)
-        given.out.write_text("\n\n".join(parts) + "\n")  # after each: hours of measuring are not lost to the last one
+    all_done = True
+    with given.out.open("w") as out:  # written as it comes: hours of measuring are not lost to the last minute
+        out.write("# Benchmarks of one machine\n\n")
+        for name in given.only:
+            all_done &= run(name, given.arguments, out)
     print(f"written: {given.out}")
     return 0 if all_done else 1
 

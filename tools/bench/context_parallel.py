@@ -17,7 +17,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from harness import Case, Result, command_line, compare, lengths, machine, ratio, short, table
+from harness import Case, Result, command_line, compare, lengths, machine, print_table, ratio, short, table
 from in_process import Cost, KernelMeter, run_ranks, watch
 from rates import peak_flops
 from torch import Tensor
@@ -307,7 +307,7 @@ def main() -> None:
         "balance",
         "TFLOP/s in kernels",
     )
-    print(table(headers, timed_table(given, types, heads, head_dim, dtype, on_cuda)))
+    print_table(headers, timed_batches(given, types, heads, head_dim, dtype, on_cuda))
     if not on_cuda:
         print("\nOn a GPU, 8K and 64K tokens per rank: not measured. Targets there: " + "; ".join(TARGETS.values()) + ".")
     print(f"\nReal gloo processes, fp32, {given.gloo_tokens[0]:,} tokens, 8/2 heads of {HEAD_DIM['cpu']}, forward + backward:\n")
@@ -318,22 +318,20 @@ def main() -> None:
         print(table(headers, gloo_rows(given.gloo_tokens[0], (8, 2), (2, 4), max(1, given.rounds - 1))))
 
 
-def timed_table(
+def timed_batches(
     given: argparse.Namespace,
     types: Sequence[str],
     heads: Sequence[tuple[int, int]],
     head_dim: int,
     dtype: torch.dtype,
     on_cuda: bool,
-) -> list[tuple[Any, ...]]:
-    """All rows of the timed part."""
+) -> Iterator[list[tuple[Any, ...]]]:
+    """Rows of the timed part, a group at a time."""
     peak, _ = peak_flops()
-    rows: list[tuple[Any, ...]] = []
     for pair, tokens, cp_size in itertools.product(heads, given.tokens, given.cp):
         settings = [Setting(cp_comm_type, cp_size, tokens * cp_size, *pair, head_dim) for cp_comm_type in types]
         results = timed(settings, dtype, given.rounds, warmup=3 if on_cuda else 0, calls=5 if on_cuda else 1)
-        rows += timed_rows(settings[0], results, peak)
-    return rows
+        yield timed_rows(settings[0], results, peak)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,19 @@ import torch
 
 from mcore_longctx.errors import LongctxError
 
-__all__ = ["Case", "Result", "Spread", "available_bytes", "command_line", "compare", "lengths", "machine", "measure", "table"]
+__all__ = [
+    "Case",
+    "Result",
+    "Spread",
+    "available_bytes",
+    "command_line",
+    "compare",
+    "lengths",
+    "machine",
+    "measure",
+    "print_table",
+    "table",
+]
 
 NOT_MEASURED = "not measured"
 
@@ -306,12 +318,20 @@ def _gpu_clocks() -> list[tuple[float, float]]:
 
 def table(headers: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A Markdown table. None and missing cells read `not measured`."""
-    lines = ["| " + " | ".join(headers) + " |", "| " + " | ".join("---" for _ in headers) + " |"]
-    for row in rows:
-        cells = [NOT_MEASURED if cell is None else str(cell) for cell in row]
-        cells += [NOT_MEASURED] * (len(headers) - len(cells))
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    head = ["| " + " | ".join(headers) + " |", "| " + " | ".join("---" for _ in headers) + " |"]
+    return "\n".join([*head, *_row_lines(len(headers), rows)])
+
+
+def print_table(headers: Sequence[str], batches: Iterable[Iterable[Sequence[object]]]) -> None:
+    """Print a table whose rows take long to measure: each batch as soon as it is there."""
+    print(table(headers, []), flush=True)
+    for batch in batches:
+        print("\n".join(_row_lines(len(headers), batch)), flush=True)
+
+
+def _row_lines(columns: int, rows: Iterable[Sequence[object]]) -> list[str]:
+    cells = [[NOT_MEASURED if cell is None else str(cell) for cell in row] for row in rows]
+    return ["| " + " | ".join(row + [NOT_MEASURED] * (columns - len(row))) + " |" for row in cells]
 
 
 def command_line() -> str:

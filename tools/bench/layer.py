@@ -15,11 +15,25 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from formulas import GEMM_SHARE, MFU_FORMULA, KernelRate, attended_seconds, kept_bytes, step_flops
-from harness import Case, Result, available_bytes, command_line, compare, lengths, machine, measure, ratio, short, table
+from harness import (
+    Case,
+    Result,
+    available_bytes,
+    command_line,
+    compare,
+    lengths,
+    machine,
+    measure,
+    print_table,
+    ratio,
+    short,
+    table,
+)
 from models import LLAMA_8B, TINY, AttentionCalls, ForwardOnly, LayersStep, TrainingStep, our_model, stock_model, with_layers
 from rates import kernel_rate, peak_flops, usable_kernels
 
@@ -208,22 +222,22 @@ def cpu_tables(sizes: list[int], rounds: list[int]) -> None:
     )
     headers = ("tokens", "step", "KiB/token", "resident", "ratio of bytes", "CPU-s", "ratio", "attention calls per layer, forward + backward",
                "GFLOP/s", "MFU")  # fmt: skip
-    found = {tokens: training_steps(tokens, count) for tokens, count in zip(sizes, rounds, strict=True)}
-    print(table(headers, [row for tokens, results in found.items() for row in training_rows(tokens, results, peak)]))
+    found: dict[int, dict[str, Result]] = {}
+
+    def batches() -> Iterator[list[tuple[Any, ...]]]:
+        for tokens, count in zip(sizes, rounds, strict=True):
+            found[tokens] = training_steps(tokens, count)
+            yield training_rows(tokens, found[tokens], peak)
+
+    print_table(headers, batches())
     print(f"\n{TARGET}.\n")
-    print(
-        f"### Bytes kept of a token and layer until its backward\n\nCounted at the end of the forward pass, fp32, {KEPT_TOKENS:,} tokens:\n"
-    )
+    print("### Bytes kept of a token and layer until its backward\n")
+    print(f"Counted at the end of the forward pass, fp32, {KEPT_TOKENS:,} tokens:\n")
     print(table(("policy", "counted", "formula", ""), kept_rows()))
-    print(
-        "\n### What the kernel allows\n\nOne layer's kernel alone in the same run; `allowed` has linear layers and loss head at 60 % of the peak:\n"
-    )
-    print(
-        table(
-            ("tokens", "policy", "kernel GFLOP/s, forward / backward", "CPU-s allowed", "CPU-s", "share"),
-            allowed_rows(found, peak),
-        )
-    )
+    print("\n### What the kernel allows\n")
+    print("One layer's kernel alone in the same run; `allowed` has linear layers and loss head at 60 % of the peak:\n")
+    headers = ("tokens", "policy", "kernel GFLOP/s, forward / backward", "CPU-s allowed", "CPU-s", "share")
+    print(table(headers, allowed_rows(found, peak)))
     print("\n### One Llama-8B layer on a GPU, 32K to 512K tokens\n\nnot measured: no CUDA device. Targets: attention_kept at least 1.18 times "
           "as fast as full at 128K and 1.23 times at 512K, at least 95 % of what its kernel's rate allows.")  # fmt: skip
 
@@ -251,41 +265,46 @@ def cuda_tables(sizes: list[int], rounds: int, wanted: list[str]) -> None:
     peak, what = peak_flops()
     usable = usable_kernels(torch.bfloat16, LLAMA_8B.kv_channels)
     kernels = {name: reason for name, reason in usable.items() if not wanted or name in wanted}
+    print(f"One Llama-8B layer, bf16, MLP in tiles of 8,192 tokens. {MFU_FORMULA}; peak: {what}.")
     print(
-        f"One Llama-8B layer, bf16, MLP in tiles of 8,192 tokens. {MFU_FORMULA}; peak: {what}. GiB are above weights, gradients and input."
+        "GiB are above weights, gradients and input. Allowed: attention at the rate of its kernel alone, linear layers at 60 % of the peak.\n"
     )
-    print("Allowed: attention at the rate of its kernel alone, linear layers at 60 % of the peak.\n")
     rates: dict[tuple[str, int], KernelRate | str] = {}
-    for kernel, tokens in itertools.product(kernels, sizes):
-        rates[kernel, tokens] = kernel_rate(LLAMA_8B, tokens, torch.bfloat16, kernel)
-    print(table(("kernel alone", "tokens", "TFLOP/s, forward", "backward", "both"), [
-        (kernel, short(tokens), *((rate, "-", "-") if isinstance(rate, str) else (f"{one / 1e12:.0f}" for one in (rate.forward, rate.backward, rate.both))))
-        for (kernel, tokens), rate in rates.items()
-    ]))  # fmt: skip
-    for kernel, reason in kernels.items():
-        print(f"\n{reason}:\n")
-        headers = (
-            "tokens",
-            "policy",
-            "ms",
-            "full / this",
-            "GiB allocated",
-            "reserved",
-            "MFU",
-            "allowed",
-            "share",
-            "SM MHz and W at most",
-        )
-        rows: list[tuple[Any, ...]] = []
+
+    def alone() -> Iterator[list[tuple[Any, ...]]]:
+        for kernel, tokens in itertools.product(kernels, sizes):
+            rate = rates[kernel, tokens] = kernel_rate(LLAMA_8B, tokens, torch.bfloat16, kernel)
+            numbers = (
+                (rate,) if isinstance(rate, str) else tuple(f"{n / 1e12:.0f}" for n in (rate.forward, rate.backward, rate.both))
+            )
+            yield [(kernel, short(tokens), *numbers)]
+
+    def layers(kernel: str) -> Iterator[list[tuple[Any, ...]]]:
         for tokens in sizes:
             rate = rates[kernel, tokens]
             if isinstance(rate, str):
-                rows.append((short(tokens), kernel, rate))
+                yield [(short(tokens), kernel, rate)]
                 continue
             results = compare(layer_cases(tokens, kernel), rounds=rounds, warmup=3 if tokens <= 2**17 else 1, calls=3)
             check_layers(results)
-            rows += layer_rows(tokens, results, rate, peak)
-        print(table(headers, rows))
+            yield layer_rows(tokens, results, rate, peak)
+
+    print_table(("kernel alone", "tokens", "TFLOP/s, forward", "backward", "both"), alone())
+    headers = (
+        "tokens",
+        "policy",
+        "ms",
+        "full / this",
+        "GiB allocated",
+        "reserved",
+        "MFU",
+        "allowed",
+        "share",
+        "SM MHz and W at most",
+    )
+    for kernel, reason in kernels.items():
+        print(f"\n{reason}:\n")
+        print_table(headers, layers(kernel))
     print("\nTargets: attention_kept at least 1.18 times as fast as full at 128K and 1.23 times at 512K, share at least 95 %, offload at most 1.02 "
           "times as long.")  # fmt: skip
 
@@ -302,7 +321,8 @@ def main() -> None:
     if on_cuda:
         cuda_tables(given.tokens, given.rounds or 4, given.kernels)
     else:
-        cpu_tables(given.tokens, [given.rounds or (5 if n <= 2**13 else 3 if n <= 2**14 else 2 if n <= 2**15 else 1) for n in given.tokens])
+        usual = [5 if tokens <= 2**13 else 3 if tokens <= 2**14 else 2 if tokens <= 2**15 else 1 for tokens in given.tokens]
+        cpu_tables(given.tokens, [given.rounds] * len(usual) if given.rounds else usual)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from formulas import MFU_FORMULA, kept_bytes, peak_bytes, step_flops, working_elements
-from harness import Case, Result, command_line, lengths, machine, measure, short, table
+from harness import Case, Result, command_line, lengths, machine, measure, print_table, short, table
 from models import LLAMA_8B, TINY, TrainingStep, our_model, with_layers
 from rates import peak_flops
 
@@ -134,9 +134,8 @@ def derived_rows() -> list[tuple[Any, ...]]:
 # ------------------------------------------------------------------------------------------------------------------ CUDA
 
 
-def longest_rows(layer_counts: list[int], sizes: list[int], trials: int) -> list[tuple[Any, ...]]:
-    """(layers, offload, bytes per token, states GiB, predicted, longest that ran, s/step, MFU, first that did not)."""
-    rows: list[tuple[Any, ...]] = []
+def longest_rows(layer_counts: list[int], sizes: list[int], trials: int) -> Iterator[list[tuple[Any, ...]]]:
+    """Batches of (layers, offload, bytes per token, states GiB, predicted, longest that ran, s/step, MFU, first that did not)."""
     slopes: dict[tuple[int, float], float] = {}
     peak, _ = peak_flops()
     room = torch.cuda.get_device_properties(0).total_memory
@@ -146,7 +145,7 @@ def longest_rows(layer_counts: list[int], sizes: list[int], trials: int) -> list
         fitted = {tokens: result.facts["allocated"] for tokens, result in found.items() if result.error is None}
         name = (layers, "all layers" if offload else "none")
         if len(fitted) < 2:
-            rows.append((*name, next(result.error for result in found.values() if result.error)))
+            yield [(*name, next(result.error for result in found.values() if result.error))]
             continue
         slope, states = np.polyfit(list(fitted), list(fitted.values()), 1)
         slopes[layers, offload] = slope
@@ -154,16 +153,15 @@ def longest_rows(layer_counts: list[int], sizes: list[int], trials: int) -> list
         longest, result, failed = _boundary(shape, predicted, offload, trials)
         seconds = result.spread.median if result is not None and result.spread else None
         mfu = f"{step_flops(shape, longest).total / seconds / peak:.1%}" if seconds else None
-        rows.append(
+        yield [
             (*name, f"{slope:,.0f}", f"{states / 2**30:.1f}", short(predicted), short(longest) if longest else None,
              f"{seconds:.1f}" if seconds else None, mfu, short(failed) if failed else None)
-        )  # fmt: skip
+        ]  # fmt: skip
     for offload in (0.0, 1.0):
         if all((layers, offload) in slopes for layers in layer_counts) and len(layer_counts) > 1:
             few, many = min(layer_counts), max(layer_counts)
             each = (slopes[many, offload] - slopes[few, offload]) / (many - few)
-            rows.append((f"slope of a layer, {'offloaded' if offload else 'kept'}", "-", f"{each:,.0f}", *["-"] * 6))
-    return rows
+            yield [(f"slope of a layer, {'offloaded' if offload else 'kept'}", "-", f"{each:,.0f}", *["-"] * 6)]
 
 
 def _run(shape: ModelShape, tokens: int, offload: float) -> Result:
@@ -199,7 +197,7 @@ def main() -> None:
     if on_cuda:
         print(f"Llama-8B's width, vocabulary {LLAMA_8B.vocab_size:,}, bf16, AdamW on the device. {MFU_FORMULA}.\n")
         headers = ("layers", "offload", "bytes per token", "states GiB", "predicted", "longest", "s/step", "MFU", "did not fit")
-        print(table(headers, longest_rows(given.layers, given.tokens, given.trials)))
+        print_table(headers, longest_rows(given.layers, given.tokens, given.trials))
         print(f"\n{LADDER}; target: 1.3 times these, by slope where host memory ends.")
         return
     print(
