@@ -74,6 +74,7 @@ def test_context_parallel(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captur
     equality = [row for row in rows(text) if row[0] in ("32/8", "4/1")]
     assert len(equality) == 2 * 4 * 2  # heads, types, ranks
     assert all(number(row[3]) < 1e-12 and row[4:] == ["1.000", "1.000"] for row in equality), equality
+    assert all(len(row) == 9 for row in rows(text) if row[0] in ("8/2", "q/kv heads") and row[1] != "type")
     timed = [row for row in rows(text) if row[0] == "8/2"]
     assert [row[3] for row in timed] == ["one call", "p2p", "all_gather", "a2a", "a2a+p2p"] * 2
     gloo = [row[:2] for row in rows(text) if len(row) == 4 and row[1].isdigit()]

@@ -306,8 +306,11 @@ def main() -> None:
         "with exchange",
         "balance",
         "TFLOP/s in kernels",
+        "of the peak",
     )
-    print_table(headers, timed_batches(given, types, heads, head_dim, dtype, on_cuda))
+    peak, what = peak_flops()
+    print_table(headers, timed_batches(given, types, heads, head_dim, dtype, peak))
+    print(f"\nRates count the causal half, and a backward as 2.5 forwards; peak: {what}.")
     if not on_cuda:
         print("\nOn a GPU, 8K and 64K tokens per rank: not measured. Targets there: " + "; ".join(TARGETS.values()) + ".")
     print(f"\nReal gloo processes, fp32, {given.gloo_tokens[0]:,} tokens, 8/2 heads of {HEAD_DIM['cpu']}, forward + backward:\n")
@@ -327,7 +330,7 @@ def timed_batches(
     on_cuda: bool,
 ) -> Iterator[list[tuple[Any, ...]]]:
     """Rows of the timed part, a group at a time."""
-    peak, _ = peak_flops()
+    on_cuda = torch.cuda.is_available()
     for pair, tokens, cp_size in itertools.product(heads, given.tokens, given.cp):
         settings = [Setting(cp_comm_type, cp_size, tokens * cp_size, *pair, head_dim) for cp_comm_type in types]
         results = timed(settings, dtype, given.rounds, warmup=3 if on_cuda else 0, calls=5 if on_cuda else 1)
