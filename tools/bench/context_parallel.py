@@ -327,7 +327,7 @@ def timed_batches(
     heads: Sequence[tuple[int, int]],
     head_dim: int,
     dtype: torch.dtype,
-    on_cuda: bool,
+    peak: float,
 ) -> Iterator[list[tuple[Any, ...]]]:
     """Rows of the timed part, a group at a time."""
     on_cuda = torch.cuda.is_available()
