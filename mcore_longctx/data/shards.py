@@ -1,15 +1,21 @@
-"""Tokenized documents: one token file, and a table that says where each document lies in it and how long it is.
+"""Token shards: what `data tokenize` leaves, one pair of files a task.
 
-The table is sorted by source and by the hash of the document's id, so everything that is decided from it is the same for any
-order of files and lines. The position in the token file is the only thing that depends on the order of reading.
+    000012.tokens    ids of its documents back to back, uint16 or int32 as in `.bin`
+    000012.docs      one row a document: key, digest, length; their ids; loss flags; bad records. Published last: the shard is whole
+
+Planning reads only the `.docs` files. The rows of all shards in the order of the tasks are the rows of one `DocumentTable`; that
+order is the order of the input files and of the lines in them, whatever the number of tasks or workers.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
+import zlib
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -17,12 +23,17 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["DocumentTable", "TokenWriter", "hash64"]
+from mcore_longctx.data.arrays import map_arrays, write_arrays
+from mcore_longctx.errors import DataError
+
+__all__ = ["DocumentTable", "Shard", "ShardWriter", "hash64", "read_shard", "read_table"]
 
 UInt64Array = npt.NDArray[np.uint64]
 IntArray = npt.NDArray[np.int64]
 
 _MASK = (1 << 64) - 1
+_ENDS = 64  # tokens at each end of a document that its digest covers
+_BUFFER = 1 << 22  # bytes
 
 
 def hash64(*words: UInt64Array | IntArray | int) -> UInt64Array:
@@ -42,109 +53,232 @@ def hash64(*words: UInt64Array | IntArray | int) -> UInt64Array:
     return state
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class DocumentTable:
-    """One row a document, sorted by (source, key).
-
-    A document is a list of segments with a loss flag each: its segments are rows segment_first[d] to segment_first[d + 1] of
-    `segment_stop` and `segment_loss`, and the last one stops at `length[d]`.
-    """
-
-    sources: tuple[str, ...]
-    ids: tuple[str, ...]
-    source: npt.NDArray[np.int32]  # [documents] row of `sources`
-    key: UInt64Array  # [documents] hash of source name, id, and number among equals
-    offset: IntArray  # [documents] first token in the token file
-    length: IntArray  # [documents] tokens, at least 1
-    segment_first: IntArray  # [documents + 1]
-    segment_stop: IntArray  # [segments] tokens from the start of the document
-    segment_loss: npt.NDArray[np.bool_]  # [segments]
-
-    def __len__(self) -> int:
-        """Number of documents."""
-        return len(self.length)
-
-
-class TokenWriter:
-    """Appends tokenized documents to a file and collects the table. Use it as a context manager.
+class ShardWriter:
+    """Writes one shard. Use it as a context manager: nothing appears before `publish`, and an exception leaves nothing.
 
     Args:
-        path: the token file, overwritten.
-        dtype: type of its ids.
-        sources: names of the sources.
+        folder: where the shards lie.
+        number: of the task.
+        dtype: type of the ids, see `token_dtype`.
+        source: name of the source; part of every document's key.
     """
 
-    def __init__(self, path: Path, dtype: np.dtype[Any], sources: Sequence[str]) -> None:
-        self.path, self.dtype, self.sources = path, dtype, tuple(sources)
-        self._file = path.open("wb")
-        self._ids: list[str] = []
-        self._source, self._key, self._digest = array("i"), array("Q"), array("Q")
-        self._length, self._segments = array("q"), array("q")
-        self._segment_stop, self._segment_loss = array("q"), array("b")
+    def __init__(self, folder: Path, number: int, dtype: np.dtype[Any], source: str) -> None:
+        self.dtype, self.documents, self.tokens = dtype, 0, 0
+        self._stem, self._source = folder / f"{number:06d}", source.encode() + b"\0"
+        self._partial = self._stem.with_suffix(".tokens.partial")
+        self._file = self._partial.open("wb", buffering=_BUFFER)
+        self._crc32 = 0
+        self._key, self._digest, self._length = array("Q"), array("Q"), array("q")
+        self._ids, self._id_stop = bytearray(), array("q")
+        self._loss_document, self._loss_stop, self._loss_flag = array("q"), array("q"), array("b")
 
-    def add(self, source: int, document_id: str, segments: Iterable[tuple[npt.NDArray[np.int32], bool]]) -> bool:
-        """Append one document of source number `source`. False, and nothing is written, if it has no token."""
-        digest, length, count = hashlib.blake2b(digest_size=8), 0, 0
-        for tokens, loss in segments:
-            if not len(tokens):
-                continue
-            raw = tokens.astype(self.dtype).tobytes()
-            self._file.write(raw)
-            digest.update(bytes([loss]) + raw)
-            length += len(tokens)
-            count += 1
-            self._segment_stop.append(length)
-            self._segment_loss.append(loss)
-        if not length:
+    def add(self, document_id: str, segments: Iterable[tuple[npt.NDArray[Any], bool]]) -> bool:
+        """Append one document: stretches of ids with their loss flag. False, and nothing is written, if it has no token.
+
+        The ids must fit `dtype`: compare the vocabulary with it once, before the first document.
+        """
+        parts = [(np.ascontiguousarray(tokens, self.dtype), loss) for tokens, loss in segments if len(tokens)]
+        if not parts:
             return False
-        name = hashlib.blake2b(f"{self.sources[source]}\0{document_id}".encode(), digest_size=8)
-        self._ids.append(document_id)
-        self._source.append(source)
-        self._key.append(int.from_bytes(name.digest(), "little"))
+        length, digest = 0, hashlib.blake2b(digest_size=8)
+        for tokens, loss in parts:
+            raw = memoryview(tokens).cast("B")
+            self._file.write(raw)
+            self._crc32 = zlib.crc32(raw, self._crc32)
+            length += len(tokens)
+            digest.update(b"%d%d" % (loss, len(tokens)) + tokens[:_ENDS].tobytes() + tokens[-_ENDS:].tobytes())
+        if not all(loss for _, loss in parts):
+            stop = 0
+            for tokens, loss in parts:
+                stop += len(tokens)
+                self._loss_document.append(self.documents)
+                self._loss_stop.append(stop)
+                self._loss_flag.append(loss)
+        name = document_id.encode()
+        self._ids += name
+        self._id_stop.append(len(self._ids))
+        self._key.append(int.from_bytes(hashlib.blake2b(self._source + name, digest_size=8).digest(), "little"))
         self._digest.append(int.from_bytes(digest.digest(), "little"))
         self._length.append(length)
-        self._segments.append(count)
+        self.documents += 1
+        self.tokens += length
         return True
 
-    def table(self) -> DocumentTable:
-        """The table of everything that was added."""
-        source, key = np.array(self._source, np.int32), np.array(self._key, np.uint64)
-        length, segments = np.array(self._length, np.int64), np.array(self._segments, np.int64)
-        offset, segment_first = _exclusive_sum(length)[:-1], _exclusive_sum(segments)
-        # equal ids: told apart by content, and documents of equal content need no telling apart
-        order = np.lexsort((np.array(self._digest, np.uint64), key, source))
-        source, key = source[order], key[order]
-        is_first = np.ones(len(order), np.bool_)
-        is_first[1:] = (source[1:] != source[:-1]) | (key[1:] != key[:-1])
-        rows = np.arange(len(order))
-        ordinal = rows - np.maximum.accumulate(np.where(is_first, rows, 0))
-        new_first = _exclusive_sum(segments[order])
-        taken = np.repeat(segment_first[order] - new_first[:-1], segments[order]) + np.arange(new_first[-1])
-        return DocumentTable(
-            sources=self.sources,
-            ids=tuple(self._ids[row] for row in order),
-            source=source,
-            key=hash64(key, ordinal),
-            offset=offset[order],
-            length=length[order],
-            segment_first=new_first,
-            segment_stop=np.array(self._segment_stop, np.int64)[taken],
-            segment_loss=np.array(self._segment_loss, np.bool_)[taken],
-        )
-
-    def tokens(self) -> npt.NDArray[Any]:
-        """Everything that was added, mapped read-only, [tokens]."""
+    def publish(self, facts: dict[str, Any]) -> None:
+        """Make the shard appear: tokens first, then the table with `facts` (anything JSON) as the sign that it is whole."""
         self._file.flush()
-        return np.memmap(self.path, self.dtype, "r") if self.path.stat().st_size else np.zeros(0, self.dtype)
+        os.fsync(self._file.fileno())
+        self._file.close()
+        self._partial.replace(self._stem.with_suffix(".tokens"))
+        columns = {
+            "key": np.array(self._key, np.uint64),
+            "digest": np.array(self._digest, np.uint64),
+            "length": np.array(self._length, np.int64),
+            "id_stop": np.array(self._id_stop, np.int64),
+            "ids": np.frombuffer(self._ids, np.uint8),
+            "loss_document": np.array(self._loss_document, np.int64),
+            "loss_stop": np.array(self._loss_stop, np.int64),
+            "loss_flag": np.array(self._loss_flag, np.bool_),
+        }
+        counts = {"tokens": self.tokens, "dtype": self.dtype.name, "tokens_crc32": self._crc32}
+        write_arrays(self._stem.with_suffix(".docs"), columns, {"format": 1, **counts, **facts})
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._file.close()
-        self.path.unlink(missing_ok=True)
+        self._partial.unlink(missing_ok=True)
 
 
-def _exclusive_sum(values: IntArray) -> IntArray:
-    """0, v0, v0 + v1, ... [n + 1]."""
-    return np.concatenate([np.zeros(1, np.int64), np.cumsum(values, dtype=np.int64)])
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Shard:
+    """The table of one shard, mapped. Row d is one document."""
+
+    path: Path  # of the .tokens file
+    key: UInt64Array  # [documents] hash of the source's name and the document's id
+    digest: UInt64Array  # [documents] hash of the length, the ends and the loss flags: tells documents of one id apart
+    length: IntArray  # [documents] tokens, at least 1
+    id_stop: IntArray  # [documents] bytes in `ids`
+    ids: npt.NDArray[np.uint8]  # UTF-8
+    loss_document: IntArray  # [segments] rows of documents that are not learned whole, ascending
+    loss_stop: IntArray  # [segments] tokens from the start of the document
+    loss_flag: npt.NDArray[np.bool_]  # [segments]
+    facts: dict[str, Any]
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Type of the ids."""
+        return np.dtype(str(self.facts["dtype"]))
+
+    def document_id(self, row: int) -> str:
+        """Id of one document."""
+        start = int(self.id_stop[row - 1]) if row else 0
+        return bytes(self.ids[start : int(self.id_stop[row])]).decode()
+
+    def tokens(self) -> npt.NDArray[Any]:
+        """All ids of the shard, mapped read-only, [tokens].
+
+        Raises:
+            DataError: the file is missing or has another size than the table says.
+        """
+        count = int(self.facts["tokens"])
+        try:
+            size = self.path.stat().st_size
+        except FileNotFoundError:
+            raise DataError("no such file, though its table is there", where=self.path, fix="tokenize again") from None
+        if size != count * self.dtype.itemsize:
+            raise DataError(f"{size:,} bytes, its table says {count * self.dtype.itemsize:,}", where=self.path, fix="tokenize again")
+        return np.memmap(self.path, self.dtype, "r") if count else np.zeros(0, self.dtype)
+
+
+def read_shard(folder: Path, number: int) -> Shard:
+    """Map the table of one shard.
+
+    Raises:
+        DataError: not there, or damaged.
+    """
+    path = folder / f"{number:06d}.docs"
+    arrays, facts = map_arrays(path)
+    try:
+        shard = Shard(path=path.with_suffix(".tokens"), facts=facts, **arrays)
+        rows, segments = len(shard.length), len(shard.loss_stop)
+        sound = (
+            len(shard.key) == len(shard.digest) == len(shard.id_stop) == rows
+            and len(shard.loss_document) == len(shard.loss_flag) == segments
+            and int(shard.length.sum()) == int(facts["tokens"])
+            and (int(shard.id_stop[-1]) if rows else 0) == len(shard.ids)
+            and facts["format"] == 1
+        )
+    except (TypeError, KeyError, ValueError):
+        sound = False
+    if not sound:
+        raise DataError("not a table of documents", where=path, fix="tokenize again")
+    return shard
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class DocumentTable:
+    """The documents of all shards: one row each, in the order of the input. Everything that a plan may look at."""
+
+    sources: tuple[str, ...]
+    source: npt.NDArray[np.uint16]  # [documents] row of `sources`, ascending
+    key: UInt64Array  # [documents] different for every document, and for any order of files and lines the same
+    length: IntArray  # [documents] tokens, at least 1
+    loss_document: IntArray  # [segments] rows of documents that are not learned whole, ascending
+    loss_stop: IntArray  # [segments] tokens from the start of the document; the last segment of a document stops at its length
+    loss_flag: npt.NDArray[np.bool_]  # [segments]
+    shards: tuple[Shard, ...] = ()
+    shard_first: IntArray  # [shards + 1] row of each shard's first document
+
+    def __len__(self) -> int:
+        """Number of documents."""
+        return len(self.length)
+
+    def document_id(self, row: int) -> str:
+        """Id of one document."""
+        shard = int(np.searchsorted(self.shard_first, row, side="right")) - 1
+        return self.shards[shard].document_id(row - int(self.shard_first[shard]))
+
+    @cached_property
+    def token_offset(self) -> IntArray:
+        """First token of each document in its shard, int64 [documents]."""
+        stops = np.cumsum(self.length, dtype=np.int64)
+        starts = stops - self.length
+        filled = np.diff(self.shard_first) > 0
+        bases = np.repeat(starts[self.shard_first[:-1][filled]], np.diff(self.shard_first)[filled])
+        return starts - bases
+
+
+def read_table(folder: Path, sources: Sequence[str], shard_source: Sequence[int]) -> DocumentTable:
+    """The documents of shards 0, 1, ... of `folder`.
+
+    Args:
+        folder: where the shards lie.
+        sources: names.
+        shard_source: for each shard the row of `sources` that it was made from, ascending.
+
+    Raises:
+        DataError: a shard is missing or damaged.
+    """
+    shards = tuple(read_shard(folder, number) for number in range(len(shard_source)))
+    counts = np.array([len(shard.length) for shard in shards], np.int64)
+    first = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+    key, digest, length = (_joined(shards, name) for name in ("key", "digest", "length"))
+    source = np.repeat(np.array(shard_source, np.uint16), counts)
+    with_loss = [(shard, base) for shard, base in zip(shards, first.tolist(), strict=False) if len(shard.loss_stop)]
+    loss_document = [shard.loss_document + base for shard, base in with_loss]
+    return DocumentTable(
+        sources=tuple(sources),
+        source=source,
+        key=_told_apart(key, digest),
+        length=length,
+        loss_document=np.concatenate(loss_document) if loss_document else np.zeros(0, np.int64),
+        loss_stop=_joined([shard for shard, _ in with_loss], "loss_stop", np.int64),
+        loss_flag=_joined([shard for shard, _ in with_loss], "loss_flag", np.bool_),
+        shards=shards,
+        shard_first=first,
+    )
+
+
+def _joined(shards: Sequence[Shard], name: str, dtype: npt.DTypeLike = None) -> npt.NDArray[Any]:
+    columns = [getattr(shard, name) for shard in shards]
+    return np.concatenate(columns) if columns else np.zeros(0, dtype)
+
+
+def _told_apart(key: UInt64Array, digest: UInt64Array) -> UInt64Array:
+    """Keys with the number among equals folded in. Equal ids are numbered by content, so their order in the files is nothing."""
+    order = np.argsort(key, kind="stable")
+    inner = np.flatnonzero(key[order][1:] == key[order][:-1]) + 1  # places whose left neighbour has the same key
+    if not len(inner):
+        return key
+    rows = order[np.unique(np.concatenate([inner - 1, inner]))]  # every document whose id occurs more than once
+    rows = rows[np.lexsort((digest[rows], key[rows]))]
+    is_first = np.ones(len(rows), np.bool_)
+    is_first[1:] = key[rows][1:] != key[rows][:-1]
+    place = np.arange(len(rows))
+    ordinal = place - np.maximum.accumulate(np.where(is_first, place, 0))
+    told = key.copy()
+    told[rows] = np.where(ordinal > 0, hash64(key[rows], ordinal), key[rows])
+    return told

@@ -1,16 +1,17 @@
-"""`NAME.runs.npz`: which document every token of every sample came from, and whether it carries loss.
+"""`NAME.runs`: which document every token of every sample came from, and whether it carries loss.
 
-A sample is a list of runs. A run is a stretch of one document, a stretch of literal tokens (the separator), or padding; each has
-one loss flag. The index of Megatron cannot say this (one sample is one sequence there), and a separator made of text cannot be
-found again in the tokens, so it is written beside them. A numpy archive without pickled objects: reading it runs no code.
+A sample is a list of runs. A run is a stretch of one document, a stretch of literal tokens (a separator, a label), or padding; each
+has one loss flag. The index of Megatron cannot say this (one sample is one sequence there), and a separator made of text cannot be
+found again in the tokens, so it is written beside them. A plan is the same list before any token is copied: every way of sampling
+and packing is a function from a table of documents to runs.
+
+The file is in safetensors layout (`data/arrays.py`), memory-mapped: opening it costs no memory however many runs there are.
 """
 
 from __future__ import annotations
 
-import json
-import zipfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,22 +19,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mcore_longctx.data.arrays import map_arrays
 from mcore_longctx.errors import DataError
 
-__all__ = ["LITERAL", "PADDING", "Run", "Runs", "read_runs", "write_runs"]
+__all__ = ["LITERAL", "PADDING", "RUN_COLUMNS", "Run", "Runs", "read_runs"]
 
-LITERAL = -1  # `source` of a run that is taken from `literals`
-PADDING = -2  # `source` of a run that repeats the padding token
-_ARRAYS: dict[str, Any] = {
-    "first_run": np.int64,
-    "source": np.int32,
-    "document": np.int64,
-    "start": np.int64,
-    "length": np.int64,
-    "loss": np.bool_,
-    "literals": np.int32,
-    "crc32": np.uint32,
-}
+LITERAL = -1  # `document` of a run that is taken from `literals`
+PADDING = -2  # `document` of a run that repeats the padding token
+
+RUN_COLUMNS: dict[str, Any] = {"document": np.int64, "start": np.int64, "length": np.int32, "loss": np.bool_}
+_BLOCK = 1 << 22  # runs that are checked at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,117 +45,136 @@ class Run:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Runs:
-    """All runs of a packed data set, as arrays.
+    """All runs of a plan or of a packed data set, as columns.
 
     The runs of sample i are rows first_run[i] to first_run[i + 1]; their lengths add up to `seq_length`.
     """
 
     seq_length: int
     sources: tuple[str, ...]
-    document_ids: tuple[str, ...]  # rows that `document` points to
     first_run: npt.NDArray[np.int64]  # [samples + 1]
-    source: npt.NDArray[np.int32]  # [runs] row of `sources`, LITERAL or PADDING
-    document: npt.NDArray[np.int64]  # [runs] row of `document_ids`, -1 for literals and padding
+    document: npt.NDArray[np.int64]  # [runs] LITERAL, PADDING, or a document: in a plan a row of the table, in a sidecar of `ids`
     start: npt.NDArray[np.int64]  # [runs] tokens from the start of the document or of `literals`
-    length: npt.NDArray[np.int64]  # [runs] tokens
+    length: npt.NDArray[np.int32]  # [runs] tokens, at least 1
     loss: npt.NDArray[np.bool_]  # [runs] whether these tokens are learned
     literals: npt.NDArray[np.int32]
-    crc32: npt.NDArray[np.uint32]  # [samples] of the sample's bytes in .bin
+    # only in a sidecar:
+    document_source: npt.NDArray[np.uint16] = field(default_factory=lambda: np.zeros(0, np.uint16))  # [documents] row of `sources`
+    id_stop: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))  # [documents] bytes in `ids`
+    ids: npt.NDArray[np.uint8] = field(default_factory=lambda: np.zeros(0, np.uint8))  # UTF-8
+    crc32: npt.NDArray[np.uint32] = field(default_factory=lambda: np.zeros(0, np.uint32))  # [samples] of the bytes in .bin
+    facts: dict[str, Any] = field(default_factory=dict)  # what else the file says: hashes, seed, versions
 
     def __len__(self) -> int:
         """Number of samples."""
         return len(self.first_run) - 1
 
-    def sample(self, index: int) -> list[Run]:
-        """The runs of one sample, in order."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        runs = []
-        for row in range(int(self.first_run[index]), int(self.first_run[index + 1])):
-            source, document = int(self.source[row]), int(self.document[row])
-            runs.append(
-                Run(
-                    source=self.sources[source] if source >= 0 else None,
-                    document=self.document_ids[document] if source >= 0 else None,
-                    start=int(self.start[row]),
-                    length=int(self.length[row]),
-                    loss=bool(self.loss[row]),
-                    is_padding=source == PADDING,
-                )
-            )
-        return runs
+    def document_id(self, document: int) -> str:
+        """Id of one document of a sidecar."""
+        start = int(self.id_stop[document - 1]) if document else 0
+        return bytes(self.ids[start : int(self.id_stop[document])]).decode()
 
-    @cached_property
-    def ends(self) -> npt.NDArray[np.int64]:
-        """Position after each run in the stream of all samples, [runs]."""
-        return np.cumsum(self.length, dtype=np.int64)
+    def rows(self, sample: int) -> slice:
+        """Rows of the runs of one sample.
+
+        Raises:
+            IndexError: there is no such sample.
+        """
+        if not 0 <= sample < len(self):
+            raise IndexError(f"sample {sample} of {len(self)}")
+        return slice(int(self.first_run[sample]), int(self.first_run[sample + 1]))
+
+    def sample(self, index: int) -> list[Run]:
+        """The runs of one sample of a sidecar, in order."""
+        rows = self.rows(index)
+        columns = (getattr(self, name)[rows].tolist() for name in RUN_COLUMNS)
+        return [self._in_words(*row) for row in zip(*columns, strict=True)]
+
+    def _in_words(self, document: int, start: int, length: int, loss: bool) -> Run:
+        known = document >= 0
+        return Run(
+            source=self.sources[int(self.document_source[document])] if known else None,
+            document=self.document_id(document) if known else None,
+            start=start,
+            length=length,
+            loss=loss,
+            is_padding=document == PADDING,
+        )
 
     def loss_flags(self, sample: int, start: int, stop: int) -> npt.NDArray[np.bool_]:
         """Loss flag of the tokens `start` to `stop` of a sample, bool [stop - start]."""
         if start >= stop:
             return np.zeros(0, dtype=np.bool_)
-        low, high = sample * self.seq_length + start, sample * self.seq_length + stop
-        first, last = np.searchsorted(self.ends, [low, high - 1], side="right")
-        ends = np.minimum(self.ends[first : last + 1], high)
-        return np.repeat(self.loss[first : last + 1], np.diff(ends, prepend=low))
+        rows = self.rows(sample)
+        ends = np.cumsum(self.length[rows], dtype=np.int64)
+        first, last = np.searchsorted(ends, [start, stop - 1], side="right")
+        ends = np.minimum(ends[first : last + 1], stop)
+        return np.repeat(self.loss[rows][first : last + 1], np.diff(ends, prepend=start))
 
-
-def write_runs(prefix: Path | str, runs: Runs) -> Path:
-    """Write `PREFIX.runs.npz` and return its path. Equal runs give equal bytes."""
-    path = Path(f"{prefix}.runs.npz")
-    words = json.dumps({"format": 1, "seq_length": runs.seq_length, "sources": runs.sources, "document_ids": runs.document_ids})
-    arrays = {name: np.asarray(getattr(runs, name), dtype=dtype) for name, dtype in _ARRAYS.items()}
-    np.savez_compressed(path, allow_pickle=False, words=np.frombuffer(words.encode(), np.uint8), **arrays)
-    return path
+    @cached_property
+    def all_learned(self) -> bool:
+        """Whether every run carries loss."""
+        return bool(self.loss.all())
 
 
 def read_runs(prefix: Path | str) -> Runs:
-    """Read `PREFIX.runs.npz`.
+    """Map `PREFIX.runs`, the sidecar of packed samples.
 
     Raises:
         DataError: the file is missing or damaged, or its runs do not add up to whole samples.
     """
-    path = Path(f"{prefix}.runs.npz")
+    path = Path(f"{prefix}.runs")
+    if not path.is_file():
+        raise DataError("no such file", where=path, fix="the sidecar belongs beside .bin and .idx: build the data again")
+    return open_runs(path, kind="sidecar")
+
+
+def open_runs(path: Path, *, kind: str) -> Runs:
+    """Map a file of runs. kind: `plan` or `sidecar`."""
+    arrays, facts = map_arrays(path)
     try:
-        # opened here: numpy leaves the file open when it is no archive
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            words = json.loads(archive["words"].tobytes())
-            arrays = {name: archive[name] for name in _ARRAYS}
-        runs = Runs(
-            seq_length=int(words["seq_length"]),
-            sources=tuple(words["sources"]),
-            document_ids=tuple(words["document_ids"]),
-            **arrays,
-        )
-    except FileNotFoundError:
-        raise DataError(
-            "no such file", where=path, fix="the sidecar belongs beside .bin and .idx: build the data again"
-        ) from None
-    except (ValueError, KeyError, TypeError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"not a runs file, or damaged ({error})", where=path, fix="build the data again") from None
-    for fault in _faults(runs):
-        raise DataError(fault, where=path, fix="the file is damaged: build the data again")
+        fault = None if facts["kind"] == kind else f"a {facts['kind']}, expected a {kind}"
+        runs = Runs(seq_length=int(facts["seq_length"]), sources=tuple(facts["sources"]), facts=facts, **arrays)
+        documents = int(facts["documents"])
+    except (KeyError, TypeError, ValueError):
+        raise DataError("not a file of runs", where=path, fix="build the data again") from None
+    for found in [fault] if fault else _faults(runs, documents, is_sidecar=kind == "sidecar"):
+        raise DataError(found, where=path, fix="the file is damaged: build the data again")
     return runs
 
 
-def _faults(runs: Runs) -> Iterator[str]:
-    """What is wrong, the first fault first: later checks rely on earlier ones."""
+def _faults(runs: Runs, documents: int, *, is_sidecar: bool) -> Iterator[str]:
+    """What is wrong, the first fault first: later checks rely on earlier ones. documents: how many `document` may point to."""
     first, rows = runs.first_run, len(runs.length)
-    if any(getattr(runs, name).dtype != dtype or getattr(runs, name).ndim != 1 for name, dtype in _ARRAYS.items()):
-        yield "an array has another type"
-    if any(len(getattr(runs, name)) != rows for name in ("source", "document", "start", "loss")):
-        yield "arrays of different lengths"
-    if len(first) < 1 or first[0] != 0 or first[-1] != rows or (np.diff(first) < 1).any() or len(runs.crc32) != len(runs):
+    if any(getattr(runs, name).dtype != dtype for name, dtype in RUN_COLUMNS.items()) or first.dtype != np.int64:
+        yield "a column has another type"
+    if any(len(getattr(runs, name)) != rows for name in RUN_COLUMNS):
+        yield "columns of different lengths"
+    if len(first) < 1 or first[0] != 0 or first[-1] != rows or (np.diff(first) < 1).any():
         yield "first_run does not go over all runs"
-    if (runs.length < 1).any() or (runs.start < 0).any():
-        yield "a run without tokens"
-    if (runs.source < PADDING).any() or (runs.source >= len(runs.sources)).any():
-        yield "a run of an unknown source"
-    documents, literal = runs.document[runs.source >= 0], runs.source == LITERAL
-    if (documents < 0).any() or (documents >= len(runs.document_ids)).any():
-        yield "a run of an unknown document"
-    if ((runs.start + runs.length)[literal] > len(runs.literals)).any():
-        yield "a run of more literal tokens than there are"
-    borders = np.concatenate(([0], runs.ends))[first]
-    if (borders != np.arange(len(first)) * runs.seq_length).any():
+    if is_sidecar:
+        stops = runs.id_stop
+        if len(runs.crc32) != len(runs) or not len(runs.document_source) == len(stops) == documents:
+            yield "columns of different lengths"
+        if (np.diff(stops) < 0).any() or (int(stops[-1]) if documents else 0) != len(runs.ids):
+            yield "ids of documents that do not add up"
+        if (runs.document_source >= len(runs.sources)).any():
+            yield "a document of an unknown source"
+    filled = 0  # tokens before this block
+    for low in range(0, rows, _BLOCK):
+        block = slice(low, min(low + _BLOCK, rows))
+        document, start, length = runs.document[block], runs.start[block], runs.length[block]
+        if (length < 1).any() or (start < 0).any():
+            yield "a run without tokens"
+        if (document < PADDING).any() or (document >= documents).any():
+            yield "a run of an unknown document"
+        if ((start + length)[document == LITERAL] > len(runs.literals)).any():
+            yield "a run of more literal tokens than there are"
+        begins = filled + np.cumsum(length, dtype=np.int64) - length
+        inside = slice(*np.searchsorted(first, [block.start, block.stop]))
+        at = begins[first[inside] - low]
+        if (at != np.arange(inside.start, inside.start + len(at)) * runs.seq_length).any():
+            yield "runs do not add up to whole samples"
+        filled = int(begins[-1]) + int(length[-1])
+    if filled != len(runs) * runs.seq_length:
         yield "runs do not add up to whole samples"

@@ -1,0 +1,156 @@
+"""Numpy columns in one file: safetensors layout, memory-mapped, with a checksum over every byte.
+
+Tables of documents, plans and sidecars are such files. Any safetensors reader opens them; reading runs no code. The last tensor,
+`checksum`, is the CRC-32 of all bytes before it, so a flipped bit or a cut file ends in an error and not in other samples.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import zlib
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mcore_longctx.errors import DataError
+
+__all__ = ["Column", "map_arrays", "new_arrays", "write_arrays"]
+
+Column = tuple[npt.DTypeLike, int]  # type and number of elements
+
+_NAMES = {
+    np.dtype(np.bool_): "BOOL",
+    np.dtype("u1"): "U8",
+    np.dtype("<u2"): "U16",
+    np.dtype("<i4"): "I32",
+    np.dtype("<u4"): "U32",
+    np.dtype("<i8"): "I64",
+    np.dtype("<u8"): "U64",
+}
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+_CHECKSUM = "checksum"
+_KEY = "mcore_longctx"  # of the one entry of __metadata__, whose values must be strings
+_MAX_HEADER = 100_000_000  # bytes, as in safetensors
+_BLOCK = 1 << 24  # bytes read at once for the checksum
+
+
+@contextmanager
+def new_arrays(path: Path, columns: Mapping[str, Column], metadata: Mapping[str, Any]) -> Iterator[dict[str, npt.NDArray[Any]]]:
+    """Columns to fill, mapped into a file that becomes `path` when the block ends without an exception.
+
+    Equal columns and metadata give equal bytes. The space is reserved first, so a full disk is an error here and not a crash while
+    the columns are filled.
+
+    Args:
+        path: replaced if it exists.
+        columns: type and number of elements of each. They are zero at first.
+        metadata: anything JSON.
+
+    Raises:
+        DataError: no space left, or the folder cannot be written.
+    """
+    layout, at = {}, 0
+    ordered = sorted(columns, key=lambda name: -np.dtype(columns[name][0]).itemsize)  # keeps every column aligned
+    for name in ordered:
+        dtype, count = np.dtype(columns[name][0]), columns[name][1]
+        layout[name] = {"dtype": _NAMES[dtype], "shape": [count], "data_offsets": [at, at + count * dtype.itemsize]}
+        at += count * dtype.itemsize
+    layout[_CHECKSUM] = {"dtype": "U32", "shape": [1], "data_offsets": [at, at + 4]}
+    text = json.dumps({"__metadata__": {_KEY: json.dumps(metadata)}, **layout}, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    header = len(text).to_bytes(8, "little") + text
+    aside = path.with_name(f"{path.name}.partial")
+    try:
+        with aside.open("w+b") as file:
+            os.posix_fallocate(file.fileno(), 0, len(header) + at + 4)
+            file.write(header)
+            file.flush()
+            arrays = {
+                name: _map(file, columns[name], len(header) + layout[name]["data_offsets"][0])  # type: ignore[index]
+                for name in ordered
+            }
+            yield arrays
+            for array in arrays.values():
+                if isinstance(array, np.memmap):
+                    array.flush()
+            file.seek(0)
+            checksum = _crc32(file, len(header) + at)
+            file.seek(len(header) + at)
+            file.write(checksum.to_bytes(4, "little"))
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise DataError(f"cannot be written ({error.strerror})", where=path, fix="make room or choose another folder") from None
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+def write_arrays(path: Path, arrays: Mapping[str, npt.NDArray[Any]], metadata: Mapping[str, Any]) -> None:
+    """Write one-dimensional arrays and metadata to `path`, whole or not at all. Errors as in `new_arrays`."""
+    with new_arrays(path, {name: (array.dtype, len(array)) for name, array in arrays.items()}, metadata) as columns:
+        for name, array in arrays.items():
+            columns[name][:] = array
+
+
+def map_arrays(path: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
+    """Columns of a file, mapped read-only, and its metadata. Every byte is compared with the checksum first.
+
+    Raises:
+        DataError: missing, cut, damaged, or no file of this kind.
+    """
+    damaged = DataError("damaged, or not written by mcore-longctx (its checksum differs)", where=path, fix="make it again")
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size < 12:
+                raise damaged
+            checksum = _crc32(file, size - 4)
+            if checksum.to_bytes(4, "little") != file.read(4):
+                raise damaged
+            file.seek(0)
+            length = int.from_bytes(file.read(8), "little")
+            if length > min(_MAX_HEADER, size - 12):
+                raise damaged
+            layout = json.loads(file.read(length))
+            metadata = json.loads(layout.pop("__metadata__")[_KEY])
+            layout.pop(_CHECKSUM)
+            arrays = {}
+            for name, row in layout.items():
+                dtype, count, (start, stop) = _DTYPES[row["dtype"]], math.prod(row["shape"]), row["data_offsets"]
+                if stop - start != count * dtype.itemsize or not 0 <= start <= stop <= size - 12 - length:
+                    raise damaged
+                arrays[name] = _map(file, (dtype, count), 8 + length + start, mode="r")
+    except FileNotFoundError:
+        raise DataError("no such file", where=path) from None
+    except OSError as error:
+        raise DataError(f"cannot be read ({error.strerror})", where=path) from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise damaged from None
+    return arrays, metadata
+
+
+def _map(file: Any, column: Column, offset: int, mode: str = "r+") -> npt.NDArray[Any]:
+    dtype, count = np.dtype(column[0]), column[1]
+    if not count:  # numpy refuses to map nothing
+        return np.zeros(0, dtype)
+    return np.memmap(file, dtype, mode, offset, (count,))  # type: ignore[call-overload,no-any-return]
+
+
+def _crc32(file: Any, count: int) -> int:
+    """CRC-32 of the next `count` bytes."""
+    checksum = 0
+    while count:
+        block = file.read(min(_BLOCK, count))
+        if not block:
+            raise ValueError("cut")
+        checksum, count = zlib.crc32(block, checksum), count - len(block)
+    return checksum
