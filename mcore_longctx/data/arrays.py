@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mcore_longctx.data.workspace import partial_path
 from mcore_longctx.errors import DataError
 
 __all__ = ["Column", "map_arrays", "new_arrays", "write_arrays"]
@@ -65,7 +66,7 @@ def new_arrays(path: Path, columns: Mapping[str, Column], metadata: Mapping[str,
     text = json.dumps({"__metadata__": {_KEY: json.dumps(metadata)}, **layout}, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     header = len(text).to_bytes(8, "little") + text
-    aside = path.with_name(f"{path.name}.partial")
+    aside = partial_path(path)
     try:
         with aside.open("w+b") as file:
             os.posix_fallocate(file.fileno(), 0, len(header) + at + 4)

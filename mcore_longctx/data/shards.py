@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mcore_longctx.data.arrays import map_arrays, write_arrays
+from mcore_longctx.data.workspace import partial_path
 from mcore_longctx.errors import DataError
 
 __all__ = ["DocumentTable", "Shard", "ShardWriter", "hash64", "read_shard", "read_table"]
@@ -66,7 +67,7 @@ class ShardWriter:
     def __init__(self, folder: Path, number: int, dtype: np.dtype[Any], source: str) -> None:
         self.dtype, self.documents, self.tokens = dtype, 0, 0
         self._stem, self._source = folder / f"{number:06d}", source.encode() + b"\0"
-        self._partial = self._stem.with_suffix(".tokens.partial")
+        self._partial = partial_path(self._stem.with_suffix(".tokens"))
         self._file = self._partial.open("wb", buffering=_BUFFER)
         self._crc32 = 0
         self._key, self._digest, self._length = array("Q"), array("Q"), array("q")
@@ -169,7 +170,9 @@ class Shard:
         except FileNotFoundError:
             raise DataError("no such file, though its table is there", where=self.path, fix="tokenize again") from None
         if size != count * self.dtype.itemsize:
-            raise DataError(f"{size:,} bytes, its table says {count * self.dtype.itemsize:,}", where=self.path, fix="tokenize again")
+            raise DataError(
+                f"{size:,} bytes, its table says {count * self.dtype.itemsize:,}", where=self.path, fix="tokenize again"
+            )
         return np.memmap(self.path, self.dtype, "r") if count else np.zeros(0, self.dtype)
 
 

@@ -59,7 +59,9 @@ class Runs:
     loss: npt.NDArray[np.bool_]  # [runs] whether these tokens are learned
     literals: npt.NDArray[np.int32]
     # only in a sidecar:
-    document_source: npt.NDArray[np.uint16] = field(default_factory=lambda: np.zeros(0, np.uint16))  # [documents] row of `sources`
+    document_source: npt.NDArray[np.uint16] = field(
+        default_factory=lambda: np.zeros(0, np.uint16)
+    )  # [documents] row of `sources`
     id_stop: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))  # [documents] bytes in `ids`
     ids: npt.NDArray[np.uint8] = field(default_factory=lambda: np.zeros(0, np.uint8))  # UTF-8
     crc32: npt.NDArray[np.uint32] = field(default_factory=lambda: np.zeros(0, np.uint32))  # [samples] of the bytes in .bin

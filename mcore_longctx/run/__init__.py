@@ -9,13 +9,14 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 
+from mcore_longctx.data.workspace import lock_folder
 from mcore_longctx.errors import ConfigError, LongctxError
 from mcore_longctx.manifest import write_atomic
 from mcore_longctx.recipe.load import RecipeFile, dump_recipe
 from mcore_longctx.recipe.resolve import Resolved, resolve
 from mcore_longctx.recipe.schema import Recipe
 from mcore_longctx.rope import dropped_scaling, explain
-from mcore_longctx.run.journal import Journal, lock_folder
+from mcore_longctx.run.journal import Journal
 from mcore_longctx.run.steps import Step, plan_steps
 
 __all__ = ["print_plan", "run_recipe"]

@@ -1,42 +1,21 @@
-"""`run.json`: what each step of a run was made from and how it ended; and the lock on the run folder."""
+"""`run.json`: what each step of a run was made from and how it ended."""
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from mcore_longctx.errors import ConfigError, InUseError
+from mcore_longctx.errors import ConfigError
 from mcore_longctx.manifest import sha256_file, versions, write_atomic
 from mcore_longctx.recipe.load import dump_recipe
 from mcore_longctx.recipe.schema import Recipe
 from mcore_longctx.run.steps import Step
 
-__all__ = ["Journal", "lock_folder"]
-
-
-@contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Hold the run folder; the kernel gives the lock back when the process ends, however it ends."""
-    path = folder / ".lock"
-    with path.open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            raise InUseError(
-                f"another run works on this folder ({file.read().strip()})", where=folder, fix="wait for it or use another output"
-            ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {os.uname().nodename}")
-        file.flush()
-        yield
+__all__ = ["Journal"]
 
 
 class Journal:

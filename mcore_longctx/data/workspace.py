@@ -1,0 +1,121 @@
+"""A folder that one command fills over several starts: one writer at a time, tasks in parallel, no leftovers of the dead.
+
+Tasks are independent: each writes its files aside and renames them, and a task whose file is there is done. So a run that was killed
+goes on with what is missing, and the tasks can as well be handed out by somebody else's engine (`data/scale_out.py`).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from itertools import islice
+from multiprocessing import connection, get_context, parent_process
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mcore_longctx.errors import DataError, InUseError
+
+__all__ = ["lock_folder", "partial_path", "remove_leftovers", "run_tasks", "usable_cores"]
+
+T = TypeVar("T")
+
+
+@contextmanager
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Hold a folder; the kernel gives the lock back when the process ends, however it ends.
+
+    Raises:
+        InUseError: another process holds it.
+    """
+    path = folder / ".lock"
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise InUseError(
+                f"another run works on this folder ({file.read().strip()})", where=folder, fix="wait for it or use another output"
+            ) from None
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {os.uname().nodename}")
+        file.flush()
+        yield
+
+
+def partial_path(path: Path) -> Path:
+    """Where a file is written before it gets its name. Says who writes it: `NAME.partial-HOST-PID`."""
+    return path.with_name(f"{path.name}.partial-{socket.gethostname()}-{os.getpid()}")
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove partial files whose writer, a process of this host, is dead. Others are left alone."""
+    mark = f".partial-{socket.gethostname()}-"
+    for path in folder.glob(f"*{mark}*"):
+        pid = path.name.rpartition(mark)[2]
+        if pid.isdigit() and not _is_alive(int(pid)):
+            path.unlink(missing_ok=True)
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def run_tasks(do: Callable[[int], T], tasks: Sequence[int], workers: int) -> Iterator[T]:
+    """`do(task)` for every task, in up to `workers` forked processes; results in the order in which they come.
+
+    The first failure ends it: no further task is begun, those that run end, then the error is raised. If this process is killed, its
+    workers end too. With one worker, or one task, everything happens in this process.
+    """
+    if min(workers, len(tasks)) <= 1:
+        yield from map(do, tasks)
+        return
+    sys.stdout.flush()  # or every worker would print what is still in the buffer
+    context = get_context("fork")  # what the parent has loaded, a tokenizer, is there at no cost
+    with ProcessPoolExecutor(min(workers, len(tasks)), context, initializer=_end_with_parent) as pool:
+        queue, running = iter(tasks), set[Future[T]]()
+        try:
+            while True:
+                # two a worker: enough to keep them busy, few enough to stop soon
+                running |= {pool.submit(do, task) for task in islice(queue, 2 * workers - len(running))}
+                if not running:
+                    return
+                done, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    yield future.result()
+        except BrokenProcessPool:
+            raise DataError(
+                "a worker was killed (out of memory?)",
+                fix="start the same command again, with fewer workers; it goes on where it was",
+            ) from None
+        finally:
+            for future in running:
+                future.cancel()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+
+    def watch(sentinel: Any = parent.sentinel) -> None:
+        connection.wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
