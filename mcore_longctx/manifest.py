@@ -1,7 +1,8 @@
 """Folders that appear whole or not at all, and the manifest that proves them.
 
 A folder is written as `NAME.partial-<host>-<pid>`, gets a `manifest.json` (sha256 and size of every file, the versions that
-wrote it) as its last file, is fsynced and renamed. Checkpoint formats do not notice a flipped bit; the manifest does.
+wrote it) as its last file, is fsynced and renamed. Checkpoint formats do not notice a flipped bit; the manifest does. It notices
+its own too: its last key is the sha256 of all that stands before it.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -21,6 +22,8 @@ from mcore_longctx.errors import CheckpointError, ConfigError
 
 __all__ = [
     "MANIFEST",
+    "fsync_folder",
+    "read_manifest",
     "readable_bytes",
     "sha256_file",
     "staged_folder",
@@ -71,7 +74,7 @@ def write_atomic(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     aside.replace(path)
-    _fsync_folder(path.parent)
+    fsync_folder(path.parent)
 
 
 @contextmanager
@@ -92,39 +95,80 @@ def staged_folder(final: Path) -> Iterator[Path]:
         yield partial
         for path in sorted(partial.rglob("*")):
             if path.is_dir():
-                _fsync_folder(path)
+                fsync_folder(path)
             elif path.is_file():
                 with path.open("rb") as file:
                     os.fsync(file.fileno())
-        _fsync_folder(partial)
+        fsync_folder(partial)
         if final.exists():
             raise ConfigError("output folder appeared while it was being written", where=final)
         partial.rename(final)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    _fsync_folder(final.parent)
+    fsync_folder(final.parent)
 
 
-def write_manifest(folder: Path, kind: str, **facts: Any) -> None:
-    """Write `folder/manifest.json` over every file that is there. Call it last.
+def write_manifest(
+    folder: Path, kind: str, *, files: Iterable[str] | None = None, sha256: Mapping[str, str] | None = None, **facts: Any
+) -> None:
+    """Write `folder/manifest.json` over the files that are there. Call it last.
 
     Args:
         folder: the finished folder.
         kind: what the folder is: `checkpoint`, `data`, `export`, ...
+        files: names of the files it is to list, relative to `folder`. None: every file in it.
+        sha256: hashes that are known because they were taken while writing, hexadecimal, by name. The others are read.
         **facts: anything JSON that a reader should find (counts, seeds, hashes of inputs).
     """
-    files = {
-        path.relative_to(folder).as_posix(): {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path != folder / MANIFEST
+    if files is None:
+        everything = (path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
+        files = [path.relative_to(folder).as_posix() for path in everything]
+    known = sha256 or {}
+    rows = {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": known.get(name) or sha256_file(folder / name)}
+        for name in sorted(files, key=Path)
     }
-    text = json.dumps({"format": 1, "kind": kind, "versions": versions(), **facts, "files": files}, indent=1)
-    write_atomic(folder / MANIFEST, text + "\n")
+    text = json.dumps({"format": 1, "kind": kind, "versions": versions(), **facts, "files": rows}, indent=1)
+    write_atomic(folder / MANIFEST, _sealed(text))
+
+
+def read_manifest(folder: Path, *kinds: str) -> Mapping[str, Any]:
+    """Read `folder/manifest.json`, whole and unchanged since it was written. The files it lists are not looked at.
+
+    Raises:
+        CheckpointError: no manifest, a damaged one, or of a kind not in `kinds`.
+    """
+    path, kind = folder / MANIFEST, " or ".join(kinds)
+    if not folder.is_dir() or not any(folder.iterdir()):
+        raise CheckpointError(f"no {kind} here", where=folder, fix="check the path")
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"no {MANIFEST}: this {kind} was not finished, or not written by mcore-longctx", where=folder
+        ) from None
+    except OSError as error:
+        raise CheckpointError(f"cannot be read ({error.strerror})", where=path) from None
+    damaged = CheckpointError(
+        "damaged manifest (its checksum differs)", where=path, fix=f"restore this {kind} from a copy, or make it again"
+    )
+    try:
+        text = raw.decode()
+        if _sealed(text[:-_SEAL_LENGTH] + _END) != text:
+            raise damaged
+        manifest: dict[str, Any] = json.loads(text)
+        for row in manifest["files"].values():
+            row["bytes"], row["sha256"] = int(row["bytes"]), str(row["sha256"])
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise damaged from None
+    if manifest.get("kind") not in kinds:
+        raise CheckpointError(f"is a folder of kind {manifest.get('kind')!r}, expected {kind}", where=folder)
+    return manifest
 
 
 def verify_manifest(folder: Path, *kinds: str, hashes: bool = True) -> Mapping[str, Any]:
-    """Read `folder/manifest.json` and compare every file with it.
+    """Read `folder/manifest.json` and compare every file that it lists.
 
     Args:
         folder: a folder written by `staged_folder` and `write_manifest`.
@@ -132,36 +176,34 @@ def verify_manifest(folder: Path, *kinds: str, hashes: bool = True) -> Mapping[s
         hashes: compare sha256 too; False compares names and sizes only.
 
     Raises:
-        CheckpointError: no manifest, another kind, or a file that is missing, of another size or of another hash.
+        CheckpointError: no manifest, a damaged one, another kind, or a file that is missing, of another size or of another hash.
     """
-    path, kind = folder / MANIFEST, " or ".join(kinds)
-    if not folder.is_dir() or not any(folder.iterdir()):
-        raise CheckpointError(f"no {kind} here", where=folder, fix="check the path")
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        files = manifest["files"]
-        expected = {str(name): (int(row["bytes"]), str(row["sha256"])) for name, row in files.items()}
-    except FileNotFoundError:
-        raise CheckpointError(
-            f"no {MANIFEST}: this {kind} was not finished, or not written by mcore-longctx", where=folder
-        ) from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointError("damaged manifest", where=path, fix=f"restore this {kind} from a copy") from None
-    if manifest.get("kind") not in kinds:
-        raise CheckpointError(f"is a folder of kind {manifest.get('kind')!r}, expected {kind}", where=folder)
-    for name, (size, digest) in expected.items():
-        file = folder / name
-        restore = f"the {kind} is damaged, use another copy"
+    manifest = read_manifest(folder, *kinds)
+    restore = f"the {' or '.join(kinds)} is damaged, use another copy"
+    for name, row in manifest["files"].items():
+        file, size = folder / name, row["bytes"]
         if not file.is_file():
             raise CheckpointError("listed in the manifest but missing", where=file, fix=restore)
         if file.stat().st_size != size:
             raise CheckpointError(f"{file.stat().st_size:,} bytes, the manifest says {size:,}", where=file, fix=restore)
-        if hashes and sha256_file(file) != digest:
+        if hashes and sha256_file(file) != row["sha256"]:
             raise CheckpointError("contents differ from the manifest's sha256", where=file, fix=restore)
-    return manifest  # type: ignore[no-any-return]
+    return manifest
 
 
-def _fsync_folder(folder: Path) -> None:
+_END = "\n}"  # how json.dumps ends an object with an indent
+
+
+def _sealed(text: str) -> str:
+    """`text`, a JSON object, with one more key: the sha256 of `text`. Every byte of the result is determined by `text`."""
+    return f'{text.removesuffix(_END)},\n "sha256": "{hashlib.sha256(text.encode()).hexdigest()}"\n}}\n'
+
+
+_SEAL_LENGTH = len(_sealed(_END))
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make the names in `folder` last: a file's own fsync does not do that."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
