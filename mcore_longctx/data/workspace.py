@@ -79,12 +79,12 @@ def run_tasks(do: Callable[[int], T], tasks: Sequence[int], workers: int) -> Ite
         return
     sys.stdout.flush()  # or every worker would print what is still in the buffer
     context = get_context("fork")  # what the parent has loaded, a tokenizer, is there at no cost
-    with ProcessPoolExecutor(min(workers, len(tasks)), context, initializer=_end_with_parent) as pool:
+    with ProcessPoolExecutor(min(workers, len(tasks)), context, initializer=_begin_worker, initargs=(do,)) as pool:
         queue, running = iter(tasks), set[Future[T]]()
         try:
             while True:
                 # two a worker: enough to keep them busy, few enough to stop soon
-                running |= {pool.submit(do, task) for task in islice(queue, 2 * workers - len(running))}
+                running |= {pool.submit(_do_task, task) for task in islice(queue, 2 * workers - len(running))}
                 if not running:
                     return
                 done, running = wait(running, return_when=FIRST_COMPLETED)
@@ -100,7 +100,12 @@ def run_tasks(do: Callable[[int], T], tasks: Sequence[int], workers: int) -> Ite
                 future.cancel()
 
 
-def _end_with_parent() -> None:
+_do: Callable[[int], Any] | None = None  # of a worker: inherited by the fork, so it need not be picklable
+
+
+def _begin_worker(do: Callable[[int], Any]) -> None:
+    global _do  # noqa: PLW0603 (the one place where a pool lets a worker keep something)
+    _do = do
     parent = parent_process()
     assert parent is not None
 
@@ -109,6 +114,11 @@ def _end_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+
+
+def _do_task(task: int) -> Any:
+    assert _do is not None
+    return _do(task)
 
 
 def _is_alive(pid: int) -> bool:
