@@ -16,11 +16,11 @@ goes on with the packages that are there; a corpus that is whole is left as it i
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gzip
 import hashlib
 import json
 import lzma
-import os
 import re
 import shutil
 import subprocess
@@ -242,23 +242,21 @@ def write_sources(out: Path, sources: dict[str, tuple[Rule, ...]], packages: dic
     Memory: the text of one package.
     """
     paths = {source: out / f"{source}.jsonl" for source in sources}
-    files = {source: path.with_name(path.name + ASIDE).open("wb") for source, path in paths.items()}
     counts = {source: {"documents": 0, "text_bytes": 0} for source in sources}
     not_utf8 = dict.fromkeys(sources, 0)
-    # an id is PACKAGE:PATH. In this order of the packages all lines of a source are sorted by id
-    for package in sorted(packages, key=lambda name: f"{name}:"):
-        print(f"  {package}", file=sys.stderr, flush=True)
-        for source, documents in read_package(packages[package], package, sources, not_utf8).items():
-            for name, text in sorted(documents.items()):
-                line = json.dumps({"id": name, "text": text}, ensure_ascii=False)
-                files[source].write(line.encode() + b"\n")
-                counts[source]["documents"] += 1
-                counts[source]["text_bytes"] += len(text.encode())
-    for source, file in files.items():
-        file.flush()
-        os.fsync(file.fileno())
-        file.close()
-        Path(file.name).replace(paths[source])
+    with contextlib.ExitStack() as stack:
+        files = {source: stack.enter_context(_aside(path).open("wb")) for source, path in paths.items()}
+        # an id is PACKAGE:PATH. In this order of the packages all lines of a source are sorted by id
+        for package in sorted(packages, key=lambda name: f"{name}:"):
+            print(f"  {package}", file=sys.stderr, flush=True)
+            for source, documents in read_package(packages[package], package, sources, not_utf8).items():
+                for name, text in sorted(documents.items()):
+                    line = json.dumps({"id": name, "text": text}, ensure_ascii=False)
+                    files[source].write(line.encode() + b"\n")
+                    counts[source]["documents"] += 1
+                    counts[source]["text_bytes"] += len(text.encode())
+    for path in paths.values():
+        _aside(path).replace(path)
     facts = {source: {**counts[source], "sha256": sha256(path)} for source, path in paths.items()}
     return {"not_utf8": not_utf8, "sources": facts}
 
@@ -298,9 +296,12 @@ def sha256(path: Path) -> str:
 
 def write_aside(path: Path, content: bytes) -> None:
     """Write a file that appears whole or not at all."""
-    aside = path.with_name(path.name + ASIDE)
-    aside.write_bytes(content)
-    aside.replace(path)
+    _aside(path).write_bytes(content)
+    _aside(path).replace(path)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(path.name + ASIDE)
 
 
 def main() -> int:
