@@ -1,171 +1,325 @@
-"""From a plan to samples: lay the pieces out, cut at every seq_length tokens, write `.bin/.idx` and the sidecar.
+"""`data pack`: tokens copied by a plan into `.bin/.idx`, with the sidecar that says where every token came from.
 
 One sequence, and one document, of exactly seq_length tokens per sample. Stored with seq_length + 1, Megatron's GPTDataset would
 drift by one token a sample; this way it reads the very samples (except the last one of an epoch, see `docs/data.md`).
+
+    OUT/NAME.packing/            while it goes on: tokens.bin, and 000012.crc for every block of samples that is on disk
+    OUT/NAME.runs .bin .idx      the samples; the index is renamed after the tokens, so Megatron finds a whole pair or nothing
+    OUT/manifest.json            last: hashes of all of them
 """
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 import zlib
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from mcore_longctx.data.indexed import IndexedWriter
-from mcore_longctx.data.plan import Plan
+from mcore_longctx.data.arrays import map_arrays, new_arrays, write_arrays
+from mcore_longctx.data.indexed import index_bytes
+from mcore_longctx.data.plan import read_plan
 from mcore_longctx.data.shards import DocumentTable
-from mcore_longctx.data.sidecar import LITERAL, PADDING, Runs, write_runs
+from mcore_longctx.data.sidecar import LITERAL, PADDING, RUN_COLUMNS, Runs
+from mcore_longctx.data.tokenize import TokenJob, open_job, read_documents_table
+from mcore_longctx.data.workspace import remove_leftovers, run_tasks
+from mcore_longctx.errors import ConfigError, DataError
+from mcore_longctx.manifest import MANIFEST, sha256_file, verify_manifest, versions, write_atomic, write_manifest
 
-__all__ = ["Filler", "first_fit", "lay_out", "write_samples"]
+__all__ = ["PackReport", "pack"]
 
 IntArray = npt.NDArray[np.int64]
 
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Filler:
-    """What stands behind some of the pieces: the separator (`LITERAL`) or padding (`PADDING`)."""
-
-    source: int
-    after: IntArray  # [fillers] rows of the plan
-    length: IntArray  # [fillers] tokens
-    loss: bool
+_BLOCK_BYTES = 64 << 20  # of samples a task
+_ROWS = 1 << 20  # runs or ids that are copied into the sidecar at once
 
 
-def separators(plan: Plan, length: int) -> Filler:
-    """A separator of `length` tokens between every two pieces. It is learned like the text around it."""
-    count = max(0, len(plan) - 1) if length else 0
-    return Filler(source=LITERAL, after=np.arange(count), length=np.full(count, length, np.int64), loss=True)
+@dataclass(frozen=True, kw_only=True)
+class PackReport:
+    """What was packed. `str(report)` is the text for the screen."""
+
+    folder: Path
+    name: str
+    samples: int
+    seq_length: int
+    bin_sha256: str
+    was_done: bool
+
+    def __str__(self) -> str:
+        done = " (done before)" if self.was_done else ""
+        total = self.samples * self.seq_length
+        return f"{self.samples:,} samples of {self.seq_length:,} tokens, {total:,} tokens: {self.folder / self.name}.bin .idx .runs{done}"
 
 
-def first_fit(lengths: IntArray, capacity: int) -> IntArray:
-    """Bin of each item, int64 [items]: the first bin with room, in the given order of items; a new one if there is none.
+def pack(
+    out: Path,
+    name: str,
+    *,
+    workers: int = 1,
+    facts: Mapping[str, Any] | None = None,
+    on_block: Callable[[int], None] = lambda tokens: None,
+) -> PackReport:
+    """Write OUT/NAME.bin, .idx and .runs by the plan in OUT/plan. A run that was killed goes on where it was.
 
-    lengths: at most `capacity` each.
+    The caller holds the lock of OUT.
+
+    Args:
+        out: run folder with tokens and a plan.
+        name: of the files.
+        workers: processes.
+        facts: what else the manifest should say.
+        on_block: called with the tokens of every block that is written.
+
+    Raises:
+        ConfigError: OUT holds other packed data.
+        DataError: tokens or plan are missing, damaged, or do not belong together; or no space is left.
     """
-    room = np.empty(len(lengths), np.int64)
-    bins, count = np.empty(len(lengths), np.int64), 0
-    for item, length in enumerate(lengths.tolist()):
-        fits = room[:count] >= length
-        index = int(fits.argmax()) if count else 0
-        if not count or not fits[index]:
-            index, count = count, count + 1
-            room[index] = capacity
-        bins[item] = index
-        room[index] -= length
-    return bins
+    check_name(name)
+    job = open_job(out)
+    runs, plan = read_plan(out / "plan")
+    done = _done_before(out, name, plan)
+    if done is not None:
+        return done
+    table = read_documents_table(job)
+    if plan["documents_sha256"] != table.sha256():
+        raise DataError("was made from other tokens", where=out / "plan", fix="run `data plan` again")
+    work = _work_folder(out, name, job, plan)
+    packer = _Packer(job, table, runs, work, plan.get("pad_token_id"))
+    blocks = [block for block in range(packer.blocks) if not packer.mark(block).is_file()]
+    for tokens in run_tasks(packer.write_block, blocks, workers):
+        on_block(tokens)
+    crc32 = np.concatenate([map_arrays(packer.mark(block))[0]["crc32"] for block in range(packer.blocks)])
+    index = index_bytes(np.full(len(runs), runs.seq_length, np.int64), job.dtype)
+    (work / "samples.idx").write_bytes(index)
+    sidecar_facts = {
+        "idx_crc32": zlib.crc32(index),
+        "dtype": job.dtype.name,
+        "tokenizer_sha256": job.tokenizer_sha256,
+        "vocab_size": job.vocab_size,
+        "plan_sha256": plan["plan_sha256"],
+        "seed": plan["seed"],
+        "pad_token_id": plan.get("pad_token_id"),
+        "versions": versions(),
+    }
+    _write_sidecar(work / "samples.runs", runs, table, crc32, sidecar_facts)
+    counts = _count(runs)
+    _publish(out, name, work)
+    for picture in ("lengths.json", "lengths.png"):
+        shutil.copyfile(out / "plan" / picture, out / picture)
+    files = (f"{name}.bin", f"{name}.idx", f"{name}.runs", "lengths.json", "lengths.png")
+    write_manifest(
+        out,
+        "data",
+        files=files,
+        name=name,
+        seq_length=runs.seq_length,
+        samples=len(runs),
+        **counts,
+        tokenizer={"sha256": job.tokenizer_sha256, "vocab_size": job.vocab_size},
+        plan_sha256=plan["plan_sha256"],
+        seed=plan["seed"],
+        settings=plan["settings"],
+        sources=plan["lengths"],
+        **(facts or {}),
+    )
+    shutil.rmtree(work)
+    done = _done_before(out, name, plan)
+    assert done is not None
+    return PackReport(**(vars(done) | {"was_done": False}))
 
 
-def pack_whole(plan: Plan, seq_length: int) -> tuple[Plan, Filler]:
-    """Whole pieces first-fit into samples, in the order of the plan; what is free is padding without loss."""
-    bins = first_fit(plan.length, seq_length)
-    order = np.argsort(bins, kind="stable")
-    used = np.bincount(bins, weights=plan.length).astype(np.int64)
-    last = np.cumsum(np.bincount(bins)) - 1
-    free = np.flatnonzero(used < seq_length)
-    packed = Plan(document=plan.document[order], start=plan.start[order], length=plan.length[order])
-    return packed, Filler(source=PADDING, after=last[free], length=seq_length - used[free], loss=False)
+def check_name(name: str) -> None:
+    """Raise ConfigError if `name` cannot be the name of packed data."""
+    if not name or Path(name).name != name or name.startswith("."):
+        raise ConfigError(f"{name!r} cannot be a file name", where="data", fix="rename the data set")
 
 
-def lay_out(
-    table: DocumentTable, plan: Plan, filler: Filler, literals: npt.NDArray[np.int32], *, seq_length: int, max_samples: int | None
-) -> Runs:
-    """Pieces and fillers as one stream, cut every `seq_length` tokens; an incomplete last sample is dropped.
+def _done_before(out: Path, name: str, plan: Mapping[str, Any]) -> PackReport | None:
+    """The packed data that OUT holds, if it is the one that is asked for.
 
-    A piece that crosses a border goes on in the next sample. `crc32` is still zero: see `write_samples`.
+    Raises:
+        ConfigError: it holds another.
     """
-    piece, segment_start, segment_length, loss = _segments(table, plan)
-    order = np.argsort(np.concatenate([2 * piece, 2 * filler.after + 1]), kind="stable")
-    fillers = len(filler.after)
-    document = plan.document[piece]
-    source = np.concatenate([table.source[document], np.full(fillers, filler.source, np.int32)])[order]
-    document = np.concatenate([document, np.full(fillers, -1)])[order]
-    start = np.concatenate([segment_start, np.zeros(fillers, np.int64)])[order]
-    length = np.concatenate([segment_length, filler.length])[order]
-    loss = np.concatenate([loss, np.full(fillers, filler.loss)])[order]
-
-    stops = np.cumsum(length, dtype=np.int64)
-    samples = int(stops[-1]) // seq_length if len(stops) else 0
-    if max_samples is not None:
-        samples = min(samples, max_samples)
-    begins = stops - length
-    inside = begins < samples * seq_length
-    begins, stops = begins[inside], np.minimum(stops[inside], samples * seq_length)
-    crossed = (stops - 1) // seq_length - begins // seq_length + 1  # samples that a run lies in
-    row = np.repeat(np.arange(len(begins)), crossed)
-    nth = np.arange(len(row)) - np.repeat(np.cumsum(crossed) - crossed, crossed)
-    low = np.maximum(begins[row], (begins[row] // seq_length + nth) * seq_length)
-    high = np.minimum(stops[row], (begins[row] // seq_length + nth + 1) * seq_length)
-    return Runs(
-        seq_length=seq_length,
-        sources=table.sources,
-        document_ids=table.ids,
-        first_run=np.searchsorted(low, np.arange(samples + 1) * seq_length),
-        source=source[inside][row],
-        document=document[inside][row],
-        start=np.where(source[inside][row] == PADDING, 0, start[inside][row] + low - begins[row]),
-        length=high - low,
-        loss=loss[inside][row],
-        literals=literals,
-        crc32=np.zeros(samples, np.uint32),
+    remove_leftovers(out)
+    if not (out / MANIFEST).is_file():
+        return None
+    manifest = verify_manifest(out, "data", hashes=False)
+    if manifest["name"] != name or manifest["plan_sha256"] != plan["plan_sha256"]:
+        raise ConfigError(
+            f"holds packed data {manifest['name']!r} of another name or plan", where=out, fix="use another output folder"
+        )
+    return PackReport(
+        folder=out,
+        name=name,
+        samples=int(manifest["samples"]),
+        seq_length=int(manifest["seq_length"]),
+        bin_sha256=str(manifest["files"][f"{name}.bin"]["sha256"]),
+        was_done=True,
     )
 
 
-def write_samples(
-    prefix: Path, runs: Runs, table: DocumentTable, tokens: npt.NDArray[Any], *, dtype: np.dtype[Any], pad_id: int | None = None
-) -> None:
-    """Write `PREFIX.bin`, `PREFIX.idx` and `PREFIX.runs.npz` for the runs of `lay_out`. Memory holds one sample.
-
-    Args:
-        prefix: path without suffix.
-        runs: whose `document` are rows of `table`; the sidecar keeps only those that are used.
-        table: of the documents.
-        tokens: the token file that the table points into.
-        dtype: type of the ids in `.bin`.
-        pad_id: token that fills padding.
-    """
-    crc32 = np.zeros(len(runs), np.uint32)
-    sample = np.empty(runs.seq_length, dtype)
-    offset = table.offset[np.maximum(runs.document, 0)] + runs.start
-    with IndexedWriter(prefix, dtype) as writer:
-        for index in range(len(runs)):
-            at = 0
-            for row in range(int(runs.first_run[index]), int(runs.first_run[index + 1])):
-                stop = at + int(runs.length[row])
-                if runs.source[row] == PADDING:
-                    assert pad_id is not None
-                    sample[at:stop] = pad_id
-                elif runs.source[row] == LITERAL:
-                    sample[at:stop] = runs.literals[runs.start[row] :][: stop - at]
-                else:
-                    sample[at:stop] = tokens[offset[row] :][: stop - at]
-                at = stop
-            crc32[index] = zlib.crc32(sample.data)
-            writer.add(sample)
-    write_runs(prefix, _only_used(replace(runs, crc32=crc32)))
+def _work_folder(out: Path, name: str, job: TokenJob, plan: Mapping[str, Any]) -> Path:
+    """OUT/NAME.packing for this plan: begun before, or new. One of another plan, which is ours, is emptied."""
+    work, path = out / f"{name}.packing", out / f"{name}.packing" / "settings.json"
+    settings = {"plan_sha256": plan["plan_sha256"], "dtype": job.dtype.name, "block_bytes": _BLOCK_BYTES}
+    for suffix in ("bin", "idx", "runs"):
+        if (out / f"{name}.{suffix}").exists() and not path.is_file():
+            raise ConfigError("is already there, and not from this plan", where=out / f"{name}.{suffix}", fix="use another name")
+    if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != settings:
+        shutil.rmtree(work)
+    if not path.is_file():
+        work.mkdir(exist_ok=True)
+        write_atomic(path, json.dumps(settings) + "\n")
+    remove_leftovers(work)
+    return work
 
 
-def _segments(table: DocumentTable, plan: Plan) -> tuple[IntArray, IntArray, IntArray, npt.NDArray[np.bool_]]:
-    """Pieces split where the loss flag changes: piece, start in the document, length, loss flag; each [segments]."""
-    base = np.cumsum(table.length) - table.length  # as if the documents lay behind each other in the order of the table
-    owner = np.repeat(np.arange(len(table)), np.diff(table.segment_first))
-    stops = base[owner] + table.segment_stop  # ascending
-    begins = np.concatenate([np.zeros(1, np.int64), stops[:-1]])
-    low = base[plan.document] + plan.start
-    high = low + plan.length
-    first, last = np.searchsorted(stops, low, side="right"), np.searchsorted(stops, high, side="left")
-    count = last - first + 1
-    piece = np.repeat(np.arange(len(plan)), count)
-    segment = np.repeat(first - np.cumsum(count) + count, count) + np.arange(len(piece))
-    start = np.maximum(begins[segment], low[piece])
-    length = np.minimum(stops[segment], high[piece]) - start
-    return piece, start - base[plan.document[piece]], length, table.segment_loss[segment]
+def _publish(out: Path, name: str, work: Path) -> None:
+    """The files get their names, the index last. What an earlier start has renamed is already there."""
+    for suffix in ("runs", "bin", "idx"):
+        source = work / ("tokens.bin" if suffix == "bin" else f"samples.{suffix}")
+        if source.exists():
+            source.replace(out / f"{name}.{suffix}")
 
 
-def _only_used(runs: Runs) -> Runs:
-    """The same runs with the ids of only those documents that occur in them."""
-    used, document = np.unique(runs.document, return_inverse=True)
-    others = int((used < 0).sum())  # the -1 of fillers comes first, if there is one
-    return replace(runs, document=document - others, document_ids=tuple(runs.document_ids[row] for row in used[others:]))
+class _Packer:
+    """Copies blocks of samples. Each block is a task: any process may write any of them, in any order."""
+
+    def __init__(self, job: TokenJob, table: DocumentTable, runs: Runs, work: Path, pad_id: int | None) -> None:
+        self.table, self.runs, self.dtype, self.work, self.pad_id = table, runs, job.dtype, work, pad_id
+        self.literals = runs.literals.astype(job.dtype)
+        self.offset = table.token_offset  # computed here once: the workers inherit it
+        sample_bytes = runs.seq_length * job.dtype.itemsize
+        self.block_samples = max(1, _BLOCK_BYTES // sample_bytes)
+        self.blocks = -(-len(runs) // self.block_samples)
+        self.path = work / "tokens.bin"
+        self._shard_tokens = lru_cache(512)(lambda shard: table.shards[shard].tokens())
+        published = work.parent / f"{work.name.removesuffix('.packing')}.bin"
+        if not self.path.exists() and not published.exists():
+            _reserve(self.path, len(runs) * sample_bytes)
+
+    def mark(self, block: int) -> Path:
+        """The file that says that a block is on disk, with its checksums."""
+        return self.work / f"{block:06d}.crc"
+
+    def write_block(self, block: int) -> int:
+        """Write one block and then its mark; the number of its tokens.
+
+        Raises:
+            DataError: a shard is damaged, or no space is left.
+        """
+        first = block * self.block_samples
+        stop = min(first + self.block_samples, len(self.runs))
+        sample = np.empty(self.runs.seq_length, self.dtype)
+        crc32 = np.empty(stop - first, np.uint32)
+        try:
+            with self.path.open("r+b", buffering=0) as file:
+                file.seek(first * sample.nbytes)
+                for index in range(first, stop):
+                    self._fill(sample, index)
+                    raw = memoryview(sample).cast("B")
+                    crc32[index - first] = zlib.crc32(raw)
+                    if file.write(raw) != len(raw):
+                        raise DataError("a short write: is the disk full?", where=self.path)
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise DataError(f"cannot be written ({error.strerror})", where=self.path, fix="make room and start again") from None
+        write_arrays(self.mark(block), {"crc32": crc32}, {})
+        return (stop - first) * self.runs.seq_length
+
+    def _fill(self, sample: npt.NDArray[Any], index: int) -> None:
+        rows = self.runs.rows(index)
+        document = self.runs.document[rows]
+        known = np.maximum(document, 0)
+        shard = np.searchsorted(self.table.shard_first, known, side="right") - 1
+        begin = np.where(document >= 0, self.offset[known] if len(self.offset) else 0, 0) + self.runs.start[rows]
+        at = 0
+        columns = (document.tolist(), shard.tolist(), begin.tolist(), self.runs.length[rows].tolist())
+        for which, number, start, length in zip(*columns, strict=True):
+            if which >= 0:
+                sample[at : at + length] = self._shard_tokens(number)[start : start + length]
+            elif which == LITERAL:
+                sample[at : at + length] = self.literals[start : start + length]
+            else:
+                sample[at : at + length] = self.pad_id
+            at += length
+        assert at == len(sample)
+
+
+def _reserve(path: Path, size: int) -> None:
+    """A file of `size` bytes whose space is there: a full disk is noticed before hours of copying."""
+    aside = path.with_name(path.name + ".new")
+    with aside.open("wb") as file:
+        try:
+            if size:
+                os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            aside.unlink()
+            raise DataError(f"no room for {size:,} bytes ({error.strerror})", where=path.parent, fix="make room") from None
+    aside.replace(path)
+
+
+def _count(runs: Runs) -> dict[str, int]:
+    counts = {"tokens": len(runs) * runs.seq_length, "tokens_with_loss": 0, "tokens_of_separators": 0, "tokens_of_padding": 0}
+    for low in range(0, len(runs.length), _ROWS):
+        block = slice(low, low + _ROWS)
+        length, document = runs.length[block].astype(np.int64), runs.document[block]
+        counts["tokens_with_loss"] += int(length[runs.loss[block]].sum())
+        counts["tokens_of_separators"] += int(length[document == LITERAL].sum())
+        counts["tokens_of_padding"] += int(length[document == PADDING].sum())
+    return counts
+
+
+# ------------------------------------------------------------------ sidecar
+def _write_sidecar(path: Path, runs: Runs, table: DocumentTable, crc32: npt.NDArray[np.uint32], facts: dict[str, Any]) -> None:
+    """The runs of the plan, with only those documents that are used, and their ids."""
+    is_used = np.zeros(len(table), np.bool_)
+    for low in range(0, len(runs.document), _ROWS):
+        document = runs.document[low : low + _ROWS]
+        is_used[document[document >= 0]] = True
+    used = np.flatnonzero(is_used)
+    number = np.cumsum(is_used) - 1  # of each row of the table among the used ones
+    id_length = _id_lengths(table, used)
+    columns: dict[str, Any] = {name: (dtype, len(runs.length)) for name, dtype in RUN_COLUMNS.items()}
+    columns |= {"first_run": (np.int64, len(runs.first_run)), "literals": (np.int32, len(runs.literals))}
+    columns |= {"crc32": (np.uint32, len(crc32)), "document_source": (np.uint16, len(used)), "id_stop": (np.int64, len(used))}
+    columns["ids"] = (np.uint8, int(id_length.sum()))
+    head = {"format": 1, "kind": "sidecar", "seq_length": runs.seq_length, "sources": runs.sources, "documents": len(used)}
+    with new_arrays(path, columns, head | facts) as file:
+        for low in range(0, len(runs.length), _ROWS):
+            block = slice(low, low + _ROWS)
+            document = runs.document[block]
+            file["document"][block] = np.where(document >= 0, number[np.maximum(document, 0)], document) if len(used) else document
+            for name in ("start", "length", "loss"):
+                file[name][block] = getattr(runs, name)[block]
+        file["first_run"][:], file["literals"][:], file["crc32"][:] = runs.first_run, runs.literals, crc32
+        file["document_source"][:], file["id_stop"][:] = table.source[used], np.cumsum(id_length)
+        _copy_ids(file["ids"], table, used, id_length)
+
+
+def _id_lengths(table: DocumentTable, used: IntArray) -> IntArray:
+    """Bytes of the ids of documents, int64 [used]."""
+    lengths = [np.diff(shard.id_stop, prepend=0) for shard in table.shards]
+    return np.concatenate(lengths)[used] if lengths else np.zeros(0, np.int64)
+
+
+def _copy_ids(out: npt.NDArray[np.uint8], table: DocumentTable, used: IntArray, length: IntArray) -> None:
+    at = 0
+    borders = np.searchsorted(used, table.shard_first)
+    for shard, first, low, high in zip(table.shards, table.shard_first.tolist(), borders[:-1], borders[1:], strict=False):
+        for begin in range(int(low), int(high), _ROWS):
+            rows = slice(begin, min(begin + _ROWS, int(high)))
+            size = length[rows]
+            stops = shard.id_stop[used[rows] - first]
+            total = int(size.sum())
+            # byte k of the block is byte k - (bytes before its id) of its id
+            place = np.repeat(stops - np.cumsum(size), size) + np.arange(total)
+            out[at : at + total] = shard.ids[place]
+            at += total

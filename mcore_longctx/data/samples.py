@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from mcore_longctx.data.indexed import IndexedReader
-from mcore_longctx.data.sidecar import LITERAL, PADDING, read_runs
+from mcore_longctx.data.sidecar import LITERAL, PADDING, check_index, read_runs
 from mcore_longctx.errors import DataError
 from mcore_longctx.layout import check_seq_length, zigzag_chunks, zigzag_positions
 
-__all__ = ["PackedSamples"]
+__all__ = ["PackedSamples", "ReadAhead"]
 
 IntArray = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
+K = TypeVar("K")
+V = TypeVar("V")
 
 
 class PackedSamples:
-    """Reader of `PREFIX.bin`, `PREFIX.idx` and `PREFIX.runs.npz`. A sample is a pure function of its index.
+    """Reader of `PREFIX.bin`, `PREFIX.idx` and `PREFIX.runs`. A sample is a pure function of its index.
 
     Args:
         prefix: path of the three files without suffix.
@@ -35,6 +39,8 @@ class PackedSamples:
         self._tokens = IndexedReader(prefix)
         self.runs = read_runs(prefix)
         self.seq_length = self.runs.seq_length
+        self._begin_tokens = int(self.runs.facts.get("begin_tokens", 0))  # literals that stand before a document
+        self._whole = bool(self.runs.loss.all())  # nothing to look up where every token is learned
         self._check()
 
     def _check(self) -> None:
@@ -44,14 +50,7 @@ class PackedSamples:
                 where=self.prefix,
                 fix="build it again",
             )
-        wrong = self._tokens.sequence_lengths != self.seq_length
-        if wrong.any():
-            at = int(np.argmax(wrong))
-            raise DataError(
-                f"sequence {at} has {self._tokens.sequence_lengths[at]:,} tokens, the sidecar says {self.seq_length:,}",
-                where=self.prefix,
-                fix="build it again",
-            )
+        check_index(self.prefix, self.runs)
         if len(self):
             self.check_sample(0)  # sizes agree for any two builds of one recipe: compare contents once
 
@@ -78,7 +77,7 @@ class PackedSamples:
         labels[t] is tokens[t + 1] and loss_mask[t] says whether that token is learned. The last position has no next token: its
         label is 0 and its mask False.
         """
-        return self._range(index, 0, self.seq_length)
+        return self._ranges(index, [(0, self.seq_length)])
 
     def cp_slice(self, index: int, cp_size: int, cp_rank: int) -> tuple[IntArray, IntArray, BoolArray, IntArray]:
         """Tokens, labels, loss mask and global positions of one rank's zigzag share, each [seq_length / cp_size].
@@ -93,44 +92,72 @@ class PackedSamples:
         if cp_size == 1:
             return (*self.sample(index), positions)
         chunk = self.seq_length // (2 * cp_size)
-        early, late = (self._range(index, at * chunk, (at + 1) * chunk) for at in zigzag_chunks(cp_size, cp_rank))
-        tokens, labels, loss_mask = (np.concatenate(pair) for pair in zip(early, late, strict=True))
-        return tokens, labels, loss_mask, positions
+        ranges = [(at * chunk, (at + 1) * chunk) for at in zigzag_chunks(cp_size, cp_rank)]
+        return (*self._ranges(index, ranges), positions)
 
     def document_lengths(self, index: int) -> list[int]:
         """Tokens of each document of a sample, in order, for a mask between them. Padding at the end belongs to none.
 
-        A separator belongs to the document before it: that it ends there is learned from that document. Two stretches are of one
-        document when the second goes on where the first ended.
+        A separator belongs to the document before it: that it ends there is learned from that document. A begin token belongs to the
+        document behind it. Two stretches are of one document when the second goes on where the first ended.
 
         Raises:
             DataError: padding that is not at the end.
         """
-        runs, lengths = self.runs, [0]
-        rows = range(int(runs.first_run[index]), int(runs.first_run[index + 1]))
-        open_document: tuple[int, int, int] | None = None  # source, document, and the token at which it would go on
-        for row in rows:
-            source, document = int(runs.source[row]), int(runs.document[row])
-            start, length = int(runs.start[row]), int(runs.length[row])
-            if source == PADDING:
-                if row != rows[-1]:
-                    raise DataError(f"sample {index} has padding before its end", where=self.prefix, fix="build it again")
-                continue
-            if source == LITERAL:
-                if open_document is not None:
-                    open_document = (*open_document[:2], -1)  # what follows a separator is another document
-            else:
-                if open_document not in (None, (source, document, start)):
-                    lengths.append(0)
-                open_document = (source, document, start + length)
-            lengths[-1] += length
-        return lengths
+        rows = self.runs.rows(index)
+        document, start = self.runs.document[rows], self.runs.start[rows]
+        length = self.runs.length[rows].astype(np.int64)
+        padding = document == PADDING
+        if padding[:-1].any():
+            raise DataError(f"sample {index} has padding before its end", where=self.prefix, fix="build it again")
+        document, start, length = document[~padding], start[~padding], length[~padding]
+        known = document >= 0
+        goes_on = np.zeros(len(document), np.bool_)  # where the run before it ended
+        goes_on[1:] = (document[1:] == document[:-1]) & (start[1:] == start[:-1] + length[:-1])
+        begins = known & ~goes_on
+        begins[1:] &= np.logical_or.accumulate(known)[:-1]  # the first document begins with what stands before it
+        begin_tokens = (document == LITERAL) & (start < self._begin_tokens)
+        begins[1:] &= ~begin_tokens[:-1]
+        begins[1:] |= begin_tokens[1:]
+        return [int(part.sum()) for part in np.split(length, np.flatnonzero(begins))]
 
-    def _range(self, index: int, start: int, stop: int) -> tuple[IntArray, IntArray, BoolArray]:
-        last = min(stop + 1, self.seq_length)
-        read = self._tokens.get(index, start, last - start).astype(np.int64)  # [n + 1], or [n] at the end of the sample
-        labels = np.zeros(stop - start, dtype=np.int64)
-        loss_mask = np.zeros(stop - start, dtype=np.bool_)
-        labels[: last - start - 1] = read[1:]
-        loss_mask[: last - start - 1] = self.runs.loss_flags(index, start + 1, last)
-        return read[: stop - start], labels, loss_mask
+    def _ranges(self, index: int, ranges: list[tuple[int, int]]) -> tuple[IntArray, IntArray, BoolArray]:
+        count = sum(stop - start for start, stop in ranges)
+        tokens, labels = np.empty(count, np.int64), np.empty(count, np.int64)
+        loss_mask = np.ones(count, np.bool_)
+        at = 0
+        for start, stop in ranges:
+            last = min(stop + 1, self.seq_length)
+            read = self._tokens.get(index, start, last - start)  # [n + 1], or [n] at the end of the sample
+            here, labelled = slice(at, at + stop - start), at + last - start - 1
+            tokens[here] = read[: stop - start]
+            labels[at:labelled] = read[1:]
+            if not self._whole:
+                loss_mask[at:labelled] = self.runs.loss_flags(index, start + 1, last)
+            labels[labelled : here.stop], loss_mask[labelled : here.stop] = 0, False
+            at = here.stop
+        return tokens, labels, loss_mask
+
+
+class ReadAhead(Generic[K, V]):
+    """Reads in a thread what will be asked for next, so that a step does not wait for a disk.
+
+    One value is held ahead: as much memory again as one value takes.
+
+    Args:
+        read: makes the value of a key; a pure function of it.
+    """
+
+    def __init__(self, read: Callable[[K], V]) -> None:
+        self._read = read
+        self._thread = ThreadPoolExecutor(1, "read-ahead")
+        self._ahead: tuple[K, Future[V]] | None = None
+
+    def get(self, key: K, following: K) -> V:
+        """The value of `key`; that of `following` is begun. An error in reading ahead is raised when that value is asked for."""
+        if self._ahead is not None and self._ahead[0] == key:
+            value = self._ahead[1].result()
+        else:
+            value = self._read(key)
+        self._ahead = (following, self._thread.submit(self._read, following))
+        return value

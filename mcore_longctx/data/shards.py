@@ -35,6 +35,7 @@ IntArray = npt.NDArray[np.int64]
 _MASK = (1 << 64) - 1
 _ENDS = 64  # tokens at each end of a document that its digest covers
 _BUFFER = 1 << 22  # bytes
+_ROWS = 1 << 20  # that are hashed at once
 
 
 def hash64(*words: UInt64Array | IntArray | int) -> UInt64Array:
@@ -223,6 +224,14 @@ class DocumentTable:
         """Id of one document."""
         shard = int(np.searchsorted(self.shard_first, row, side="right")) - 1
         return self.shards[shard].document_id(row - int(self.shard_first[shard]))
+
+    def sha256(self) -> str:
+        """Hash of keys, lengths and their order: two plans can share tokens only if it is the same."""
+        digest = hashlib.sha256()
+        for column in (self.key, self.length):
+            for low in range(0, len(column), _ROWS):
+                digest.update(np.ascontiguousarray(column[low : low + _ROWS]).data)
+        return digest.hexdigest()
 
     @cached_property
     def token_offset(self) -> IntArray:

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from mcore_longctx.data.samples import ReadAhead
 from mcore_longctx.errors import DataError
 from mcore_longctx.layout import PackLayout, pack_layout
 from mcore_longctx.recipe import Stage
@@ -87,6 +88,15 @@ class MicroBatch:
     layout: PackLayout | None = None  # where the documents of the sample lie; None: they see each other
 
 
+@dataclass(frozen=True)
+class _Rows:
+    """A micro-batch before it becomes tensors."""
+
+    sample_ids: tuple[int, ...]
+    columns: tuple[npt.NDArray[Any], ...]  # tokens, labels, loss mask, positions: each [samples, tokens]
+    layout: PackLayout | None
+
+
 class StepData:
     """The samples of every step, and one rank's share of them.
 
@@ -127,6 +137,7 @@ class StepData:
         self.samples, self.stage, self.vocab_size = samples, stage, vocab_size
         self.dp_rank, self.cp_rank, self.device, self.where = dp_rank, cp_rank, device, where
         self.order = SampleOrder(len(samples), seed=seed)
+        self._ahead: ReadAhead[tuple[int, int], _Rows] = ReadAhead(self._read)
 
     def sample_ids(self, iteration: int) -> list[int]:
         """Ids of all samples of a step, in order. The first step is 0."""
@@ -138,14 +149,20 @@ class StepData:
         return ((iteration + 1) * self.stage.global_batch_size - 1) // len(self.samples) + 1
 
     def micro_batches(self, iteration: int) -> Iterator[MicroBatch]:
-        """This rank's micro-batches of a step, read as they are asked for."""
-        ids = self.sample_ids(iteration)
-        size, dp_size = self.stage.micro_batch_size, self.stage.parallel.data_parallel_size
-        for number in range(self.stage.num_microbatches):
-            first = (number * dp_size + self.dp_rank) * size
-            yield self._read(tuple(ids[first : first + size]))
+        """This rank's micro-batches of a step. Each is read from disk while the one before it is trained on."""
+        count = self.stage.num_microbatches
+        for number in range(count):
+            following = (iteration, number + 1) if number + 1 < count else (iteration + 1, 0)
+            rows = self._ahead.get((iteration, number), following)
+            tensors = (torch.from_numpy(column).to(self.device, non_blocking=True) for column in rows.columns)
+            yield MicroBatch(rows.sample_ids, *tensors, rows.layout)
 
-    def _read(self, ids: tuple[int, ...]) -> MicroBatch:
+    def _read(self, place: tuple[int, int]) -> _Rows:
+        """The rows of one micro-batch: step, number in it. Runs in a thread: numpy only."""
+        iteration, number = place
+        size, dp_size = self.stage.micro_batch_size, self.stage.parallel.data_parallel_size
+        first = (number * dp_size + self.dp_rank) * size
+        ids = tuple(self.sample_ids(iteration)[first : first + size])
         layout: PackLayout | None = None
         if self.stage.cross_document_mask:
             (index,) = ids
@@ -162,10 +179,7 @@ class StepData:
                     where=self.where,
                     fix="build the data again with the model's tokenizer",
                 )
-        tokens, labels, loss_mask, positions = (
-            torch.from_numpy(np.stack(column)).to(self.device, non_blocking=True) for column in zip(*rows, strict=True)
-        )
-        return MicroBatch(ids, tokens, labels, loss_mask, positions, layout)
+        return _Rows(ids, tuple(np.stack(column) for column in zip(*rows, strict=True)), layout)
 
     def _layout(self, index: int) -> PackLayout:
         """How the documents of a sample are split over the context-parallel ranks: the same on all of them."""
