@@ -1,26 +1,13 @@
-"""Megatron's indexed dataset files, read and written bit for bit: `PREFIX.bin` and `PREFIX.idx`.
+"""Megatron's indexed dataset, read and written bit for bit: token ids in `PREFIX.bin`, where each sequence lies in `PREFIX.idx`.
 
-`.bin` holds token ids back to back, little endian, no header. `.idx`:
-
-    offset    type       content
-    0         9 bytes    MMIDIDX\\0\\0
-    9         uint64     version, 1
-    17        uint8      code of the token type: 1 u8, 2 i8, 3 i16, 4 i32, 5 i64, 6 f64, 7 f32, 8 u16
-    18        uint64     sequences N
-    26        uint64     length D of the document indices: documents + 1
-    34        int32[N]   tokens of each sequence
-    34 + 4N   int64[N]   byte offset of each sequence in .bin
-    34 + 12N  int64[D]   sequence at which each document ends; first 0, last N
-    then      int8[N]    modes, only in multimodal files (skipped here)
-
-Megatron never compares the size of `.bin` with the index: a cut file opens, and merging it shifts everything behind it. Here
-it is refused. Source: megatron/core/datasets/indexed_dataset.py, unchanged between 0.16.1 and 0.19.2.
+`.bin` holds ids back to back, little endian, no header; `.idx` is told in `index_file.py`. Megatron never compares the size of
+`.bin` with the index: a cut file opens, and merging it shifts everything behind it. Here it is refused.
 """
 
 from __future__ import annotations
 
 import os
-import struct
+from array import array
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -28,14 +15,13 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
+from mcore_longctx.data.index_file import TOKEN_TYPES, IndexColumns, read_index, write_index
+from mcore_longctx.data.workspace import partial_path
 from mcore_longctx.errors import DataError
+from mcore_longctx.manifest import fsync_folder
 
-__all__ = ["IndexedReader", "IndexedWriter", "token_dtype"]
+__all__ = ["IndexedReader", "IndexedWriter", "find_prefix", "token_dtype"]
 
-_MAGIC = b"MMIDIDX\x00\x00"
-_HEADER = struct.Struct("<9sQBQQ")
-_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}
-_CODES = {np.dtype(name): code for code, name in _DTYPES.items()}
 _MAX_SEQUENCE = 2**31 - 1  # lengths are int32
 
 
@@ -47,40 +33,56 @@ def token_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype("<u2") if vocab_size < 65_500 else np.dtype("<i4")
 
 
-class IndexedWriter:
-    """Writes `PREFIX.bin` and `PREFIX.idx`; every added sequence is a document of its own.
+def find_prefix(path: Path) -> Path:
+    """Prefix of the indexed dataset that `path` means: a prefix, one of its files, or a folder that holds one pair.
 
-    Use it as a context manager. The tokens go to `PREFIX.bin.partial`; `close` renames it and writes the index last, so Megatron
-    finds a whole pair or nothing. An exception inside the block removes what was written.
+    Raises:
+        DataError: there is none, or more than one.
+    """
+    if path.is_dir():
+        found = sorted(path.glob("*.idx"))
+        if len(found) != 1:
+            raise DataError(f"{len(found)} .idx files in this folder, expected one", where=path, fix="give a prefix")
+        return found[0].with_suffix("")
+    return path.with_suffix("") if path.suffix in (".bin", ".idx", ".runs") else path
+
+
+class IndexedWriter:
+    """Writes `PREFIX.bin` and `PREFIX.idx`.
+
+    Use it as a context manager. Both are written under partial names; the end of the block renames `.bin`, then `.idx`, so Megatron
+    finds a whole pair or nothing. An exception inside the block removes what was written. Memory grows by 4 bytes a sequence and 8
+    a document.
 
     Args:
         prefix: path without suffix.
         dtype: token type, see `token_dtype`.
 
     Raises:
-        DataError: one of the two files exists.
+        DataError: one of the two files exists, or the type is none for token ids.
     """
 
     def __init__(self, prefix: Path | str, dtype: npt.DTypeLike) -> None:
         self.dtype = np.dtype(dtype)
         self._bin, self._idx = Path(f"{prefix}.bin"), Path(f"{prefix}.idx")
-        self._partial = Path(f"{prefix}.bin.partial")
-        if self.dtype not in _CODES:
+        self._partial_bin, self._partial_idx = partial_path(self._bin), partial_path(self._idx)
+        if self.dtype not in TOKEN_TYPES:
             raise DataError(f"token type {self.dtype} has no code in the index", where=self._idx, fix="use uint16 or int32")
-        for path in (self._bin, self._idx):
-            if path.exists():
-                raise DataError("file is already there", where=path, fix="choose another name or remove it")
-        self._lengths: list[int] = []
-        self._file = self._partial.open("wb")
+        self._refuse_existing()
+        self._lengths, self._ends = array("i"), array("q", [0])
+        self._checksum: int | None = None
+        self._file = self._partial_bin.open("wb")
 
-    def add(self, tokens: npt.NDArray[Any]) -> None:
-        """Append one sequence. tokens: integer ids [n], n below 2^31.
+    def add(self, tokens: npt.NDArray[Any], *, ends_document: bool = True) -> None:
+        """Append one sequence. tokens: integer ids [n], n below 2^31. By default it is a document of its own.
 
         Raises:
-            DataError: too long for the index, or an id that the token type cannot hold.
+            DataError: too long for the index, no integers, or an id that the token type cannot hold.
         """
         if len(tokens) > _MAX_SEQUENCE:
             raise DataError(f"a sequence of {len(tokens):,} tokens; the index holds at most {_MAX_SEQUENCE:,}", where=self._bin)
+        if tokens.dtype.kind not in "iu":
+            raise DataError(f"values of type {tokens.dtype} are no token ids", where=self._bin)
         if len(tokens) and tokens.dtype != self.dtype:
             limits = np.iinfo(self.dtype)
             low, high = int(tokens.min()), int(tokens.max())
@@ -88,39 +90,62 @@ class IndexedWriter:
                 raise DataError(f"token id {low if low < limits.min else high} does not fit {self.dtype}", where=self._bin)
         self._file.write(np.ascontiguousarray(tokens, dtype=self.dtype).data)
         self._lengths.append(len(tokens))
+        if ends_document:
+            self.end_document()
+
+    def end_document(self) -> None:
+        """The sequences since the last call, if there are any, are one document."""
+        self._ends.append(len(self._lengths))
+
+    def finish(self) -> int:
+        """Write the index and fsync both files, still under their partial names; return the CRC-32 of the index.
+
+        For files that must appear before the index does and know it, such as a sidecar. Nothing can be added afterwards.
+
+        Raises:
+            DataError: the last document was not ended.
+        """
+        if self._checksum is None:
+            if self._ends[-1] != len(self._lengths):
+                raise DataError("the last document was not ended", where=self._bin)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            lengths, ends = np.frombuffer(self._lengths, np.int32), np.frombuffer(self._ends, np.int64)
+            self._checksum = write_index(self._partial_idx, self.dtype, [IndexColumns(lengths, ends)])
+        return self._checksum
 
     def close(self) -> None:
-        """Make the pair appear: fsync and rename the tokens, then write the index."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
-        lengths = np.array(self._lengths, dtype="<i4")
-        aside = self._idx.with_name(self._idx.name + ".partial")
-        with aside.open("wb") as file:
-            file.write(_HEADER.pack(_MAGIC, 1, _CODES[self.dtype], len(lengths), len(lengths) + 1))
-            file.write(lengths.tobytes())
-            file.write(_pointers(lengths, self.dtype.itemsize).tobytes())
-            file.write(np.arange(len(lengths) + 1, dtype="<i8").tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-        self._partial.rename(self._bin)
-        aside.rename(self._idx)
+        """Make the pair appear, the index last."""
+        self.finish()
+        self._refuse_existing()
+        self._partial_bin.rename(self._bin)
+        self._partial_idx.rename(self._idx)
+        fsync_folder(self._idx.parent)
+
+    def _refuse_existing(self) -> None:
+        for path in (self._bin, self._idx):
+            if path.exists():
+                raise DataError("file is already there", where=path, fix="choose another name or remove it")
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if kind is None:
-            self.close()
-            return
-        self._file.close()
-        self._partial.unlink(missing_ok=True)
+        try:
+            if kind is None:
+                self.close()
+        finally:
+            self._file.close()
+            self._partial_bin.unlink(missing_ok=True)
+            self._partial_idx.unlink(missing_ok=True)
 
 
 class IndexedReader:
     """Memory-mapped view of `PREFIX.bin` and `PREFIX.idx`, whoever wrote them.
 
     Attributes:
+        index: the checked `.idx`.
         dtype: type of the stored ids.
         sequence_lengths: int32 [sequences], tokens.
         sequence_pointers: int64 [sequences], byte offsets in `.bin`.
@@ -132,50 +157,17 @@ class IndexedReader:
 
     def __init__(self, prefix: Path | str) -> None:
         self.prefix = Path(prefix)
-        self._idx, self._bin = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
-        for path in (self._idx, self._bin):
-            if not path.is_file():
-                raise DataError("no such file", where=path, fix="give the path of .bin and .idx without suffix")
-        self._read_index()
-        self._check_pointers()
-        size = self._bin.stat().st_size
-        expected = int(self.sequence_lengths.sum(dtype=np.int64)) * self.dtype.itemsize
-        if size != expected:
-            raise DataError(
-                f"{size:,} bytes, its index says {expected:,}", where=self._bin, fix="the file is damaged: rebuild it"
-            )
+        self.index = read_index(Path(f"{prefix}.idx"))
+        self.dtype, self.sequence_lengths = self.index.dtype, self.index.sequence_lengths
+        self.sequence_pointers, self.document_indices = self.index.sequence_pointers, self.index.document_indices
+        path = Path(f"{prefix}.bin")
+        if not path.is_file():
+            raise DataError("no such file", where=path, fix="give the path of .bin and .idx without suffix")
+        size = path.stat().st_size
+        if fault := self.index.size_fault(size):
+            raise DataError(fault, where=path, fix="the file is damaged: rebuild it")
         # numpy refuses to map an empty file
-        self._tokens: npt.NDArray[Any] = np.memmap(self._bin, self.dtype, "r") if size else np.zeros(0, self.dtype)
-
-    def _read_index(self) -> None:
-        size = self._idx.stat().st_size
-        if size < _HEADER.size:
-            raise DataError("too short for an index", where=self._idx, fix="rebuild it")
-        raw = np.memmap(self._idx, np.uint8, "r")
-        magic, version, code, sequences, boundaries = _HEADER.unpack_from(raw[: _HEADER.size].tobytes())
-        if magic != _MAGIC:
-            raise DataError("not an index of Megatron's indexed dataset (wrong first bytes)", where=self._idx)
-        if version != 1 or code not in _DTYPES:
-            raise DataError(f"index version {version} with token type {code} is unknown", where=self._idx)
-        expected = _HEADER.size + 12 * sequences + 8 * boundaries
-        if size not in (expected, expected + sequences):
-            raise DataError(f"{size:,} bytes, {sequences:,} sequences need {expected:,}", where=self._idx, fix="rebuild it")
-        self.dtype = np.dtype(_DTYPES[code])
-        at = _HEADER.size
-        self.sequence_lengths: npt.NDArray[np.int32] = np.frombuffer(raw, "<i4", sequences, at)
-        self.sequence_pointers: npt.NDArray[np.int64] = np.frombuffer(raw, "<i8", sequences, at + 4 * sequences)
-        self.document_indices: npt.NDArray[np.int64] = np.frombuffer(raw, "<i8", boundaries, at + 12 * sequences)
-
-    def _check_pointers(self) -> None:
-        if (self.sequence_lengths < 0).any():
-            raise DataError(f"negative length at sequence {int(np.argmax(self.sequence_lengths < 0))}", where=self._idx)
-        wrong = _pointers(self.sequence_lengths, self.dtype.itemsize) != self.sequence_pointers
-        if wrong.any():
-            at = int(np.argmax(wrong))
-            raise DataError(f"sequence {at} starts at byte {self.sequence_pointers[at]}, the lengths disagree", where=self._idx)
-        ends = self.document_indices
-        if not len(ends) or ends[0] != 0 or ends[-1] != len(self) or (np.diff(ends) < 0).any():
-            raise DataError(f"document indices do not go from 0 to {len(self)}", where=self._idx)
+        self._tokens: npt.NDArray[Any] = np.memmap(path, self.dtype, "r") if size else np.zeros(0, self.dtype)
 
     def __len__(self) -> int:
         """Number of sequences."""
@@ -195,10 +187,3 @@ class IndexedReader:
             raise IndexError(f"tokens {offset} to {offset + length} of a sequence of {total}")
         start = int(self.sequence_pointers[index]) // self.dtype.itemsize + offset
         return self._tokens[start : start + length]
-
-
-def _pointers(lengths: npt.NDArray[np.int32], itemsize: int) -> npt.NDArray[np.int64]:
-    """Byte offset of each sequence, summed in int64 (an int32 sum wraps past 2 GiB)."""
-    pointers = np.zeros(len(lengths), dtype="<i8")
-    np.cumsum(lengths[:-1], dtype=np.int64, out=pointers[1:])
-    return pointers * itemsize
