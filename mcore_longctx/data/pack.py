@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mcore_longctx.data.arrays import map_arrays, new_arrays, write_arrays
-from mcore_longctx.data.indexed import index_bytes
+from mcore_longctx.data.index_file import IndexColumns, write_index
 from mcore_longctx.data.plan import read_plan
 from mcore_longctx.data.shards import DocumentTable
 from mcore_longctx.data.sidecar import LITERAL, PADDING, RUN_COLUMNS, Runs
@@ -96,10 +96,9 @@ def pack(
     for tokens in run_tasks(packer.write_block, blocks, workers):
         on_block(tokens)
     crc32 = np.concatenate([map_arrays(packer.mark(block))[0]["crc32"] for block in range(packer.blocks)])
-    index = index_bytes(np.full(len(runs), runs.seq_length, np.int64), job.dtype)
-    (work / "samples.idx").write_bytes(index)
+    index = IndexColumns(np.full(len(runs), runs.seq_length, np.int32), np.arange(len(runs) + 1))
     sidecar_facts = {
-        "idx_crc32": zlib.crc32(index),
+        "idx_crc32": write_index(work / "samples.idx", job.dtype, [index]),
         "dtype": job.dtype.name,
         "tokenizer_sha256": job.tokenizer_sha256,
         "vocab_size": job.vocab_size,
