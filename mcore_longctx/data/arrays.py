@@ -7,21 +7,21 @@ Tables of documents, plans and sidecars are such files. Any safetensors reader o
 from __future__ import annotations
 
 import json
-import math
 import os
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from mcore_longctx.data.workspace import partial_path
 from mcore_longctx.errors import DataError
+from mcore_longctx.manifest import fsync_folder
 
-__all__ = ["Column", "map_arrays", "new_arrays", "write_arrays"]
+__all__ = ["Column", "file_crc32", "map_arrays", "new_arrays", "write_arrays"]
 
 Column = tuple[npt.DTypeLike, int]  # type and number of elements
 
@@ -56,7 +56,8 @@ def new_arrays(path: Path, columns: Mapping[str, Column], metadata: Mapping[str,
     Raises:
         DataError: no space left, or the folder cannot be written.
     """
-    layout, at = {}, 0
+    layout: dict[str, Any] = {}
+    at = 0
     ordered = sorted(columns, key=lambda name: -np.dtype(columns[name][0]).itemsize)  # keeps every column aligned
     for name in ordered:
         dtype, count = np.dtype(columns[name][0]), columns[name][1]
@@ -68,31 +69,39 @@ def new_arrays(path: Path, columns: Mapping[str, Column], metadata: Mapping[str,
     header = len(text).to_bytes(8, "little") + text
     aside = partial_path(path)
     try:
-        with aside.open("w+b") as file:
-            os.posix_fallocate(file.fileno(), 0, len(header) + at + 4)
-            file.write(header)
-            file.flush()
-            arrays = {
-                name: _map(file, columns[name], len(header) + layout[name]["data_offsets"][0])  # type: ignore[index]
-                for name in ordered
-            }
+        with _refused(path):
+            file = aside.open("w+b")
+        with file:
+            with _refused(path):
+                os.posix_fallocate(file.fileno(), 0, len(header) + at + 4)
+                file.write(header)
+                file.flush()
+                arrays = {name: _map(file, columns[name], len(header) + layout[name]["data_offsets"][0]) for name in ordered}
             yield arrays
-            for array in arrays.values():
-                if isinstance(array, np.memmap):
-                    array.flush()
-            file.seek(0)
-            checksum = _crc32(file, len(header) + at)
-            file.seek(len(header) + at)
-            file.write(checksum.to_bytes(4, "little"))
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
+            with _refused(path):
+                for array in arrays.values():
+                    if isinstance(array, np.memmap):
+                        array.flush()
+                file.seek(0)
+                checksum = _crc32(file, len(header) + at)
+                file.seek(len(header) + at)
+                file.write(checksum.to_bytes(4, "little"))
+                file.flush()
+                os.fsync(file.fileno())
+        with _refused(path):
+            aside.replace(path)
+            fsync_folder(path.parent)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def _refused(path: Path) -> Iterator[None]:
+    """What the system refuses while `path` is written, as one line."""
+    try:
+        yield
     except OSError as error:
-        aside.unlink(missing_ok=True)
         raise DataError(f"cannot be written ({error.strerror})", where=path, fix="make room or choose another folder") from None
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
 
 
 def write_arrays(path: Path, arrays: Mapping[str, npt.NDArray[Any]], metadata: Mapping[str, Any]) -> None:
@@ -124,26 +133,48 @@ def map_arrays(path: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]
             layout = json.loads(file.read(length))
             metadata = json.loads(layout.pop("__metadata__")[_KEY])
             layout.pop(_CHECKSUM)
-            arrays = {}
-            for name, row in layout.items():
-                dtype, count, (start, stop) = _DTYPES[row["dtype"]], math.prod(row["shape"]), row["data_offsets"]
-                if stop - start != count * dtype.itemsize or not 0 <= start <= stop <= size - 12 - length:
-                    raise damaged
-                arrays[name] = _map(file, (dtype, count), 8 + length + start, mode="r")
+            arrays = {name: _mapped_row(file, row, 8 + length, size - 4) for name, row in layout.items()}
     except FileNotFoundError:
         raise DataError("no such file", where=path) from None
     except OSError as error:
         raise DataError(f"cannot be read ({error.strerror})", where=path) from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise damaged from None
     return arrays, metadata
 
 
-def _map(file: Any, column: Column, offset: int, mode: str = "r+") -> npt.NDArray[Any]:
+def file_crc32(path: Path) -> int:
+    """CRC-32 of a whole file, read in blocks.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return _crc32(file, os.fstat(file.fileno()).st_size)
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot be read ({error})", where=path) from None
+
+
+def _mapped_row(file: Any, row: Any, begin: int, end: int) -> npt.NDArray[Any]:
+    """One column of the layout. Its bytes must lie in `begin` to `end` of the file.
+
+    Raises:
+        ValueError, KeyError, TypeError: they do not, or the row says something else than a column does.
+    """
+    dtype, (count,), (start, stop) = _DTYPES[row["dtype"]], row["shape"], row["data_offsets"]
+    if not all(type(number) is int for number in (count, start, stop)):
+        raise TypeError("a number that is none")
+    if not 0 <= start <= stop <= end - begin or stop - start != count * dtype.itemsize:
+        raise ValueError("a column outside of the file")
+    return _map(file, (dtype, count), begin + start, mode="r")
+
+
+def _map(file: Any, column: Column, offset: int, mode: Literal["r", "r+"] = "r+") -> npt.NDArray[Any]:
     dtype, count = np.dtype(column[0]), column[1]
     if not count:  # numpy refuses to map nothing
         return np.zeros(0, dtype)
-    return np.memmap(file, dtype, mode, offset, (count,))  # type: ignore[call-overload,no-any-return]
+    return np.memmap(file, dtype, mode, offset, (count,))
 
 
 def _crc32(file: Any, count: int) -> int:

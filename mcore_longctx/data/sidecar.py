@@ -12,23 +12,25 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from mcore_longctx.data.arrays import map_arrays
+from mcore_longctx.data.arrays import file_crc32, map_arrays
 from mcore_longctx.errors import DataError
 
-__all__ = ["LITERAL", "PADDING", "RUN_COLUMNS", "Run", "Runs", "read_runs"]
+__all__ = ["LITERAL", "PADDING", "RUN_COLUMNS", "SIDECAR_COLUMNS", "Run", "Runs", "check_index", "open_runs", "read_runs"]
 
 LITERAL = -1  # `document` of a run that is taken from `literals`
 PADDING = -2  # `document` of a run that repeats the padding token
 
 RUN_COLUMNS: dict[str, Any] = {"document": np.int64, "start": np.int64, "length": np.int32, "loss": np.bool_}
-_BLOCK = 1 << 22  # runs that are checked at once
+SIDECAR_COLUMNS: dict[str, Any] = {"document_source": np.uint16, "id_stop": np.int64, "ids": np.uint8, "crc32": np.uint32}
+_TYPES = {**RUN_COLUMNS, **SIDECAR_COLUMNS, "first_run": np.int64, "literals": np.int32}
+_BLOCK = 1 << 20  # rows that are checked at once
+_MAX_SEQ_LENGTH = 2**31 - 1  # as in the index
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +76,7 @@ class Runs:
     def document_id(self, document: int) -> str:
         """Id of one document of a sidecar."""
         start = int(self.id_stop[document - 1]) if document else 0
-        return bytes(self.ids[start : int(self.id_stop[document])]).decode()
+        return bytes(self.ids[start : int(self.id_stop[document])]).decode(errors="replace")
 
     def rows(self, sample: int) -> slice:
         """Rows of the runs of one sample.
@@ -113,11 +115,6 @@ class Runs:
         ends = np.minimum(ends[first : last + 1], stop)
         return np.repeat(self.loss[rows][first : last + 1], np.diff(ends, prepend=start))
 
-    @cached_property
-    def all_learned(self) -> bool:
-        """Whether every run carries loss."""
-        return bool(self.loss.all())
-
 
 def read_runs(prefix: Path | str) -> Runs:
     """Map `PREFIX.runs`, the sidecar of packed samples.
@@ -132,12 +129,16 @@ def read_runs(prefix: Path | str) -> Runs:
 
 
 def open_runs(path: Path, *, kind: str) -> Runs:
-    """Map a file of runs. kind: `plan` or `sidecar`."""
+    """Map a file of runs. kind: `plan` or `sidecar`.
+
+    Raises:
+        DataError: missing, damaged, of another kind, or its runs do not add up to whole samples.
+    """
     arrays, facts = map_arrays(path)
     try:
         fault = None if facts["kind"] == kind else f"a {facts['kind']}, expected a {kind}"
-        runs = Runs(seq_length=int(facts["seq_length"]), sources=tuple(facts["sources"]), facts=facts, **arrays)
-        documents = int(facts["documents"])
+        runs = Runs(seq_length=facts["seq_length"], sources=tuple(facts["sources"]), facts=facts, **arrays)
+        documents = facts["documents"]
     except (KeyError, TypeError, ValueError):
         raise DataError("not a file of runs", where=path, fix="build the data again") from None
     for found in [fault] if fault else _faults(runs, documents, is_sidecar=kind == "sidecar"):
@@ -145,22 +146,38 @@ def open_runs(path: Path, *, kind: str) -> Runs:
     return runs
 
 
-def _faults(runs: Runs, documents: int, *, is_sidecar: bool) -> Iterator[str]:
+def check_index(prefix: Path | str, runs: Runs) -> None:
+    """Compare `PREFIX.idx` with the checksum in its sidecar.
+
+    An index has no checksum of its own: another border of documents, or uint16 read as int16, agrees with all the rest of it.
+
+    Raises:
+        DataError: it is not the index that was written with this sidecar.
+    """
+    path = Path(f"{prefix}.idx")
+    if file_crc32(path) != runs.facts.get("idx_crc32"):
+        raise DataError(
+            "is not the index that the sidecar was written with (checksum differs)",
+            where=path,
+            fix="a file was damaged or replaced: build the data again",
+        )
+
+
+def _faults(runs: Runs, documents: Any, *, is_sidecar: bool) -> Iterator[str]:
     """What is wrong, the first fault first: later checks rely on earlier ones. documents: how many `document` may point to."""
+    yield from _faults_of_form(runs, documents)
     first, rows = runs.first_run, len(runs.length)
-    if any(getattr(runs, name).dtype != dtype for name, dtype in RUN_COLUMNS.items()) or first.dtype != np.int64:
-        yield "a column has another type"
     if any(len(getattr(runs, name)) != rows for name in RUN_COLUMNS):
         yield "columns of different lengths"
-    if len(first) < 1 or first[0] != 0 or first[-1] != rows or (np.diff(first) < 1).any():
+    if len(first) < 1 or first[0] != 0 or first[-1] != rows or _least_step(first) < 1:
         yield "first_run does not go over all runs"
     if is_sidecar:
         stops = runs.id_stop
         if len(runs.crc32) != len(runs) or not len(runs.document_source) == len(stops) == documents:
             yield "columns of different lengths"
-        if (np.diff(stops) < 0).any() or (int(stops[-1]) if documents else 0) != len(runs.ids):
+        if (documents and (stops[0] < 0 or _least_step(stops) < 0)) or (int(stops[-1]) if documents else 0) != len(runs.ids):
             yield "ids of documents that do not add up"
-        if (runs.document_source >= len(runs.sources)).any():
+        if documents and int(runs.document_source.max()) >= len(runs.sources):
             yield "a document of an unknown source"
     filled = 0  # tokens before this block
     for low in range(0, rows, _BLOCK):
@@ -170,13 +187,36 @@ def _faults(runs: Runs, documents: int, *, is_sidecar: bool) -> Iterator[str]:
             yield "a run without tokens"
         if (document < PADDING).any() or (document >= documents).any():
             yield "a run of an unknown document"
-        if ((start + length)[document == LITERAL] > len(runs.literals)).any():
+        if (start > len(runs.literals) - length.astype(np.int64))[document == LITERAL].any():
             yield "a run of more literal tokens than there are"
         begins = filled + np.cumsum(length, dtype=np.int64) - length
-        inside = slice(*np.searchsorted(first, [block.start, block.stop]))
+        inside = slice(*np.searchsorted(first, [block.start, block.stop]).tolist())
         at = begins[first[inside] - low]
         if (at != np.arange(inside.start, inside.start + len(at)) * runs.seq_length).any():
             yield "runs do not add up to whole samples"
         filled = int(begins[-1]) + int(length[-1])
     if filled != len(runs) * runs.seq_length:
         yield "runs do not add up to whole samples"
+
+
+def _faults_of_form(runs: Runs, documents: Any) -> Iterator[str]:
+    """Types and numbers that cannot be: what everything else relies on."""
+    if any(getattr(runs, name).dtype != dtype for name, dtype in _TYPES.items()):
+        yield "a column has another type"
+    if len(runs.loss) and int(runs.loss.view(np.uint8).max()) > 1:
+        yield "a loss flag that is neither true nor false"
+    if type(runs.seq_length) is not int or not 1 <= runs.seq_length <= _MAX_SEQ_LENGTH:
+        yield f"a seq_length of {runs.seq_length!r}"
+    if type(documents) is not int or not 0 <= documents < 2**63:
+        yield f"a number of documents of {documents!r}"
+    if not all(isinstance(source, str) for source in runs.sources):
+        yield "a source whose name is no text"
+    begin_tokens = runs.facts.get("begin_tokens", 0)
+    if type(begin_tokens) is not int or not 0 <= begin_tokens <= len(runs.literals):
+        yield f"{begin_tokens!r} tokens that begin a document"
+
+
+def _least_step(column: npt.NDArray[np.int64]) -> int:
+    """Smallest difference of neighbours, 1 if there are none. In blocks: the column may be mapped and long."""
+    steps = (np.diff(column[low : low + _BLOCK + 1]) for low in range(0, len(column) - 1, _BLOCK))
+    return min((int(step.min()) for step in steps), default=1)
