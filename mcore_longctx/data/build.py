@@ -1,347 +1,251 @@
-"""Documents or chats to a folder of packed samples that appears whole.
+"""Documents or chats to packed samples, all steps in one: tokenize, plan, pack. What is done is skipped.
 
-OUT/NAME.bin NAME.idx    the samples, for Megatron's IndexedDataset and GPTDataset too
-OUT/NAME.runs.npz        which document every token came from, and its loss flag
-OUT/lengths.json .png    document lengths of each source before and after
-OUT/manifest.json        settings, seeds, counts, hashes of the input files and of everything above
+OUT/tokens/     token shards and tables of documents
+OUT/plan/       which stretch of which document goes where, and the lengths before and after
+OUT/NAME.bin NAME.idx NAME.runs manifest.json     the samples (`data/pack.py`)
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from mcore_longctx.data.indexed import token_dtype
-from mcore_longctx.data.lengths import SourceLengths, length_name, measure_lengths, plot_lengths
-from mcore_longctx.data.pack import lay_out, pack_whole, separators, write_samples
-from mcore_longctx.data.plan import Plan, plan_concatenated, plan_single
-from mcore_longctx.data.readers import SourceReader
+from mcore_longctx.data.inputs import InputTask, plan_inputs
+from mcore_longctx.data.layout import Separator
+from mcore_longctx.data.pack import PackReport, check_name, pack
+from mcore_longctx.data.plan import make_chat_plan, make_plan, plan_text
+from mcore_longctx.data.readers import BadRecord, Chat, Document, read_task
 from mcore_longctx.data.sft import ChatEncoder
-from mcore_longctx.data.shards import DocumentTable, TokenWriter, hash64
-from mcore_longctx.data.sidecar import LITERAL, PADDING, Runs
-from mcore_longctx.data.tokenizers import Tokenizer, check_vocabulary, load_tokenizer
+from mcore_longctx.data.tokenize import RANGE_BYTES, TokenReport, prepare_job, read_documents_table, run_job
+from mcore_longctx.data.tokenizers import Tokenizer, load_tokenizer
+from mcore_longctx.data.workspace import lock_folder
 from mcore_longctx.errors import ConfigError, DataError
-from mcore_longctx.manifest import staged_folder, write_manifest
-from mcore_longctx.recipe.schema import DataSection
+from mcore_longctx.manifest import MANIFEST, readable_bytes
+from mcore_longctx.recipe.schema import DataSection, DocumentSource
 
-__all__ = ["BuildReport", "build_pretrain", "build_sft"]
+__all__ = ["BuildReport", "Expected", "Progress", "build", "check_output", "expect", "make_separator"]
 
-T = TypeVar("T")
+_PROBE = 1 << 20  # bytes of each source that a dry run encodes
 
-_TOKENS = "documents.tokens"  # tokens of all documents; removed before the folder appears
+# called with what is done (`tokenize`, `pack`), bytes of input, tokens
+Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class BuildReport:
     """What was built. `str(report)` is the text for the screen."""
 
-    folder: Path
-    name: str
-    seq_length: int
-    samples: int
-    samples_needed: int | None  # None: as many as the documents give
-    sources: tuple[SourceLengths, ...]
-    text: str
+    tokens: TokenReport
+    plan: Mapping[str, Any]  # contents of plan.json
+    pack: PackReport
+    samples_needed: int | None
 
     @property
     def prefix(self) -> Path:
-        """Path of .bin, .idx and .runs.npz without suffix."""
-        return self.folder / self.name
+        """Path of .bin, .idx and .runs without suffix."""
+        return self.pack.folder / self.pack.name
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same, for JSON."""
+        return {"tokens": self.tokens.as_dict(), "plan": dict(self.plan), "pack": self.pack.as_dict()}
 
     def __str__(self) -> str:
-        return self.text
+        return "\n".join([str(self.tokens), plan_text(dict(self.plan), self.samples_needed), str(self.pack)])
 
 
-def build_pretrain(
+def build(
     section: DataSection,
     name: str,
     *,
+    chats: bool,
     tokenizer: Path,
     model_vocab_size: int,
     seq_length: int,
     num_samples: int | None,
     seed: int,
     out: Path,
+    workers: int = 1,
+    verify_fraction: float = 0.0,
+    progress: Progress = lambda step, input_bytes, tokens: None,
 ) -> BuildReport:
-    """Read documents, tokenize, sample by length, pack, and write the folder `out`.
+    """Tokenize, plan and pack one data set into the folder `out`. The same call goes on where a killed one was.
 
     Args:
-        section: sources, length sampling, separator and packing.
+        section: sources, sampling, separator and packing.
         name: of the data set; the files are called after it.
-        tokenizer: tokenizer.json or a folder that holds it.
+        chats: the sources hold chats (stage kind `sft`); then only the sources of `section` have a meaning.
+        tokenizer: file or folder.
         model_vocab_size: entries of the model's embedding.
         seq_length: tokens of a sample.
         num_samples: samples that the training stage needs, None for all that the documents give. One more is written, because
-            Megatron's GPTDataset, which reads seq_length + 1 tokens a sample, loses the last one. If the documents give fewer,
-            all of them are written and the report says so.
+            Megatron's GPTDataset, which reads seq_length + 1 tokens a sample, loses the last one.
         seed: of every decision.
-        out: folder that must not exist.
+        out: folder; made if it is not there.
+        workers: processes.
+        verify_fraction: share of the documents that are encoded again with the reference tokenizer.
+        progress: called as the work goes on.
 
     Raises:
-        DataError: an input that cannot be read, a vocabulary that does not fit, or not a single sample.
-        ConfigError: `out` exists.
+        DataError: an input that cannot be read, a vocabulary that does not fit, too few documents.
+        ConfigError: `out` holds something else, or was begun with other settings.
+        InUseError: another process works on `out`.
     """
-    _check_name(name)
+    check_name(name)
+    if chats:
+        _refuse_unused(section, name)
+    check_output(out)
     tools = load_tokenizer(tokenizer)
-    check_vocabulary(tools, model_vocab_size)
-    separator = tools.encode(section.separator)
-    max_samples = None if num_samples is None else num_samples + 1
-    with staged_folder(out) as folder:
-        with TokenWriter(folder / _TOKENS, token_dtype(model_vocab_size), [source.name for source in section.sources]) as writer:
-            inputs = _tokenize_documents(section, tools, writer)
-            table = writer.table()
-            plan = _plan(section, table, seed, len(separator), seq_length, max_samples)
-            filler = separators(plan, len(separator) if section.packing == "concatenate" else 0)
-            runs = lay_out(table, plan, filler, separator, seq_length=seq_length, max_samples=max_samples)
-            if not len(runs):
-                raise DataError(_nothing(section, table, seq_length), where=name, fix="add documents or shorten seq_length")
-            write_samples(folder / name, runs, table, writer.tokens(), dtype=writer.dtype)
-        sources = measure_lengths(table, runs)
-        too_short = int((table.length < seq_length).sum()) if section.packing == "single" else 0
-        text = _pretrain_text(section, name, sources, runs, num_samples, too_short)
-        facts = {
-            "method": "pretrain",
-            "samples_needed": num_samples,
-            "separator": {"text": section.separator, "token_ids": separator.tolist()},
-            "dropped_too_short": too_short,
-        }
-        _finish(folder, name, section, tools, sources, runs, {**facts, "seed": seed, "inputs": inputs})
-    return _report(out, name, sources, runs, num_samples, text)
+    separator = None if chats else make_separator(section, tools)
+    out.mkdir(parents=True, exist_ok=True)
+    with lock_folder(out):
+        job = prepare_job(out, section.sources, tools, vocab_size=model_vocab_size, chats=chats)
+        tokens = run_job(
+            job,
+            tools,
+            workers=workers,
+            max_bad=section.max_bad,
+            verify_fraction=verify_fraction,
+            on_task=lambda input_bytes, count: progress("tokenize", input_bytes, count),
+        )
+        assert tokens is not None  # every task was asked for
+        table = read_documents_table(job)
+        if chats:
+            plan = make_chat_plan(out / "plan", table, name=name, seed=seed, seq_length=seq_length)
+        else:
+            assert separator is not None
+            max_samples = None if num_samples is None else num_samples + 1
+            plan = make_plan(
+                out / "plan",
+                table,
+                section,
+                name=name,
+                seed=seed,
+                seq_length=seq_length,
+                separator=separator,
+                token_budget=None if max_samples is None else max_samples * seq_length,
+                max_samples=max_samples,
+            )
+        facts = {"method": "sft" if chats else "pretrain", "samples_needed": num_samples}
+        packed = pack(out, name, workers=workers, facts=facts, on_block=lambda count: progress("pack", 0, count))
+    return BuildReport(tokens=tokens, plan=plan, pack=packed, samples_needed=num_samples)
 
 
-def build_sft(
-    section: DataSection, name: str, *, tokenizer: Path, model_vocab_size: int, seq_length: int, seed: int, out: Path
-) -> BuildReport:
-    """Read chats, render and tokenize them, pack whole conversations into samples, and write the folder `out`.
+def check_output(out: Path) -> None:
+    """Raise ConfigError if `out` is there and is not a run folder of this room."""
+    if out.is_file():
+        raise ConfigError("is a file", where=out, fix="give a folder")
+    ours = (out / "tokens" / "settings.json").is_file() or (out / MANIFEST).is_file()
+    if out.is_dir() and not ours and any(entry.name not in (".lock", "tokens") for entry in out.iterdir()):
+        raise ConfigError(
+            "the folder is not empty, and nothing was tokenized here", where=out, fix="choose another output folder"
+        )
 
-    Conversations go first-fit into samples in an order drawn from `seed`; what is free is padding without loss. One that is
-    longer than `seq_length` is dropped and counted. Nothing is masked between the conversations of a sample. Arguments and
-    errors as in `build_pretrain`; of `section` only the sources are used, and other settings are refused.
+
+def make_separator(section: DataSection, tokenizer: Tokenizer) -> Separator:
+    """What stands between documents, as ids.
+
+    Raises:
+        DataError: the tokenizer has no such control token, or names no BOS or EOS.
     """
-    _check_name(name)
-    _refuse_unused(section, name)
-    tools = load_tokenizer(tokenizer)
-    check_vocabulary(tools, model_vocab_size)
-    encoder, pad_id = ChatEncoder(tools), _pad_id(tools)
-    with staged_folder(out) as folder:
-        with TokenWriter(folder / _TOKENS, token_dtype(model_vocab_size), [source.name for source in section.sources]) as writer:
-            inputs = _tokenize_chats(section, encoder, writer)
-            table = writer.table()
-            fits = np.flatnonzero(table.length <= seq_length)
-            if not len(fits):
-                raise DataError(
-                    f"no conversation of at most {seq_length:,} tokens", where=name, fix="add chats or raise seq_length"
-                )
-            fits = fits[np.lexsort((fits, hash64(seed, table.key[fits])))]
-            whole = Plan(document=fits, start=np.zeros(len(fits), np.int64), length=table.length[fits])
-            plan, padding = pack_whole(whole, seq_length)
-            runs = lay_out(table, plan, padding, np.zeros(0, np.int32), seq_length=seq_length, max_samples=None)
-            write_samples(folder / name, runs, table, writer.tokens(), dtype=writer.dtype, pad_id=pad_id)
-        sources, too_long = measure_lengths(table, runs), len(table) - len(fits)
-        text = _sft_text(name, sources, runs, too_long)
-        facts = {"method": "sft", "samples_needed": None, "pad_token_id": pad_id, "dropped_too_long": too_long}
-        _finish(folder, name, section, tools, sources, runs, {**facts, "seed": seed, "inputs": inputs})
-    return _report(out, name, sources, runs, None, text)
 
+    def control(text: str | None, what: str) -> list[int]:
+        found = tokenizer.control_id(text) if text is not None else None
+        if found is None:
+            named = f"no {what} is named" if text is None else f"{text!r} is no token of its own"
+            raise DataError(
+                f"separator_kind {section.separator_kind}: {named}", where=tokenizer.path, fix="use another separator"
+            )
+        return [found]
 
-# ------------------------------------------------------------------ reading
-def _tokenize_documents(section: DataSection, tokenizer: Tokenizer, writer: TokenWriter) -> dict[str, Any]:
-    def read(index: int, reader: SourceReader) -> int:
-        empty = 0
-        for document in _progress(reader.documents(section.sources[index].text_field), writer.sources[index]):
-            # each part alone, so that its loss flag covers exactly its own characters
-            segments = [(tokenizer.encode(part.text), part.loss) for part in document.parts]
-            empty += not writer.add(index, document.id, segments)
-        return empty
-
-    return _read_sources(section, read)
-
-
-def _tokenize_chats(section: DataSection, encoder: ChatEncoder, writer: TokenWriter) -> dict[str, Any]:
-    def read(index: int, reader: SourceReader) -> int:
-        for chat in _progress(reader.chats(), writer.sources[index]):
-            writer.add(index, chat.id, encoder.encode(chat))
-        return 0
-
-    return _read_sources(section, read)
-
-
-def _read_sources(section: DataSection, read: Callable[[int, SourceReader], int]) -> dict[str, Any]:
-    """Run `read` over every source; what was found there, for the manifest."""
-    inputs = {}
-    for index, source in enumerate(section.sources):
-        reader = SourceReader(source.path)
-        empty = read(index, reader)
-        inputs[source.name] = {
-            "path": str(source.path),
-            "files": [dataclasses.asdict(file) for file in reader.files],
-            "files_ignored": reader.ignored,
-            "documents_empty": reader.empty + empty,
-        }
-    return inputs
-
-
-def _progress(items: Iterable[T], name: str) -> Iterable[T]:
-    if not sys.stderr.isatty():  # even a disabled bar would start a thread
-        return items
-    from tqdm import tqdm
-
-    return tqdm(items, desc=name, unit=" documents", mininterval=1.0, leave=False)
-
-
-# ------------------------------------------------------------------ deciding
-def _plan(
-    section: DataSection, table: DocumentTable, seed: int, separator_length: int, seq_length: int, max_samples: int | None
-) -> Plan:
-    shares = [
-        source.share for source in section.sources if source.share is not None
-    ] or None  # all or none: the schema sees to it
-    sampling = section.length_sampling
-    if section.packing == "single":
-        return plan_single(table, sampling, shares, seed=seed, seq_length=seq_length, sample_budget=max_samples)
-    budget = None if max_samples is None else max_samples * seq_length
-    return plan_concatenated(table, sampling, shares, seed=seed, separator_length=separator_length, token_budget=budget)
-
-
-def _nothing(section: DataSection, table: DocumentTable, seq_length: int) -> str:
-    tokens, longest = int(table.length.sum()), int(table.length.max(initial=0))
-    if section.packing == "single":
-        return f"no document of {seq_length:,} tokens left for packing 'single'; the longest has {longest:,}"
-    return f"not one sample of {seq_length:,} tokens: the documents have {tokens:,} tokens before length sampling"
+    before: list[int] = []
+    after: list[int] = []
+    if section.separator_kind == "text":
+        after = tokenizer.encode("<s>" if section.separator is None else section.separator).tolist()
+    elif section.separator_kind == "token":
+        after = control(section.separator, "token")
+    elif section.separator_kind == "bos_eos":
+        before = control(tokenizer.special_tokens.get("bos_token"), "bos_token")
+        after = control(tokenizer.special_tokens.get("eos_token"), "eos_token")
+    return Separator(before=tuple(before), after=tuple(after), loss=section.separator_loss)
 
 
 def _refuse_unused(section: DataSection, name: str) -> None:
     plain = DataSection(sources=section.sources)
-    for field in ("length_sampling", "separator", "packing"):
+    for field in ("mode", "length_sampling", "separator", "separator_kind", "separator_loss", "packing", "repeat_to_fill"):
         if getattr(section, field) != getattr(plain, field):
             raise ConfigError("has no meaning for chats, which are taken whole", where=f"data.{name}.{field}", fix="remove it")
     if any(source.share is not None for source in section.sources):
         raise ConfigError("share has no meaning for chats, every one is taken", where=f"data.{name}.sources", fix="remove it")
 
 
-def _check_name(name: str) -> None:
-    if not name or Path(name).name != name or name.startswith("."):
-        raise ConfigError(f"{name!r} cannot be a file name", where="data", fix="rename the data set")
+# ------------------------------------------------------------------ a dry run
+@dataclass(frozen=True, kw_only=True)
+class Expected:
+    """What tokenizing would give, from the beginning of every source."""
+
+    sources: tuple[tuple[str, int, int], ...]  # name, bytes of input, tokens expected
+    dtype: str
+    files: int
+    tasks: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same, for JSON."""
+        rows = [{"name": name, "input_bytes": size, "tokens_expected": tokens} for name, size, tokens in self.sources]
+        return {"sources": rows, "dtype": self.dtype, "files": self.files, "tasks": self.tasks}
+
+    def __str__(self) -> str:
+        total = sum(tokens for _, _, tokens in self.sources)
+        width = np.dtype(self.dtype).itemsize
+        lines = [
+            f"{self.files:,} files in {self.tasks:,} tasks, about {total:,} tokens, {readable_bytes(total * width)} of {self.dtype}"
+        ]
+        lines += [f"  {name}: {readable_bytes(size)} of input, about {tokens:,} tokens" for name, size, tokens in self.sources]
+        return "\n".join(lines)
 
 
-def _pad_id(tokenizer: Tokenizer) -> int:
-    for role in ("pad_token", "eos_token"):
-        text = tokenizer.special_tokens.get(role)
-        found = tokenizer.control_id(text) if text is not None else None
-        if found is not None:
-            return found
-    where = tokenizer.path.parent / "tokenizer_config.json"
-    raise DataError("no pad_token and no eos_token that the tokenizer knows", where=where, fix="name one of them there")
+def expect(sources: Sequence[DocumentSource], tokenizer: Path, *, chats: bool, vocab_size: int | None) -> Expected:
+    """What tokenizing would give, estimated from the beginning of every source. Writes nothing.
+
+    Raises:
+        DataError: an input is missing, or the first records of a source are bad.
+    """
+    tools = load_tokenizer(tokenizer)
+    tasks = plan_inputs(sources, range_bytes=_PROBE, chats=chats)
+    rows, files = [], set()
+    for index, source in enumerate(sources):
+        mine = [task for task in tasks if task.source == index]
+        paths = {file.path: file.size for task in mine for file in task.files}
+        files |= set(paths)
+        size = sum(paths.values())
+        read, tokens = _probe(mine[0], source, tools, chats)
+        rows.append((source.name, size, round(size * tokens / max(1, read))))
+    whole = plan_inputs(sources, range_bytes=RANGE_BYTES, chats=chats)
+    dtype = token_dtype(tools.vocab_size if vocab_size is None else vocab_size)
+    return Expected(sources=tuple(rows), dtype=dtype.name, files=len(files), tasks=len(whole))
 
 
-# ------------------------------------------------------------------ telling
-def _finish(
-    folder: Path,
-    name: str,
-    section: DataSection,
-    tokenizer: Tokenizer,
-    sources: list[SourceLengths],
-    runs: Runs,
-    facts: dict[str, Any],
-) -> None:
-    """Write lengths.json, lengths.png and, last, the manifest."""
-    lengths = {source.name: source.as_dict() for source in sources}
-    (folder / "lengths.json").write_text(json.dumps({"unit": "tokens", "sources": lengths}, indent=1) + "\n")
-    what = "documents" if facts["method"] == "pretrain" else "chats"
-    title = f"{name}: {_many(len(runs), 'sample')} of {runs.seq_length:,} tokens"
-    sampling = section.length_sampling
-    borders = [int(sampling.short_below)] if sampling.keep_probability < 1 else []
-    borders += [int(sampling.long_above)] if sampling.repetition > 1 else []
-    plot_lengths(sources, folder / "lengths.png", title=title, words=(f"{what} read", "in the samples"), borders=borders)
-    write_manifest(
-        folder,
-        "data",
-        name=name,
-        seq_length=runs.seq_length,
-        samples=len(runs),
-        tokens=int(runs.length.sum()),
-        tokens_with_loss=int(runs.length[runs.loss].sum()),
-        tokens_of_separators=int(runs.length[runs.source == LITERAL].sum()),
-        tokens_of_padding=int(runs.length[runs.source == PADDING].sum()),
-        tokenizer={"sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size},
-        settings=json.loads(json.dumps(dataclasses.asdict(section), default=str)),
-        sources=lengths,
-        **facts,
-    )
-
-
-def _report(out: Path, name: str, sources: list[SourceLengths], runs: Runs, samples_needed: int | None, text: str) -> BuildReport:
-    return BuildReport(
-        folder=out,
-        name=name,
-        seq_length=runs.seq_length,
-        samples=len(runs),
-        samples_needed=samples_needed,
-        sources=tuple(sources),
-        text=text,
-    )
-
-
-def _pretrain_text(
-    section: DataSection, name: str, sources: list[SourceLengths], runs: Runs, samples_needed: int | None, too_short: int
-) -> str:
-    head = f"{name}: {_many(len(runs), 'sample')} of {runs.seq_length:,} tokens"
-    if samples_needed is not None and len(runs) < samples_needed:
-        head += f", FEWER than the {samples_needed:,} that the stage needs: the documents give no more"
-    elif samples_needed is not None and len(runs) > samples_needed:
-        head += f" ({samples_needed:,} needed; one more, because Megatron's own GPTDataset loses the last)"
-    sampling = section.length_sampling
-    low, high = sampling.short_below, sampling.long_above + 1
-    spans = [(0, low), (low, high), (high, None)]
-    titles = [f"below {length_name(low)}", "between", f"above {length_name(sampling.long_above)}"]
-    rows = [["source", "documents", "tokens read", "in samples", *titles]]
-    for source in sources:
-        documents, before, _, after = source.between(0, None)
-        cells = [source.between(*span) for span in spans]
-        moved = [f"{_percent(cell[1], before)} -> {_percent(cell[3], after)}" for cell in cells]
-        rows.append([source.name, f"{documents:,}", f"{before:,}", f"{after:,}", *moved])
-    lines = [head, *_table(rows), "  (share of the source's tokens in documents of these lengths: read -> in the samples)"]
-    if too_short:
-        lines.append(f"  dropped: {_many(too_short, 'document')} shorter than a sample (packing: single)")
-    return "\n".join(lines)
-
-
-def _sft_text(name: str, sources: list[SourceLengths], runs: Runs, too_long: int) -> str:
-    total, padding = int(runs.length.sum()), int(runs.length[runs.source == PADDING].sum())
-    learned = int(runs.length[runs.loss].sum())
-    head = (
-        f"{name}: {_many(len(runs), 'sample')} of {runs.seq_length:,} tokens, {_percent(learned, total)} learned (answers), "
-        f"{_percent(padding, total)} padding"
-    )
-    rows = [["source", "chats", "tokens read", "in samples", "median", "longest"]]
-    for source in sources:
-        chats, before, _, after = source.between(0, None)
-        median, longest = (int(f(source.length)) if chats else 0 for f in (np.median, np.max))
-        rows.append([source.name, f"{chats:,}", f"{before:,}", f"{after:,}", f"{median:,}", f"{longest:,}"])
-    lines = [head, *_table(rows)]
-    if too_long:
-        lines.append(f"  dropped: {_many(too_long, 'conversation')} longer than {runs.seq_length:,} tokens")
-    return "\n".join(lines)
-
-
-def _table(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    return [
-        "  " + "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]
-
-
-def _many(count: int, noun: str) -> str:
-    return f"{count:,} {noun}{'s' if count != 1 else ''}"
-
-
-def _percent(part: int, whole: int) -> str:
-    return f"{100 * part / whole:.0f} %" if whole else "-"
+def _probe(task: InputTask, source: DocumentSource, tokenizer: Tokenizer, chats: bool) -> tuple[int, int]:
+    """Bytes of text that were encoded, and their tokens."""
+    encoder = ChatEncoder(tokenizer) if chats else None
+    read = tokens = 0
+    for record in read_task(task, source, chats=chats):
+        if isinstance(record, BadRecord):
+            raise DataError(record.what, where=record.place)
+        if encoder is not None:
+            assert isinstance(record, Chat)
+            read += len(json.dumps(record.messages).encode())
+            tokens += sum(len(part) for part, _ in encoder.encode(record))
+        else:
+            assert isinstance(record, Document)
+            text = "".join(part.text for part in record.parts)[:_PROBE]
+            read += len(text.encode())
+            tokens += len(tokenizer.encode(text))
+        if read >= _PROBE:
+            break
+    return read, tokens

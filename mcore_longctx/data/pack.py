@@ -29,9 +29,10 @@ from mcore_longctx.data.plan import read_plan
 from mcore_longctx.data.shards import DocumentTable
 from mcore_longctx.data.sidecar import LITERAL, PADDING, RUN_COLUMNS, Runs
 from mcore_longctx.data.tokenize import TokenJob, open_job, read_documents_table
+from mcore_longctx.data.tokenizers import Tokenizer, load_tokenizer
 from mcore_longctx.data.workspace import remove_leftovers, run_tasks
 from mcore_longctx.errors import ConfigError, DataError
-from mcore_longctx.manifest import MANIFEST, sha256_file, verify_manifest, versions, write_atomic, write_manifest
+from mcore_longctx.manifest import MANIFEST, verify_manifest, versions, write_atomic, write_manifest
 
 __all__ = ["PackReport", "pack"]
 
@@ -51,6 +52,10 @@ class PackReport:
     seq_length: int
     bin_sha256: str
     was_done: bool
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same, for JSON."""
+        return vars(self) | {"folder": str(self.folder)}
 
     def __str__(self) -> str:
         done = " (done before)" if self.was_done else ""
@@ -91,7 +96,9 @@ def pack(
     if plan["documents_sha256"] != table.sha256():
         raise DataError("was made from other tokens", where=out / "plan", fix="run `data plan` again")
     work = _work_folder(out, name, job, plan)
-    packer = _Packer(job, table, runs, work, plan.get("pad_token_id"))
+    counts = _count(runs)
+    pad_token_id = _pad_id(load_tokenizer(job.tokenizer)) if counts["tokens_of_padding"] else None
+    packer = _Packer(job, table, runs, work, pad_token_id)
     blocks = [block for block in range(packer.blocks) if not packer.mark(block).is_file()]
     for tokens in run_tasks(packer.write_block, blocks, workers):
         on_block(tokens)
@@ -104,11 +111,11 @@ def pack(
         "vocab_size": job.vocab_size,
         "plan_sha256": plan["plan_sha256"],
         "seed": plan["seed"],
-        "pad_token_id": plan.get("pad_token_id"),
+        "pad_token_id": pad_token_id,
+        "begin_tokens": plan["begin_tokens"],
         "versions": versions(),
     }
     _write_sidecar(work / "samples.runs", runs, table, crc32, sidecar_facts)
-    counts = _count(runs)
     _publish(out, name, work)
     for picture in ("lengths.json", "lengths.png"):
         shutil.copyfile(out / "plan" / picture, out / picture)
@@ -186,6 +193,21 @@ def _publish(out: Path, name: str, work: Path) -> None:
         source = work / ("tokens.bin" if suffix == "bin" else f"samples.{suffix}")
         if source.exists():
             source.replace(out / f"{name}.{suffix}")
+
+
+def _pad_id(tokenizer: Tokenizer) -> int:
+    """The id that fills samples: the tokenizer's pad token, else its EOS.
+
+    Raises:
+        DataError: it names neither.
+    """
+    for role in ("pad_token", "eos_token"):
+        text = tokenizer.special_tokens.get(role)
+        found = tokenizer.control_id(text) if text is not None else None
+        if found is not None:
+            return found
+    where = tokenizer.path.parent / "tokenizer_config.json"
+    raise DataError("no pad_token and no eos_token that the tokenizer knows", where=where, fix="name one of them there")
 
 
 class _Packer:
@@ -295,7 +317,9 @@ def _write_sidecar(path: Path, runs: Runs, table: DocumentTable, crc32: npt.NDAr
         for low in range(0, len(runs.length), _ROWS):
             block = slice(low, low + _ROWS)
             document = runs.document[block]
-            file["document"][block] = np.where(document >= 0, number[np.maximum(document, 0)], document) if len(used) else document
+            file["document"][block] = (
+                np.where(document >= 0, number[np.maximum(document, 0)], document) if len(used) else document
+            )
             for name in ("start", "length", "loss"):
                 file[name][block] = getattr(runs, name)[block]
         file["first_run"][:], file["literals"][:], file["crc32"][:] = runs.first_run, runs.literals, crc32

@@ -1,8 +1,8 @@
 """`data tokenize`: documents or chats to token shards, in tasks that any number of workers, starts and machines may share.
 
-    OUT/tokens/settings.json            what was asked, and the tasks: written first, compared by every later start
-    OUT/tokens/000012.tokens .docs      one pair a task (`data/shards.py`)
-    OUT/tokens/manifest.json            what came of it: written when every task is done
+OUT/tokens/settings.json            what was asked, and the tasks: written first, compared by every later start
+OUT/tokens/000012.tokens .docs      one pair a task (`data/shards.py`)
+OUT/tokens/manifest.json            what came of it: written when every task is done
 """
 
 from __future__ import annotations
@@ -89,8 +89,14 @@ class TokenReport:
         """Tokens of all sources."""
         return sum(source.tokens for source in self.sources)
 
+    def as_dict(self) -> dict[str, Any]:
+        """The same, for JSON."""
+        return dataclasses.asdict(self) | {"folder": str(self.folder)}
+
     def __str__(self) -> str:
-        lines = [f"{sum(s.documents for s in self.sources):,} documents, {self.tokens:,} tokens in {self.folder} ({self.backend})"]
+        lines = [
+            f"{sum(s.documents for s in self.sources):,} documents, {self.tokens:,} tokens in {self.folder} ({self.backend})"
+        ]
         for source in self.sources:
             left_out = [f"{count:,} {what}" for count, what in ((source.empty, "empty"), (source.bad, "bad")) if count]
             note = f"; left out: {', '.join(left_out)}" if left_out else ""
@@ -253,9 +259,7 @@ def _encoder(job: TokenJob, tokenizer: Tokenizer) -> Encode:
     return lambda record: [(tokenizer.encode(part.text), part.loss) for part in record.parts]  # type: ignore[union-attr]
 
 
-def _run_task(
-    job: TokenJob, number: int, tokenizer: Tokenizer, encode: Encode, max_bad: int, verify_fraction: float
-) -> _Result:
+def _run_task(job: TokenJob, number: int, tokenizer: Tokenizer, encode: Encode, max_bad: int, verify_fraction: float) -> _Result:
     task = job.tasks[number]
     source = job.sources[task.source]
     bad: list[str] = []
@@ -368,10 +372,14 @@ def _refuse_changes(old: dict[str, Any], job: TokenJob, path: Path) -> None:
         raise ConfigError("the tokenizer is another one than when this folder was begun", where=path, fix=fix)
     for name in ("chats", "dtype", "vocab_size"):
         if old.get(name) != new[name]:
-            raise ConfigError(f"{name} was {old.get(name)!r} when this folder was begun, it is {new[name]!r} now", where=path, fix=fix)
+            raise ConfigError(
+                f"{name} was {old.get(name)!r} when this folder was begun, it is {new[name]!r} now", where=path, fix=fix
+            )
     if old.get("sources") != new["sources"]:
         names = [row.get("name") for row in old.get("sources", [])]
-        raise ConfigError(f"the sources were {names} when this folder was begun, or their paths or fields differ", where=path, fix=fix)
+        raise ConfigError(
+            f"the sources were {names} when this folder was begun, or their paths or fields differ", where=path, fix=fix
+        )
     if old.get("tasks") != new["tasks"]:
         raise ConfigError(
             "the input files have changed since this folder was begun (names, sizes, times or --range)", where=path, fix=fix
