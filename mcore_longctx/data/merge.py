@@ -1,0 +1,241 @@
+"""`data merge`: several indexed datasets as one, in constant memory.
+
+Megatron's own merge keeps all lengths in Python lists and does not look at the size of a `.bin`: a cut one shifts every token behind
+it. Here each input is checked first, bytes are copied by the kernel, and columns go from map to file in blocks.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from mcore_longctx.data.arrays import new_arrays
+from mcore_longctx.data.index_file import write_index
+from mcore_longctx.data.indexed import IndexedReader
+from mcore_longctx.data.sidecar import LITERAL, RUN_COLUMNS, SIDECAR_COLUMNS, Runs, check_index, read_runs
+from mcore_longctx.data.workspace import partial_path
+from mcore_longctx.errors import DataError
+from mcore_longctx.manifest import fsync_folder, readable_bytes, versions
+
+__all__ = ["merge_in_words", "merge_indexed"]
+
+_COPY = 1 << 26  # bytes copied at once where the kernel does not copy by itself
+_ROWS = 1 << 20
+_MUST_AGREE = ("tokenizer_sha256", "vocab_size", "pad_token_id", "begin_tokens")  # what a reader takes from a sidecar's facts
+_MAX_SOURCES = 2**16
+# between these files the kernel does not copy: other file systems, old kernels
+_NOT_HERE = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+
+
+def merge_indexed(prefixes: Sequence[Path | str], out: Path | str) -> dict[str, Any]:
+    """Write OUT.bin and OUT.idx: the sequences of all inputs, in the order given. Documents stay documents.
+
+    If every input has a sidecar of the same seq_length, OUT.runs is written too: sources by name, documents renumbered, checksums
+    kept. The inputs are only read. Nothing appears under a final name before all is written, the index appears last, and what is
+    there is never replaced.
+
+    Args:
+        prefixes: paths without suffix, or of a .bin or .idx file.
+        out: path without suffix.
+
+    Returns:
+        facts for `merge_in_words` and JSON: prefix, inputs, sequences, documents, tokens, bytes, dtype, runs, note.
+
+    Raises:
+        DataError: OUT is there; an input is missing, cut or damaged; token types, tokenizers or kinds of files do not agree; no
+            space is left.
+    """
+    if not prefixes:
+        raise DataError("nothing to merge", where=out, fix="name at least one input")
+    files = {suffix: Path(f"{out}.{suffix}") for suffix in ("runs", "bin", "idx")}  # in the order in which they appear
+    _refuse_existing(files)
+    readers = [IndexedReader(_without_suffix(Path(prefix))) for prefix in prefixes]
+    _check_agree(readers)
+    runs, note = _read_all_runs(readers)
+    partial_bin, partial_idx = partial_path(files["bin"]), partial_path(files["idx"])
+    try:
+        _copy_tokens(readers, partial_bin)
+        checksum = write_index(partial_idx, readers[0].dtype, [reader.index.columns for reader in readers])
+        _refuse_existing(files)
+        if runs:
+            _write_runs(files["runs"], runs, [reader.prefix.name for reader in readers], checksum)
+        partial_bin.rename(files["bin"])
+        partial_idx.rename(files["idx"])
+        fsync_folder(files["idx"].parent)
+    except OSError as error:
+        raise DataError(f"cannot be written ({error.strerror})", where=out, fix="make room or choose another folder") from None
+    finally:
+        partial_bin.unlink(missing_ok=True)
+        partial_idx.unlink(missing_ok=True)
+    size = sum(reader.index.bytes for reader in readers)
+    return {
+        "prefix": str(out),
+        "inputs": [str(reader.prefix) for reader in readers],
+        "sequences": sum(len(reader) for reader in readers),
+        "documents": sum(len(reader.document_indices) - 1 for reader in readers),
+        "tokens": size // readers[0].dtype.itemsize,
+        "bytes": size,
+        "dtype": readers[0].dtype.name,
+        "runs": bool(runs),
+        "note": note,
+    }
+
+
+def merge_in_words(facts: dict[str, Any]) -> str:
+    """What `merge_indexed` did, for the screen."""
+    runs = "with a sidecar" if facts["runs"] else f"without a sidecar: {facts['note']}"
+    return (
+        f"{facts['prefix']}: {len(facts['inputs'])} inputs, {facts['sequences']:,} sequences in {facts['documents']:,} documents, "
+        f"{facts['tokens']:,} tokens ({facts['dtype']}, {readable_bytes(facts['bytes'])}), {runs}"
+    )
+
+
+def _without_suffix(path: Path) -> Path:
+    return path.with_suffix("") if path.suffix in (".bin", ".idx") else path
+
+
+def _refuse_existing(files: dict[str, Path]) -> None:
+    for path in files.values():
+        if path.exists():
+            raise DataError("file is already there", where=path, fix="choose another name or remove it")
+
+
+def _check_agree(readers: Sequence[IndexedReader]) -> None:
+    first = readers[0]
+    for reader in readers[1:]:
+        if reader.dtype != first.dtype:
+            raise DataError(
+                f"holds {reader.dtype} tokens, {first.prefix} holds {first.dtype}",
+                where=reader.prefix,
+                fix="merge what one tokenizer made, or tokenize again",
+            )
+        if (reader.index.sequence_modes is None) != (first.index.sequence_modes is None) and len(reader) and len(first):
+            raise DataError(f"one of this and {first.prefix} is multimodal, the other is not", where=reader.prefix)
+
+
+def _copy_tokens(readers: Sequence[IndexedReader], path: Path) -> None:
+    with path.open("wb", buffering=0) as target:
+        for reader in readers:
+            source = Path(f"{reader.prefix}.bin")
+            if _copy(source, target.fileno(), reader.index.bytes) != reader.index.bytes:
+                raise DataError("became shorter while it was copied", where=source, fix="merge what nobody writes to")
+        os.fsync(target.fileno())
+
+
+def _copy(source: Path, target: int, size: int) -> int:
+    """Append `size` bytes of a file to a descriptor; return how many there were."""
+    copied, by_kernel = 0, True
+    with source.open("rb", buffering=0) as file:
+        while by_kernel and copied < size:
+            try:
+                count = os.copy_file_range(file.fileno(), target, min(size - copied, 1 << 30))
+            except OSError as error:
+                if error.errno not in _NOT_HERE:
+                    raise
+                count = 0
+            copied, by_kernel = copied + count, count > 0
+        while copied < size and (block := file.read(min(size - copied, _COPY))):
+            view = memoryview(block)
+            while view:
+                view = view[os.write(target, view) :]
+            copied += len(block)
+    return copied
+
+
+# ------------------------------------------------------------------ sidecars
+def _read_all_runs(readers: Sequence[IndexedReader]) -> tuple[list[Runs], str | None]:
+    """Sidecars of all inputs, checked; or none, and why."""
+    without = [reader.prefix for reader in readers if not Path(f"{reader.prefix}.runs").is_file()]
+    if without:
+        return [], f"{len(without)} of {len(readers)} inputs have none, first {without[0]}"
+    runs = [read_runs(reader.prefix) for reader in readers]
+    for reader, part in zip(readers, runs, strict=True):
+        check_index(reader.prefix, part)
+        if len(part) != len(reader):
+            raise DataError(
+                f"{len(reader):,} sequences, its sidecar says {len(part):,}", where=reader.prefix, fix="build it again"
+            )
+    first = runs[0]
+    for reader, part in zip(readers, runs, strict=True):
+        if part.seq_length != first.seq_length:
+            return [], f"samples of {first.seq_length:,} and of {part.seq_length:,} tokens"
+        for name in _MUST_AGREE:
+            if part.facts.get(name) != first.facts.get(name):
+                raise DataError(
+                    f"has {name} {part.facts.get(name)!r}, {readers[0].prefix} has {first.facts.get(name)!r}",
+                    where=reader.prefix,
+                    fix="merge what was made in one way",
+                )
+        if first.facts.get("begin_tokens") and not np.array_equal(part.literals, first.literals):
+            raise DataError(
+                f"has other separators than {readers[0].prefix}", where=reader.prefix, fix="merge what was made in one way"
+            )
+    return runs, None
+
+
+def _write_runs(path: Path, runs: list[Runs], names: list[str], idx_crc32: int) -> None:
+    sources = tuple(dict.fromkeys(source for part in runs for source in part.sources))
+    if len(sources) > _MAX_SOURCES:
+        raise DataError(f"{len(sources):,} sources, a sidecar has at most {_MAX_SOURCES:,}", where=path)
+    literals, literal_base = _join_literals(runs)
+    counted = {**dict.fromkeys((*RUN_COLUMNS, *SIDECAR_COLUMNS)), "first_run": None}
+    columns: dict[str, Any] = {name: (getattr(runs[0], name).dtype, sum(len(getattr(r, name)) for r in runs)) for name in counted}
+    columns["first_run"] = (np.int64, 1 + sum(len(part) for part in runs))
+    columns["literals"] = (np.int32, len(literals))
+    facts = _join_facts(runs, names) | {"sources": sources, "documents": columns["id_stop"][1], "idx_crc32": idx_crc32}
+    with new_arrays(path, columns, facts) as file:
+        file["literals"][:] = literals
+        at = dict.fromkeys(columns, 0)
+        at["first_run"] = 1
+
+        def append(name: str, column: npt.NDArray[Any], shift: int = 0) -> None:
+            for low in range(0, len(column), _ROWS):
+                block = column[low : low + _ROWS]
+                file[name][at[name] : at[name] + len(block)] = block + shift if shift else block
+                at[name] += len(block)
+
+        for part, base in zip(runs, literal_base, strict=True):
+            rows, documents, id_bytes = at["length"], at["id_stop"], at["ids"]
+            row_of = np.array([sources.index(source) for source in part.sources], np.uint16)
+            for low in range(0, len(part.length), _ROWS):
+                block = slice(low, low + _ROWS)
+                document = part.document[block]
+                append("document", np.where(document >= 0, document + documents, document))
+                append("start", np.where(document == LITERAL, part.start[block] + base, part.start[block]))
+            for low in range(0, len(part.document_source), _ROWS):
+                append("document_source", row_of[part.document_source[low : low + _ROWS]])
+            for name in ("length", "loss", "ids", "crc32"):
+                append(name, getattr(part, name))
+            append("id_stop", part.id_stop, id_bytes)
+            append("first_run", part.first_run[1:], rows)
+
+
+def _join_literals(runs: list[Runs]) -> tuple[npt.NDArray[np.int32], list[int]]:
+    """Literals of all parts, each kind once, and where those of each part begin."""
+    begins: dict[bytes, int] = {}
+    kinds: list[npt.NDArray[np.int32]] = []
+    at = 0
+    for part in runs:
+        if part.literals.tobytes() not in begins:
+            begins[part.literals.tobytes()] = at
+            kinds.append(part.literals)
+            at += len(part.literals)
+    return np.concatenate(kinds), [begins[part.literals.tobytes()] for part in runs]
+
+
+def _join_facts(runs: list[Runs], names: list[str]) -> dict[str, Any]:
+    """What all parts say alike; the rest stands in `merged`, one entry an input."""
+    first = runs[0].facts
+    same = {name for name in first if all(part.facts.get(name, ...) == first[name] for part in runs)}
+    left_out = same | {"sources", "documents", "idx_crc32"}
+    merged = [
+        {"name": name} | {k: v for k, v in part.facts.items() if k not in left_out}
+        for name, part in zip(names, runs, strict=True)
+    ]
+    return {name: first[name] for name in first if name in same} | {"merged": merged, "versions": versions()}
