@@ -119,6 +119,7 @@ class PackedSamples:
         begin_tokens = (document == LITERAL) & (start < self._begin_tokens)
         begins[1:] &= ~begin_tokens[:-1]
         begins[1:] |= begin_tokens[1:]
+        begins[:1] = False  # what comes first needs no border
         return [int(part.sum()) for part in np.split(length, np.flatnonzero(begins))]
 
     def _ranges(self, index: int, ranges: list[tuple[int, int]]) -> tuple[IntArray, IntArray, BoolArray]:

@@ -314,7 +314,7 @@ def _recipe_facts(recipe: Recipe) -> list[tuple[str, str]]:
     for name, section in recipe.data.items():
         sources = ", ".join(f"{source.name} ({source.path})" for source in section.sources)
         is_long = any(stage.data == name and stage.kind == "pretrain" for stage in recipe.stages)
-        how = f"; separator {section.separator!r}, no mask between documents; packing: {section.packing}" if is_long else ""
+        how = f"; between documents {section.separator_text}; packing: {section.packing}" if is_long else ""
         facts.append((f"data “{name}”", sources + how))
     facts.append(("phase of the rope", recipe.rope.phase_dtype))
     facts.append(("evaluation", f"{recipe.evaluate.parallel.describe()}, {recipe.evaluate.precision}"))

@@ -125,27 +125,29 @@ def _data_step(recipe: Recipe, resolved: Resolved, folder: Path, stage: Stage) -
             f"{stage.data}: {samples:,} samples of {stage.seq_length:,} tokens = {samples * stage.seq_length:,} tokens",
             f"documents: {names}",
             f"below {sampling.short_below:,} tokens kept with probability {sampling.keep_probability:g}, above {sampling.long_above:,} "
-            f"taken {sampling.repetition:g} times; separator {section.separator!r}, no mask between documents; packing: {section.packing}",
+            f"taken {sampling.repetition:g} times; between documents {section.separator_text}; packing: {section.packing}",
         ]
     else:
         lines = [f"{stage.data}: chats -> samples of {stage.seq_length:,} tokens, loss on answers only", f"chats: {names}"]
 
     def action() -> dict[str, Any]:
-        from mcore_longctx.data.build import build_pretrain, build_sft
+        from mcore_longctx.data.build import build
+        from mcore_longctx.data.workspace import usable_cores
 
-        common: dict[str, Any] = {
-            "tokenizer": recipe.tokenizer_folder,
-            "model_vocab_size": resolved.shape.vocab_size,
-            "seq_length": stage.seq_length,
-            "seed": recipe.seed,
-            "out": out,
-        }
-        if stage.kind == "pretrain":
-            report = build_pretrain(section, stage.data, num_samples=samples, **common)
-        else:
-            report = build_sft(section, stage.data, **common)
+        report = build(
+            section,
+            stage.data,
+            chats=stage.kind == "sft",
+            tokenizer=recipe.tokenizer_folder,
+            model_vocab_size=resolved.shape.vocab_size,
+            seq_length=stage.seq_length,
+            num_samples=samples if stage.kind == "pretrain" else None,
+            seed=recipe.seed,
+            out=out,
+            workers=usable_cores(),
+        )
         print(report)
-        return {"samples": report.samples}
+        return {"samples": report.pack.samples}
 
     keys = (
         f"data.{stage.data}",
@@ -156,7 +158,7 @@ def _data_step(recipe: Recipe, resolved: Resolved, folder: Path, stage: Stage) -
         "seed",
     )
     files = tuple(source.path for source in section.sources)
-    return Step(f"data-{stage.name}", stage.name, tuple(lines), keys, files, (out,), action)
+    return Step(f"data-{stage.name}", stage.name, tuple(lines), keys, files, (out / "manifest.json",), action)
 
 
 def _train_step(recipe: Recipe, folder: Path, stage: Stage) -> Step:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mcore_longctx.data.shards import DocumentTable, TokenWriter
+from mcore_longctx.data.shards import DocumentTable, ShardWriter, read_table
 
 VOCABULARY = 350
 CONTROL = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|pad|>"]
@@ -110,15 +110,20 @@ def jsonl(tmp_path: Path) -> Callable[..., Path]:
 
 
 def make_table(
-    path: Path, documents: list[tuple[int, str, list[tuple[int, bool]]]], sources: int = 1
-) -> tuple[DocumentTable, np.ndarray]:
-    """Table and tokens of made-up documents: (source, id, [(length of a segment, loss), ...]). Every token is another one."""
-    count = 0
-    with TokenWriter(path, np.dtype("<i4"), [f"source{index}" for index in range(sources)]) as writer:
-        for source, name, segments in documents:
-            made = []
-            for length, loss in segments:
-                made.append((np.arange(count, count + length, dtype=np.int32), loss))
-                count += length
-            writer.add(source, name, made)
-        return writer.table(), np.array(writer.tokens())
+    folder: Path, documents: list[tuple[int, str, list[tuple[int, bool]]]], sources: int = 1, shards_a_source: int = 1
+) -> DocumentTable:
+    """Table of made-up documents: (source, id, [(length of a segment, loss), ...]). Every token is another one."""
+    count, shard_source = 0, []
+    for source in range(sources):
+        mine = [(name, segments) for index, name, segments in documents if index == source]
+        for part in range(shards_a_source):
+            with ShardWriter(folder, len(shard_source), np.dtype("<i4"), f"source{source}") as shard:
+                for name, segments in mine[part::shards_a_source]:
+                    made = []
+                    for length, loss in segments:
+                        made.append((np.arange(count, count + length, dtype=np.int32), loss))
+                        count += length
+                    shard.add(name, made)
+                shard.publish({})
+            shard_source.append(source)
+    return read_table(folder, [f"source{index}" for index in range(sources)], shard_source)

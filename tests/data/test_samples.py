@@ -1,7 +1,6 @@
 """A packed sample: shifted labels, a mask that follows the predicted token, and context-parallel shares that add up."""
 
-import zlib
-from dataclasses import replace
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mcore_longctx.data import IndexedWriter, PackedSamples, Runs, read_runs
-from mcore_longctx.data.sidecar import LITERAL, PADDING, write_runs
+from mcore_longctx.data import IndexedWriter, PackedSamples, read_runs
+from mcore_longctx.data.samples import ReadAhead
+from mcore_longctx.data.sidecar import LITERAL, PADDING
 from mcore_longctx.errors import DataError, LayoutError
 from mcore_longctx.layout import zigzag_positions
+from tests.sidecars import write_runs
 
 SEQ_LENGTH, SAMPLES = 48, 3
 
@@ -28,20 +29,16 @@ def packed(folder: Path, seed: int = 0) -> tuple[Path, np.ndarray, np.ndarray]:
         for row in tokens.reshape(SAMPLES, SEQ_LENGTH):
             writer.add(row)
     count = len(cuts) - 1
-    runs = Runs(
+    write_runs(
+        prefix,
         seq_length=SEQ_LENGTH,
-        sources=("books",),
-        document_ids=("a", "b"),
+        documents=[("books", "a"), ("books", "b")],
         first_run=np.searchsorted(cuts, np.arange(SAMPLES + 1) * SEQ_LENGTH),
-        source=np.zeros(count, np.int32),
         document=np.arange(count) % 2,
         start=cuts[:-1],
         length=np.diff(cuts),
         loss=loss,
-        literals=np.zeros(0, np.int32),
-        crc32=np.array([zlib.crc32(row.tobytes()) for row in tokens.reshape(SAMPLES, SEQ_LENGTH)], np.uint32),
     )
-    write_runs(prefix, runs)
     return prefix, tokens.astype(np.int64), np.repeat(loss, np.diff(cuts))
 
 
@@ -95,90 +92,86 @@ def test_a_sidecar_of_another_build_is_refused(made, tmp_path: Path) -> None:
     (one, *_), (other, *_) = made[:2]
     for suffix in (".bin", ".idx"):
         (tmp_path / f"x{suffix}").write_bytes(Path(f"{one}{suffix}").read_bytes())
-    (tmp_path / "x.runs.npz").write_bytes(Path(f"{other}.runs.npz").read_bytes())
+    (tmp_path / "x.runs").write_bytes(Path(f"{other}.runs").read_bytes())
     with pytest.raises(DataError, match=r"sample 0 is not the one that the sidecar describes"):
         PackedSamples(tmp_path / "x")
 
 
+def zeros_with_runs(prefix: Path, seq_length: int, rows: list, *, first_run: list[int], literals=(), facts=None) -> PackedSamples:
+    """Samples of zeros whose runs are `rows`: (document, start, length), all learned."""
+    with IndexedWriter(prefix, "uint16") as writer:
+        for _ in range(len(first_run) - 1):
+            writer.add(np.zeros(seq_length, np.uint16))
+    document, start, length = zip(*rows, strict=True)
+    write_runs(
+        prefix,
+        seq_length=seq_length,
+        documents=[("books", "moby"), ("chats", "chat")],
+        literals=literals,
+        facts=facts,
+        first_run=first_run,
+        document=document,
+        start=start,
+        length=length,
+        loss=np.ones(len(rows)),
+    )
+    return PackedSamples(prefix)
+
+
 def test_documents_of_a_sample_are_told_apart(tmp_path: Path) -> None:
     """Two samples: a document that began before, a separator, a chat in three stretches, the same chat again, padding; one document."""
-    a, b, literal, padding = (0, 0), (0, 1), (LITERAL, -1), (PADDING, -1)
-    rows = [  # (source, document), start, length
-        *((literal, 1, 1), (a, 7, 3), (literal, 0, 2), (b, 0, 2), (b, 2, 1), (b, 3, 4), (b, 0, 3), (padding, 0, 4)),
+    a, b = 0, 1
+    rows = [
+        *((LITERAL, 1, 1), (a, 7, 3), (LITERAL, 0, 2), (b, 0, 2), (b, 2, 1), (b, 3, 4), (b, 0, 3), (PADDING, 0, 4)),
         (a, 10, 20),
     ]
-    runs = Runs(
-        seq_length=20,
-        sources=("books",),
-        document_ids=("moby", "chat"),
-        first_run=np.array([0, 8, 9]),
-        source=np.array([row[0][0] for row in rows], np.int32),
-        document=np.array([row[0][1] for row in rows]),
-        start=np.array([row[1] for row in rows]),
-        length=np.array([row[2] for row in rows]),
-        loss=np.array([i % 2 == 0 for i in range(9)]),
-        literals=np.array([60, 115], np.int32),
-        crc32=np.array([zlib.crc32(np.zeros(20, np.uint16).tobytes())] * 2, np.uint32),
-    )
-    with IndexedWriter(tmp_path / "x", "uint16") as writer:
-        for _ in range(2):
-            writer.add(np.zeros(20, np.uint16))
-    write_runs(tmp_path / "x", runs)
-    samples = PackedSamples(tmp_path / "x")
+    samples = zeros_with_runs(tmp_path / "x", 20, rows, first_run=[0, 8, 9], literals=[60, 115])
     assert samples.document_lengths(0) == [6, 7, 3]
     assert samples.document_lengths(1) == [20]
 
 
-def test_runs_come_back_as_written_and_in_words(tmp_path: Path) -> None:
-    runs = Runs(
-        seq_length=6,
-        sources=("books",),
-        document_ids=("moby",),
-        first_run=np.array([0, 3]),
-        source=np.array([0, LITERAL, PADDING], np.int32),
-        document=np.array([0, -1, -1]),
-        start=np.array([9, 0, 0]),
-        length=np.array([3, 2, 1]),
-        loss=np.array([True, True, False]),
-        literals=np.array([60, 115], np.int32),
-        crc32=np.array([1], np.uint32),
-    )
-    write_runs(tmp_path / "x", runs)
-    back = read_runs(tmp_path / "x")
-    assert back.sample(0) == runs.sample(0)
-    assert [(r.source, r.document, r.start, r.length, r.loss, r.is_padding) for r in back.sample(0)] == [
+def test_a_begin_token_belongs_to_the_document_behind_it(tmp_path: Path) -> None:
+    # literals: one begin token, then one end token
+    rows = [(0, 5, 4), (LITERAL, 1, 1), (LITERAL, 0, 1), (1, 0, 3), (LITERAL, 1, 1), (LITERAL, 0, 1), (0, 0, 2), (PADDING, 0, 2)]
+    samples = zeros_with_runs(tmp_path / "x", 15, rows, first_run=[0, 8], literals=[1, 2], facts={"begin_tokens": 1})
+    assert samples.document_lengths(0) == [5, 5, 3]
+    rows = [(LITERAL, 0, 1), (1, 0, 3), (LITERAL, 1, 1)]
+    samples = zeros_with_runs(tmp_path / "y", 5, rows, first_run=[0, 3], literals=[1, 2], facts={"begin_tokens": 1})
+    assert samples.document_lengths(0) == [5]
+
+
+def test_padding_before_the_end_is_refused(tmp_path: Path) -> None:
+    samples = zeros_with_runs(tmp_path / "x", 6, [(PADDING, 0, 2), (0, 0, 4)], first_run=[0, 2])
+    with pytest.raises(DataError, match="sample 0 has padding before its end"):
+        samples.document_lengths(0)
+
+
+def test_runs_in_words(tmp_path: Path) -> None:
+    samples = zeros_with_runs(tmp_path / "x", 6, [(0, 9, 3), (LITERAL, 0, 2), (PADDING, 0, 1)], first_run=[0, 3], literals=[60, 115])
+    assert [(r.source, r.document, r.start, r.length, r.loss, r.is_padding) for r in read_runs(tmp_path / "x").sample(0)] == [
         ("books", "moby", 9, 3, True, False),
         (None, None, 0, 2, True, False),
-        (None, None, 0, 1, False, True),
+        (None, None, 0, 1, True, True),
     ]
-    again = tmp_path / "again"
-    write_runs(again, back)
-    assert Path(f"{again}.runs.npz").read_bytes() == (tmp_path / "x.runs.npz").read_bytes()
+    assert len(samples) == 1
 
 
-def test_damaged_sidecars_are_refused(made, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"x\.runs\.npz: no such file"):
-        read_runs(tmp_path / "x")
-    whole = Path(f"{made[0][0]}.runs.npz").read_bytes()
-    (tmp_path / "x.runs.npz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(DataError, match="not a runs file, or damaged"):
-        read_runs(tmp_path / "x")
-    runs = read_runs(made[0][0])
-    for change, message in (
-        ({"length": runs.length + (np.arange(len(runs.length)) == 2)}, "runs do not add up to whole samples"),
-        ({"first_run": runs.first_run[:-1]}, "first_run does not go over all runs"),
-        ({"length": np.zeros_like(runs.length)}, "a run without tokens"),
-        ({"source": np.full_like(runs.source, 1)}, "a run of an unknown source"),
-        ({"document": np.full_like(runs.document, 2)}, "a run of an unknown document"),
-        ({"source": np.full_like(runs.source, LITERAL)}, "a run of more literal tokens than there are"),
-        ({"loss": runs.loss[1:]}, "arrays of different lengths"),
-    ):
-        write_runs(tmp_path / "y", replace(runs, **change))
-        with pytest.raises(DataError, match=message):
-            read_runs(tmp_path / "y")
+def test_what_comes_next_is_read_in_a_thread() -> None:
+    """Every value is that of its key, whatever the order; one is read ahead and not twice."""
+    calls: list[tuple[int, bool]] = []
+    here = threading.get_ident()
 
+    def read(key: int) -> int:
+        calls.append((key, threading.get_ident() == here))
+        if key == 13:
+            raise DataError("bad luck")
+        return key * key
 
-def test_a_pickled_sidecar_is_refused(tmp_path: Path) -> None:
-    np.savez(tmp_path / "x.runs.npz", words=np.array([{"code": "runs"}], dtype=object))
-    with pytest.raises(DataError, match="not a runs file, or damaged"):
-        read_runs(tmp_path / "x")
+    ahead = ReadAhead(read)
+    assert [ahead.get(key, key + 1) for key in range(4)] == [0, 1, 4, 9]
+    assert ahead.get(9, 13) == 81
+    with pytest.raises(DataError, match="bad luck"):
+        ahead.get(13, 2)
+    assert ahead.get(5, 6) == 25
+    assert calls[:4] == [(0, True), (1, False), (2, False), (3, False)]
+    assert (9, True) in calls and (13, False) in calls

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mcore_longctx.convert import import_hf
-from mcore_longctx.data.build import build_pretrain
+from mcore_longctx.data.build import build
 from mcore_longctx.recipe.schema import DataSection, DocumentSource
 from tests.megatron_lm.program import EXAMPLES, SEQ_LENGTH, TINY
 
@@ -17,9 +17,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """FOLDER/data/books, packed samples of the tiny model's bytes, and FOLDER/start, its weights as Megatron-LM's `release`."""
     folder = tmp_path_factory.mktemp("megatron_lm")
     section = DataSection(sources=(DocumentSource(name="books", path=EXAMPLES / "documents" / "books"),), separator="<s>")
-    build_pretrain(
+    build(
         section,
         "books",
+        chats=False,
         tokenizer=TINY,
         model_vocab_size=262,
         seq_length=SEQ_LENGTH,

@@ -10,7 +10,6 @@ import shutil
 import sys
 import time
 import traceback
-import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
@@ -21,14 +20,14 @@ import numpy as np
 
 from mcore_longctx.convert import import_hf
 from mcore_longctx.convert.dcp_read import read_torch_dist
-from mcore_longctx.data import IndexedWriter, Runs
-from mcore_longctx.data.sidecar import write_runs
+from mcore_longctx.data import IndexedWriter
 from mcore_longctx.manifest import write_manifest
 from mcore_longctx.recipe import ModelShape, OptimizerSection, Parallel, Stage, TokenCount, read_card
 from mcore_longctx.rope import RopeScaling
 from mcore_longctx.train import TrainJob
 from tests.convert.hf_folders import llama_config, random_weights, write_folder
 from tests.multiproc import _FORKSERVER
+from tests.sidecars import write_runs
 
 SEQ_LENGTH, SAMPLES = 64, 20
 # 126 entries: padded to 128 with TP 1 and to 256 with TP 2
@@ -56,20 +55,16 @@ def write_data(folder: Path, *, top: int = 126, all_masked: bool = False) -> Pat
     with IndexedWriter(folder / "set", "uint16") as writer:
         for row in rows:
             writer.add(row)
-    runs = Runs(
+    write_runs(
+        folder / "set",
         seq_length=SEQ_LENGTH,
-        sources=("patterns",),
-        document_ids=("a",),
+        documents=[("patterns", "a")],
         first_run=np.arange(SAMPLES + 1) * 2,
-        source=np.zeros(count, np.int32),
-        document=np.zeros(count, np.int64),
-        start=np.zeros(count, np.int64),
+        document=np.zeros(count),
+        start=np.zeros(count),
         length=np.diff(cuts),
         loss=(np.arange(count) % 2 == 1) & (not all_masked),
-        literals=np.zeros(0, np.int32),
-        crc32=np.array([zlib.crc32(row.tobytes()) for row in rows], np.uint32),
     )
-    write_runs(folder / "set", runs)
     write_manifest(folder, "data", name="set", samples=SAMPLES)
     return folder / "set"
 
