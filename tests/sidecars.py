@@ -11,7 +11,9 @@ from mcore_longctx.data.arrays import write_arrays
 from mcore_longctx.data.sidecar import RUN_COLUMNS
 
 
-def write_runs(prefix: Path, *, seq_length: int, documents: list[tuple[str, str]], literals: Any = (), facts: Any = None, **runs: Any) -> None:
+def write_runs(
+    prefix: Path, *, seq_length: int, documents: list[tuple[str, str]], literals: Any = (), facts: Any = None, **runs: Any
+) -> None:
     """PREFIX.runs beside a .bin/.idx that is there. documents: (source, id); runs: first_run, document, start, length, loss."""
     reader = IndexedReader(prefix)
     sources = list(dict.fromkeys(source for source, _ in documents))

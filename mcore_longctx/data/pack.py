@@ -300,13 +300,8 @@ def _count(runs: Runs) -> dict[str, int]:
 
 # ------------------------------------------------------------------ sidecar
 def _write_sidecar(path: Path, runs: Runs, table: DocumentTable, crc32: npt.NDArray[np.uint32], facts: dict[str, Any]) -> None:
-    """The runs of the plan, with only those documents that are used, and their ids."""
-    is_used = np.zeros(len(table), np.bool_)
-    for low in range(0, len(runs.document), _ROWS):
-        document = runs.document[low : low + _ROWS]
-        is_used[document[document >= 0]] = True
-    used = np.flatnonzero(is_used)
-    number = np.cumsum(is_used) - 1  # of each row of the table among the used ones
+    """The runs of the plan, with only those documents that are used, numbered as they appear, and their ids."""
+    number, used = _by_appearance(runs, len(table))
     id_length = _id_lengths(table, used)
     columns: dict[str, Any] = {name: (dtype, len(runs.length)) for name, dtype in RUN_COLUMNS.items()}
     columns |= {"first_run": (np.int64, len(runs.first_run)), "literals": (np.int32, len(runs.literals))}
@@ -327,6 +322,25 @@ def _write_sidecar(path: Path, runs: Runs, table: DocumentTable, crc32: npt.NDAr
         _copy_ids(file["ids"], table, used, id_length)
 
 
+def _by_appearance(runs: Runs, documents: int) -> tuple[IntArray, IntArray]:
+    """Number of each row of the table in the order in which the samples use them (-1: unused), and the rows in that order.
+
+    The order of the table is that of the input files: it must not show in the result.
+    """
+    number = np.full(documents, -1)
+    used: list[IntArray] = []
+    count = 0
+    for low in range(0, len(runs.document), _ROWS):
+        document = runs.document[low : low + _ROWS]
+        rows, first = np.unique(document[document >= 0], return_index=True)
+        is_new = number[rows] < 0
+        new = rows[is_new][np.argsort(first[is_new])]
+        number[new] = np.arange(count, count + len(new))
+        used.append(new)
+        count += len(new)
+    return number, np.concatenate(used)
+
+
 def _id_lengths(table: DocumentTable, used: IntArray) -> IntArray:
     """Bytes of the ids of documents, int64 [used]."""
     lengths = [np.diff(shard.id_stop, prepend=0) for shard in table.shards]
@@ -334,15 +348,13 @@ def _id_lengths(table: DocumentTable, used: IntArray) -> IntArray:
 
 
 def _copy_ids(out: npt.NDArray[np.uint8], table: DocumentTable, used: IntArray, length: IntArray) -> None:
-    at = 0
-    borders = np.searchsorted(used, table.shard_first)
-    for shard, first, low, high in zip(table.shards, table.shard_first.tolist(), borders[:-1], borders[1:], strict=False):
-        for begin in range(int(low), int(high), _ROWS):
-            rows = slice(begin, min(begin + _ROWS, int(high)))
-            size = length[rows]
-            stops = shard.id_stop[used[rows] - first]
-            total = int(size.sum())
-            # byte k of the block is byte k - (bytes before its id) of its id
-            place = np.repeat(stops - np.cumsum(size), size) + np.arange(total)
-            out[at : at + total] = shard.ids[place]
-            at += total
+    begins = np.cumsum(length) - length
+    for low in range(0, len(used), _ROWS):
+        rows, size, begin = (column[low : low + _ROWS] for column in (used, length, begins))
+        shards = np.searchsorted(table.shard_first, rows, side="right") - 1
+        for number in np.unique(shards).tolist():
+            mine = shards == number
+            sizes = size[mine]
+            inner = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # place of each byte in its id
+            stops = table.shards[number].id_stop[rows[mine] - int(table.shard_first[number])]
+            out[np.repeat(begin[mine], sizes) + inner] = table.shards[number].ids[np.repeat(stops - sizes, sizes) + inner]

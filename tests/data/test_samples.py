@@ -147,7 +147,9 @@ def test_padding_before_the_end_is_refused(tmp_path: Path) -> None:
 
 
 def test_runs_in_words(tmp_path: Path) -> None:
-    samples = zeros_with_runs(tmp_path / "x", 6, [(0, 9, 3), (LITERAL, 0, 2), (PADDING, 0, 1)], first_run=[0, 3], literals=[60, 115])
+    samples = zeros_with_runs(
+        tmp_path / "x", 6, [(0, 9, 3), (LITERAL, 0, 2), (PADDING, 0, 1)], first_run=[0, 3], literals=[60, 115]
+    )
     assert [(r.source, r.document, r.start, r.length, r.loss, r.is_padding) for r in read_runs(tmp_path / "x").sample(0)] == [
         ("books", "moby", 9, 3, True, False),
         (None, None, 0, 2, True, False),
