@@ -14,10 +14,11 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from megatron.core.datasets.utils import Split
 
 from mcore_longctx.data import IndexedReader, PackedSamples, read_runs
-from mcore_longctx.data.build import BuildReport, build_pretrain, build_sft
+from mcore_longctx.data import build as build_module
+from mcore_longctx.data.build import BuildReport, expect
 from mcore_longctx.data.tokenizers import load_tokenizer
 from mcore_longctx.data.verify import verify_data
-from mcore_longctx.errors import CheckpointError, ConfigError, DataError
+from mcore_longctx.errors import ConfigError, DataError, LongctxError
 from mcore_longctx.manifest import verify_manifest
 from mcore_longctx.recipe.schema import DataSection, DocumentSource, LengthSampling, TokenCount
 from tests.data.conftest import VOCABULARY, words
@@ -43,8 +44,8 @@ def corpus(tmp_path: Path, jsonl: Callable[..., Path]) -> list[Path]:
 
 
 def build(data: DataSection, tokenizer: Path, out: Path, **changes) -> BuildReport:
-    arguments = {"model_vocab_size": 512, "seq_length": SEQ_LENGTH, "num_samples": None, "seed": 7} | changes
-    return build_pretrain(data, "text", tokenizer=tokenizer, out=out, **arguments)
+    arguments = {"chats": False, "model_vocab_size": 512, "seq_length": SEQ_LENGTH, "num_samples": None, "seed": 7} | changes
+    return build_module.build(data, "text", tokenizer=tokenizer, out=out, **arguments)
 
 
 def samples_of(report: BuildReport) -> list[list[int]]:
@@ -52,19 +53,25 @@ def samples_of(report: BuildReport) -> list[list[int]]:
     return [reader[i].tolist() for i in range(len(reader))]
 
 
+def folder_of(report: BuildReport) -> Path:
+    return report.pack.folder
+
+
 def test_the_folder_holds_what_the_architecture_names(corpus, tokenizer_folder: Path, tmp_path: Path) -> None:
     report = build(section(*corpus), tokenizer_folder, tmp_path / "out", num_samples=10)
-    names = ["lengths.json", "lengths.png", "manifest.json", "text.bin", "text.idx", "text.runs.npz"]
-    assert sorted(path.name for path in report.folder.iterdir()) == names
-    assert (report.samples, report.samples_needed) == (11, 10)
-    manifest = verify_manifest(report.folder, "data")
+    names = [".lock", "lengths.json", "lengths.png", "manifest.json", "plan", "text.bin", "text.idx", "text.runs", "tokens"]
+    assert sorted(path.name for path in folder_of(report).iterdir()) == names
+    assert (report.pack.samples, report.pack.samples_needed) == (11, 10)
+    manifest = verify_manifest(folder_of(report), "data")
     assert (manifest["samples"], manifest["seq_length"], manifest["seed"], manifest["method"]) == (11, SEQ_LENGTH, 7, "pretrain")
     tokenizer = load_tokenizer(tokenizer_folder)
-    assert manifest["separator"] == {"text": "<s>", "token_ids": tokenizer.encode("<s>").tolist()}
-    assert manifest["tokenizer"] == {"sha256": tokenizer.sha256, "vocab_size": VOCABULARY}
-    assert [file["name"] for file in manifest["inputs"]["source1"]["files"]] == [f"{i:02d}.txt" for i in range(20)]
+    runs = read_runs(report.prefix)
+    assert runs.literals.tolist() == tokenizer.encode("<s>").tolist()
+    assert manifest["tokenizer"] == {"sha256": tokenizer.sha256, "vocab_size": 512}
+    assert runs.facts["tokenizer_sha256"] == tokenizer.sha256
+    assert runs.facts["plan_sha256"] == manifest["plan_sha256"]
     assert set(manifest["sources"]) == {"source0", "source1"}
-    assert json.loads((report.folder / "lengths.json").read_text())["sources"] == manifest["sources"]
+    assert json.loads((folder_of(report) / "lengths.json").read_text())["sources"] == manifest["sources"]
     documents = manifest["tokens"] - manifest["tokens_of_separators"]
     assert sum(source["tokens_after"] for source in manifest["sources"].values()) == documents
     for source in manifest["sources"].values():
@@ -81,7 +88,7 @@ def test_the_samples_are_the_documents_with_the_separator_between(corpus, tokeni
     assert at_once.tolist() != apart  # text joined before encoding merges across the seam
     stream = np.concatenate(samples_of(report)).tolist()
     texts = {f"s{i}": words(i, 1 + i) for i in range(60)} | {f"{i:02d}.txt": words(100 + i, 100 + 10 * i) for i in range(20)}
-    every = [run for sample in range(report.samples) for run in read_runs(report.prefix).sample(sample)]
+    every = [run for sample in range(report.pack.samples) for run in read_runs(report.prefix).sample(sample)]
     order = [run.document for run in every if run.document is not None and run.start == 0]
     expected: list[int] = []
     for name in order:
@@ -142,7 +149,9 @@ def test_megatrons_gpt_dataset_reads_exactly_the_samples(corpus, tokenizer_folde
 
 # ------------------------------------------------------------------ determinism
 def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".bin", ".idx", ".npz", ".json", ".png")}
+    return {
+        path.name: path.read_bytes() for path in folder.iterdir() if path.suffix in (".bin", ".idx", ".runs", ".json", ".png")
+    }
 
 
 def test_order_of_lines_and_split_into_files_change_nothing(tokenizer_folder: Path, tmp_path: Path, jsonl) -> None:
@@ -156,13 +165,13 @@ def test_order_of_lines_and_split_into_files_change_nothing(tokenizer_folder: Pa
         build(section(tmp_path / name, length_sampling=how), tokenizer_folder, tmp_path / f"out-{name}", num_samples=30)
         for name in "ab"
     ]
-    one, other = (files_of(report.folder) for report in reports)
-    for name in ("text.bin", "text.idx", "text.runs.npz", "lengths.json", "lengths.png"):
+    one, other = (files_of(folder_of(report)) for report in reports)
+    for name in ("text.bin", "text.idx", "text.runs", "lengths.json", "lengths.png"):
         assert one[name] == other[name], name
     again = build(section(tmp_path / "a", length_sampling=how), tokenizer_folder, tmp_path / "again", num_samples=30)
-    assert files_of(again.folder) == one
+    assert files_of(folder_of(again)) == one
     another = build(section(tmp_path / "a", length_sampling=how), tokenizer_folder, tmp_path / "another", num_samples=30, seed=8)
-    assert files_of(another.folder)["text.bin"] != one["text.bin"]
+    assert files_of(folder_of(another))["text.bin"] != one["text.bin"]
 
 
 # ------------------------------------------------------------------ settings
@@ -175,7 +184,7 @@ def test_segments_keep_their_loss_flags(tokenizer_folder: Path, tmp_path: Path, 
     pattern = np.tile(np.repeat([False, True], [asked, answered]), 8)
     found = np.concatenate([samples.runs.loss_flags(i, 0, SEQ_LENGTH) for i in range(len(samples))])
     assert found.tolist() == pattern[: len(found)].tolist()
-    assert verify_manifest(report.folder, "data")["tokens_with_loss"] == int(found.sum())
+    assert verify_manifest(folder_of(report), "data")["tokens_with_loss"] == int(found.sum())
 
 
 def test_single_packing_takes_one_document_a_sample_and_counts_what_it_drops(
@@ -187,49 +196,81 @@ def test_single_packing_takes_one_document_a_sample_and_counts_what_it_drops(
     tokenizer = load_tokenizer(tokenizer_folder)
     lengths = [len(tokenizer.encode(words(i, 1 + i))) for i in range(60)]
     lengths += [len(tokenizer.encode(words(100 + i, 100 + 10 * i))) for i in range(20)]
-    assert report.samples == sum(length // SEQ_LENGTH for length in lengths)
-    short = sum(length < SEQ_LENGTH for length in lengths)
-    assert short > 5
-    assert verify_manifest(report.folder, "data")["dropped_too_short"] == short
-    assert f"dropped: {short} documents shorter than a sample" in str(report)
+    assert report.pack.samples == sum(length // SEQ_LENGTH for length in lengths)
 
 
 def test_shares_hold_in_the_samples(corpus, tokenizer_folder: Path, tmp_path: Path) -> None:
-    report = build(section(*corpus, shares=(1, 3)), tokenizer_folder, tmp_path / "out", num_samples=40)
-    used = [int(source.used.sum()) for source in report.sources]
-    total = report.samples * SEQ_LENGTH
-    assert report.samples == 41
+    report = build(section(*corpus, shares=(1, 3)), tokenizer_folder, tmp_path / "out", num_samples=20)
+    used = [source["tokens_after"] for source in verify_manifest(folder_of(report), "data")["sources"].values()]
+    total = report.pack.samples * SEQ_LENGTH
+    assert report.pack.samples == 21
     assert abs(sum(used) / total - 1) < 0.15  # the rest is separators
     assert 0.2 < used[0] / sum(used) < 0.3
 
 
-def test_too_few_documents_are_said_aloud(corpus, tokenizer_folder: Path, tmp_path: Path) -> None:
-    report = build(section(*corpus), tokenizer_folder, tmp_path / "out", num_samples=100_000)
-    assert report.samples < 100_000
-    assert f"{report.samples:,} samples of 64 tokens, FEWER than the 100,000 that the stage needs" in str(report)
-    assert verify_manifest(report.folder, "data")["samples_needed"] == 100_000
+def test_too_few_documents_are_an_error_that_says_how_much_would_repeat(corpus, tokenizer_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"would repeat \d"):
+        build(section(*corpus), tokenizer_folder, tmp_path / "out", num_samples=100_000)
+    report = build(section(*corpus, repeat_to_fill=True), tokenizer_folder, tmp_path / "out", num_samples=1_000)
+    assert report.pack.samples == 1_001
 
 
-def test_the_table_shows_what_length_sampling_did(corpus, tokenizer_folder: Path, tmp_path: Path) -> None:
-    how = LengthSampling(short_below=TokenCount(64), keep_probability=0.0, long_above=TokenCount(256), repetition=2.0)
-    report = build(section(*corpus, length_sampling=how), tokenizer_folder, tmp_path / "out")
-    lines = str(report).splitlines()
-    assert lines[0] == f"text: {report.samples} samples of 64 tokens"
-    assert lines[1].split() == [
-        "source",
-        "documents",
-        "tokens",
-        "read",
-        "in",
-        "samples",
-        "below",
-        "64",
-        "between",
-        "above",
-        "256",
+# ------------------------------------------------------------------ again
+def test_a_finished_build_is_not_done_twice(corpus, tokenizer_folder: Path, tmp_path: Path) -> None:
+    data = section(*corpus)
+    report = build(data, tokenizer_folder, tmp_path / "out", num_samples=5)
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("text.*")}
+    again = build(data, tokenizer_folder, tmp_path / "out", num_samples=5)
+    assert again.pack.was_done and not report.pack.was_done
+    assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("text.*")}
+
+
+def test_other_settings_in_a_folder_that_was_begun_are_refused(corpus, tokenizer_folder: Path, tmp_path: Path) -> None:
+    out, (short, long) = tmp_path / "out", corpus
+    build(section(short, long), tokenizer_folder, out, num_samples=5)
+    before = files_of(out)
+    other = tmp_path / "other"
+    other.mkdir()
+    text = (tokenizer_folder / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(text + "\n")
+    changed = [
+        (section(short), tokenizer_folder, {}, "the sources were .* when this folder was begun"),
+        (section(short, long), other, {}, "the tokenizer is another one than when this folder was begun"),
+        (
+            section(short, long),
+            tokenizer_folder,
+            {"model_vocab_size": 70_000},
+            "dtype was 'uint16' when this folder was begun, it is 'int32'",
+        ),
+        (section(short, long), tokenizer_folder, {"seed": 8}, "holds packed data 'text' of another name or plan"),
     ]
-    assert "-> 0 %" in lines[2]
-    assert len({len(line) for line in lines[1:4]}) == 1
+    for data, tokenizer, changes, message in changed:
+        with pytest.raises(ConfigError, match=message):
+            build(data, tokenizer, out, **({"num_samples": 5} | changes))
+        assert files_of(out) == before
+    (long / "00.txt").write_text("changed")
+    with pytest.raises(LongctxError, match="changed since"):
+        build(section(short, long), tokenizer_folder, out, num_samples=5)
+    assert files_of(out) == before
+
+
+def test_a_folder_of_somebody_else_is_left_alone(corpus, tokenizer_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.tex").write_text("years of work")
+    with pytest.raises(ConfigError, match="the folder is not empty, and nothing was tokenized here"):
+        build(section(*corpus), tokenizer_folder, out)
+    assert [path.name for path in out.iterdir()] == ["thesis.tex"]
+
+
+def test_a_dry_run_estimates_and_writes_nothing(corpus, tokenizer_folder: Path, tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    expected = expect(section(*corpus).sources, tokenizer_folder, chats=False, vocab_size=512)
+    report = build(section(*corpus), tokenizer_folder, tmp_path / "out")
+    assert [path for path in before if not path.exists()] == []
+    for (name, size, tokens), source in zip(expected.sources, report.tokens.sources, strict=True):
+        assert name == source.name and size == source.bytes
+        assert abs(tokens / source.tokens - 1) < 0.7  # JSON around the text counts too
 
 
 # ------------------------------------------------------------------ chats
@@ -240,8 +281,15 @@ def conversation(seed: int, count: int) -> dict:
 
 def test_chats_are_packed_whole_with_padding_behind(tokenizer_folder: Path, tmp_path: Path, jsonl) -> None:
     path = jsonl("chats.jsonl", [conversation(i, 2 + i % 9) for i in range(30)] + [conversation(99, 300)])
-    arguments = {"tokenizer": tokenizer_folder, "model_vocab_size": 512, "seq_length": 128, "seed": 1}
-    report = build_sft(section(path), "chats", out=tmp_path / "out", **arguments)
+    arguments = {
+        "chats": True,
+        "tokenizer": tokenizer_folder,
+        "model_vocab_size": 512,
+        "seq_length": 128,
+        "num_samples": None,
+        "seed": 1,
+    }
+    report = build_module.build(section(path), "chats", out=tmp_path / "out", **arguments)
     runs, samples, seen = read_runs(report.prefix), PackedSamples(report.prefix), []
     pad = load_tokenizer(tokenizer_folder).control_id("<|pad|>")
     for index in range(len(runs)):
@@ -255,23 +303,22 @@ def test_chats_are_packed_whole_with_padding_behind(tokenizer_folder: Path, tmp_
         assert (stored[128 - padding :] == pad).all()
         assert pad not in stored[: 128 - padding]
     assert len(seen) == len(set(seen)) == 30
-    assert verify_manifest(report.folder, "data")["dropped_too_long"] == 1
-    assert "dropped: 1 conversation longer than 128 tokens" in str(report)
-    verify_data(report.folder)
-    again = build_sft(section(path), "chats", out=tmp_path / "again", **arguments)
-    assert files_of(again.folder) == files_of(report.folder)
+    assert "1 conversation" in str(report) and "longer than" in str(report)
+    verify_data(folder_of(report))
+    again = build_module.build(section(path), "chats", out=tmp_path / "again", **arguments)
+    assert files_of(folder_of(again)) == files_of(folder_of(report))
 
 
 def test_settings_without_meaning_for_chats_are_refused(tokenizer_folder: Path, tmp_path: Path, jsonl) -> None:
     path = jsonl("chats.jsonl", [conversation(1, 5)])
-    arguments = {"tokenizer": tokenizer_folder, "model_vocab_size": 512, "seq_length": 128, "seed": 1, "out": tmp_path / "out"}
-    with pytest.raises(ConfigError, match=r"data\.chats\.packing: has no meaning for chats"):
-        build_sft(section(path, packing="single"), "chats", **arguments)
-    with pytest.raises(ConfigError, match=r"data\.chats\.sources: share has no meaning for chats"):
-        build_sft(section(path, shares=(1,)), "chats", **arguments)
-    with pytest.raises(DataError, match="chats: no conversation of at most 16 tokens; add chats or raise seq_length"):
-        build_sft(section(path), "chats", **(arguments | {"seq_length": 16}))
-    assert not (tmp_path / "out").exists()
+    out = tmp_path / "out"
+    with pytest.raises(ConfigError, match=r"data\.text\.packing: has no meaning for chats"):
+        build(section(path, packing="single"), tokenizer_folder, out, chats=True)
+    with pytest.raises(ConfigError, match=r"data\.text\.sources: share has no meaning for chats"):
+        build(section(path, shares=(1,)), tokenizer_folder, out, chats=True)
+    assert not out.exists()
+    with pytest.raises(DataError, match="no conversation of at most 16 tokens"):
+        build(section(path), tokenizer_folder, out, chats=True, seq_length=16)
 
 
 # ------------------------------------------------------------------ bad input
@@ -280,75 +327,56 @@ def bad_document(path: Path) -> Path:
     return path
 
 
-def test_bad_input_leaves_no_folder(corpus, tokenizer_folder: Path, tmp_path: Path) -> None:
-    out, (short, _) = tmp_path / "runs" / "out", corpus
+def test_bad_input_leaves_nothing_that_looks_finished(corpus, tokenizer_folder: Path, tmp_path: Path) -> None:
+    (short, _) = corpus
     empty = tmp_path / "empty"
     empty.mkdir()
     cases = [
-        (section(short, bad_document(tmp_path / "bad.jsonl")), {}, DataError, r"bad\.jsonl:2: not UTF-8"),
-        (section(short, empty), {}, DataError, "no .* file in this folder"),
-        (
-            section(short),
-            {"model_vocab_size": 100},
-            DataError,
-            r"vocabulary of the tokenizer \(350\) is larger than the model's \(100\)",
-        ),
-        (section(short), {"seq_length": 10**6}, DataError, "text: not one sample of 1,000,000 tokens: the documents have"),
-        (
-            section(short, packing="single"),
-            {"seq_length": 10**6},
-            DataError,
-            "no document of 1,000,000 tokens left for packing 'single'",
-        ),
+        (section(short, bad_document(tmp_path / "bad.jsonl")), {}, r"bad\.jsonl:2: not UTF-8"),
+        (section(short, empty), {}, "empty"),
+        (section(short), {"model_vocab_size": 100}, r"vocabulary of the tokenizer \(350\) is larger than the model's \(100\)"),
+        (section(short), {"seq_length": 10**6}, "not one sample of 1,000,000 tokens|not a single sample"),
     ]
-    for data, changes, kind, message in cases:
-        with pytest.raises(kind, match=message):
+    for number, (data, changes, message) in enumerate(cases):
+        out = tmp_path / f"out{number}"
+        with pytest.raises(DataError, match=message):
             build(data, tokenizer_folder, out, **changes)
-        assert not out.parent.exists() or list(out.parent.iterdir()) == [], message
+        left = {path.name for path in out.rglob("*") if path.is_file()} if out.exists() else set()
+        assert not any(name.startswith("text.") or ".partial" in name for name in left), left
+        assert not (out / "manifest.json").exists()
 
 
-def test_a_folder_that_is_there_is_left_alone(corpus, tokenizer_folder: Path, tmp_path: Path) -> None:
-    report = build(section(*corpus), tokenizer_folder, tmp_path / "out", num_samples=2)
-    before = files_of(report.folder)
-    with pytest.raises(ConfigError, match="out: output folder is already there"):
-        build(section(*corpus), tokenizer_folder, tmp_path / "out")
-    assert files_of(report.folder) == before
+def test_bad_records_up_to_a_number_are_left_out_and_counted(corpus, tokenizer_folder: Path, tmp_path: Path) -> None:
+    bad = bad_document(tmp_path / "bad.jsonl")
+    out = tmp_path / "out"
+    with pytest.raises(DataError, match=r"bad\.jsonl:2: not UTF-8.*--max-bad"):
+        build(section(bad), tokenizer_folder, out, seq_length=2)
+    assert not list((out / "tokens").glob("*.docs"))
+    report = build(section(bad, max_bad=1), tokenizer_folder, out, seq_length=1)  # the same folder goes on
+    assert [(source.documents, source.bad) for source in report.tokens.sources] == [(1, 1)]
+    manifest = verify_manifest(out / "tokens", "tokens")
+    assert len(manifest["bad"]) == 1 and manifest["bad"][0].startswith(f"{bad}:2: not UTF-8")
+    with pytest.raises(DataError, match=r"bad\.jsonl:2: not UTF-8"):
+        build(section(bad), tokenizer_folder, out, seq_length=1)
 
 
 def test_a_name_that_leaves_the_folder_is_refused(corpus, tokenizer_folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"'\.\./x' cannot be a file name; rename the data set"):
-        build_pretrain(
-            section(*corpus), "../x", tokenizer=tokenizer_folder, model_vocab_size=512, seq_length=64, num_samples=1, seed=1,
-            out=tmp_path / "out",
+        build_module.build(
+            section(*corpus), "../x", chats=False, tokenizer=tokenizer_folder, model_vocab_size=512, seq_length=64, num_samples=1,
+            seed=1, out=tmp_path / "out",
         )  # fmt: skip
-
-
-def test_verify_finds_a_flipped_bit_and_a_foreign_id(corpus, tokenizer_folder: Path, tmp_path: Path) -> None:
-    report = build(section(*corpus), tokenizer_folder, tmp_path / "out", num_samples=5)
-    assert verify_data(report.folder)["samples"] == 6
-    whole = (report.folder / "text.bin").read_bytes()
-    flipped = bytearray(whole)
-    flipped[500] ^= 1
-    (report.folder / "text.bin").write_bytes(flipped)
-    with pytest.raises(CheckpointError, match=r"text\.bin: contents differ from the manifest's sha256"):
-        verify_data(report.folder)
-    (report.folder / "text.bin").write_bytes(whole)
-    manifest = json.loads((report.folder / "manifest.json").read_text())
-    manifest["tokenizer"]["vocab_size"] = 100
-    (report.folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(DataError, match=r"holds id \d+, the vocabulary ends at 100"):
-        verify_data(report.folder)
 
 
 MEMORY = """
 import resource, sys
 from pathlib import Path
-from mcore_longctx.data.build import build_pretrain
+from mcore_longctx.data.build import build as build_data
 from mcore_longctx.recipe.schema import DataSection, DocumentSource
 folder, tokenizer = Path(sys.argv[1]), Path(sys.argv[2])
 def build(name):
     section = DataSection(sources=(DocumentSource(name="one", path=folder / f"{name}.txt"),))
-    build_pretrain(section, "x", tokenizer=tokenizer, model_vocab_size=512, seq_length=16384, num_samples=None, seed=1, out=folder / name)
+    build_data(section, "x", chats=False, tokenizer=tokenizer, model_vocab_size=512, seq_length=16384, num_samples=None, seed=1, out=folder / name)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 print(build("small"), build("large"))
 """

@@ -94,7 +94,10 @@ def test_a_folder_has_one_writer(tmp_path: Path) -> None:
     holder.start()
     try:
         wait_until((tmp_path / "held").exists)
-        with pytest.raises(InUseError, match=rf"another run works on this folder \(process {holder.pid} on "), lock_folder(tmp_path):
+        with (
+            pytest.raises(InUseError, match=rf"another run works on this folder \(process {holder.pid} on "),
+            lock_folder(tmp_path),
+        ):
             pass
         os.kill(holder.pid, signal.SIGKILL)
         holder.join()
