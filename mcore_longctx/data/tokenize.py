@@ -113,7 +113,7 @@ def prepare_job(
     *,
     vocab_size: int | None = None,
     chats: bool = False,
-    range_bytes: int = RANGE_BYTES,
+    range_bytes: int | None = None,
     write: bool = True,
 ) -> TokenJob:
     """The job of tokenizing `sources` into OUT/tokens: a new one, or the one that was begun there.
@@ -124,7 +124,7 @@ def prepare_job(
         tokenizer: read with `load_tokenizer`.
         vocab_size: entries of the model's embedding; None: of the tokenizer.
         chats: the sources hold chats.
-        range_bytes: of input a task. It does not change which tokens come, nor their order.
+        range_bytes: of input a task (None: 64 MiB). It does not change which tokens come, nor their order.
         write: False leaves the folder as it is (a dry run).
 
     Raises:
@@ -133,7 +133,7 @@ def prepare_job(
     """
     vocab_size = tokenizer.vocab_size if vocab_size is None else vocab_size
     check_vocabulary(tokenizer, vocab_size)
-    tasks = plan_inputs(sources, range_bytes=range_bytes, chats=chats)
+    tasks = plan_inputs(sources, range_bytes=RANGE_BYTES if range_bytes is None else range_bytes, chats=chats)
     job = TokenJob(
         folder=out / "tokens",
         sources=tuple(sources),

@@ -18,13 +18,15 @@ from contextlib import contextmanager
 from itertools import islice
 from multiprocessing import connection, get_context, parent_process
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 from mcore_longctx.errors import DataError, InUseError
 
 __all__ = ["lock_folder", "partial_path", "remove_leftovers", "run_tasks", "usable_cores"]
 
 T = TypeVar("T")
+
+_held: list[IO[str]] = []  # locks of this process
 
 
 @contextmanager
@@ -46,7 +48,11 @@ def lock_folder(folder: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {os.uname().nodename}")
         file.flush()
-        yield
+        _held.append(file)
+        try:
+            yield
+        finally:
+            _held.remove(file)
 
 
 def partial_path(path: Path) -> Path:
@@ -106,6 +112,8 @@ _do: Callable[[int], Any] | None = None  # of a worker: inherited by the fork, s
 def _begin_worker(do: Callable[[int], Any]) -> None:
     global _do  # noqa: PLW0603 (the one place where a pool lets a worker keep something)
     _do = do
+    for file in _held:  # or a worker that has yet to notice the end of its parent would keep the folder locked
+        file.close()
     parent = parent_process()
     assert parent is not None
 

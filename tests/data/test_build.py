@@ -221,7 +221,8 @@ def test_a_finished_build_is_not_done_twice(corpus, tokenizer_folder: Path, tmp_
     report = build(data, tokenizer_folder, tmp_path / "out", num_samples=5)
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("text.*")}
     again = build(data, tokenizer_folder, tmp_path / "out", num_samples=5)
-    assert again.pack.was_done and not report.pack.was_done
+    assert again.pack.was_done
+    assert not report.pack.was_done
     assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("text.*")}
 
 
@@ -269,7 +270,8 @@ def test_a_dry_run_estimates_and_writes_nothing(corpus, tokenizer_folder: Path, 
     report = build(section(*corpus), tokenizer_folder, tmp_path / "out")
     assert [path for path in before if not path.exists()] == []
     for (name, size, tokens), source in zip(expected.sources, report.tokens.sources, strict=True):
-        assert name == source.name and size == source.bytes
+        assert name == source.name
+        assert size == source.bytes
         assert abs(tokens / source.tokens - 1) < 0.7  # JSON around the text counts too
 
 
@@ -303,7 +305,8 @@ def test_chats_are_packed_whole_with_padding_behind(tokenizer_folder: Path, tmp_
         assert (stored[128 - padding :] == pad).all()
         assert pad not in stored[: 128 - padding]
     assert len(seen) == len(set(seen)) == 30
-    assert "1 conversation" in str(report) and "longer than" in str(report)
+    assert "1 conversation" in str(report)
+    assert "longer than" in str(report)
     verify_data(folder_of(report))
     again = build_module.build(section(path), "chats", out=tmp_path / "again", **arguments)
     assert files_of(folder_of(again)) == files_of(folder_of(report))
@@ -355,7 +358,8 @@ def test_bad_records_up_to_a_number_are_left_out_and_counted(corpus, tokenizer_f
     report = build(section(bad, max_bad=1), tokenizer_folder, out, seq_length=1)  # the same folder goes on
     assert [(source.documents, source.bad) for source in report.tokens.sources] == [(1, 1)]
     manifest = verify_manifest(out / "tokens", "tokens")
-    assert len(manifest["bad"]) == 1 and manifest["bad"][0].startswith(f"{bad}:2: not UTF-8")
+    assert len(manifest["bad"]) == 1
+    assert manifest["bad"][0].startswith(f"{bad}:2: not UTF-8")
     with pytest.raises(DataError, match=r"bad\.jsonl:2: not UTF-8"):
         build(section(bad), tokenizer_folder, out, seq_length=1)
 
