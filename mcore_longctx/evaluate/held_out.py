@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer as HFTokenizer
 
-from mcore_longctx.data.readers import SourceReader
+from mcore_longctx.data.readers import read_texts
 from mcore_longctx.data.tokenizers import Tokenizer, check_vocabulary, load_tokenizer
 from mcore_longctx.errors import DataError
 
@@ -63,12 +63,12 @@ class Windows:
 
 
 def read_documents(path: Path) -> list[str]:
-    """Texts of a file or folder (.jsonl, .txt, .md), in the order of the sorted names.
+    """Texts of a file or folder (.jsonl, .jsonl.gz, .jsonl.zst, .parquet, .txt, .md), in the order of the sorted names.
 
     Raises:
-        DataError: nothing there, or a file that cannot be read.
+        DataError: nothing there, a file that cannot be read, or a bad record.
     """
-    return ["".join(part.text for part in document.parts) for document in SourceReader(path).documents()]
+    return list(read_texts(path))
 
 
 def cut_windows(tokens: npt.NDArray[np.int64], prefix: Sequence[int], *, count: int, length: int, where: object) -> Windows:
