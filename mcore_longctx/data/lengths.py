@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,62 +14,93 @@ import numpy.typing as npt
 from mcore_longctx.data.shards import DocumentTable
 from mcore_longctx.data.sidecar import Runs
 
-__all__ = ["SourceLengths", "length_name", "measure_lengths", "plot_lengths"]
+__all__ = ["SourceLengths", "length_name", "measure_lengths", "plot_lengths", "tokens_used"]
 
 IntArray = npt.NDArray[np.int64]
 
 # Okabe-Ito: told apart by readers with any colour blindness, and in grey
 _BEFORE, _AFTER = "#999999", "#0072B2"
 
+_COUNTS = ("documents_before", "tokens_before", "documents_after", "tokens_after")
+_BLOCK = 1 << 18  # rows at once
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class SourceLengths:
-    """Lengths of one source's documents, and how many tokens of each are in the samples. Row d is one document."""
+    """Documents of one source by length, and how many of their tokens are in the samples.
+
+    Row i counts documents of edge[i] to edge[i + 1] - 1 tokens. Edges are all powers of two up to the longest document, and the
+    borders of length sampling.
+    """
 
     name: str
-    length: IntArray  # [documents] tokens, as read
-    used: IntArray  # [documents] tokens in the samples, repetitions counted
+    edges: IntArray  # [rows + 1] tokens
+    counts: IntArray  # [rows, 4] documents and tokens as read, documents and tokens in the samples (repetitions counted)
+    median: int  # tokens
+    longest: int  # tokens
 
     def between(self, low: int, high: int | None) -> tuple[int, int, int, int]:
-        """Documents of `low` to `high` - 1 tokens: documents and tokens before, documents and tokens after."""
-        inside = (self.length >= low) & ((self.length < high) if high is not None else True)
-        used = self.used[inside]
-        return int(inside.sum()), int(self.length[inside].sum()), int((used > 0).sum()), int(used.sum())
+        """Documents of `low` to `high` - 1 tokens: documents and tokens before, documents and tokens after.
+
+        low, high: among the edges, or outside of them.
+        """
+        inside = (self.edges[:-1] >= low) & ((self.edges[:-1] < high) if high is not None else True)
+        found = self.counts[inside].sum(axis=0).tolist()
+        return found[0], found[1], found[2], found[3]
 
     def buckets(self) -> list[dict[str, int]]:
         """One row for each power of two from the shortest to the longest document."""
-        if not len(self.length):
+        filled = np.flatnonzero(self.counts[:, 0])
+        if not len(filled):
             return []
         rows = []
-        for power in range(int(self.length.min()).bit_length() - 1, int(self.length.max()).bit_length()):
+        for power in range(int(self.edges[filled[0]]).bit_length() - 1, self.longest.bit_length()):
             low, high = 1 << power, 1 << (power + 1)
-            names = ("documents_before", "tokens_before", "documents_after", "tokens_after")
-            rows.append({"from": low, "to": high - 1} | dict(zip(names, self.between(low, high), strict=True)))
+            rows.append({"from": low, "to": high - 1} | dict(zip(_COUNTS, self.between(low, high), strict=True)))
         return rows
 
     def as_dict(self) -> dict[str, Any]:
         """Totals and buckets, for JSON."""
-        documents, tokens, documents_after, tokens_after = self.between(0, None)
-        return {
-            "documents_before": documents,
-            "tokens_before": tokens,
-            "documents_after": documents_after,
-            "tokens_after": tokens_after,
-            "median_length": int(np.median(self.length)) if documents else 0,
-            "max_length": int(self.length.max(initial=0)),
-            "buckets": self.buckets(),
-        }
+        totals = dict(zip(_COUNTS, self.between(0, None), strict=True))
+        return {**totals, "median_length": self.median, "max_length": self.longest, "buckets": self.buckets()}
 
 
-def measure_lengths(table: DocumentTable, runs: Runs) -> list[SourceLengths]:
-    """Lengths of every source. runs: with `document` as rows of the table, as `lay_out` makes them."""
-    is_document = runs.source >= 0
+def tokens_used(table: DocumentTable, runs: Runs) -> IntArray:
+    """Tokens of each document in the samples, repetitions counted, int64 [documents]. runs: of a plan."""
     used = np.zeros(len(table), np.int64)
-    np.add.at(used, runs.document[is_document], runs.length[is_document])
-    return [
-        SourceLengths(name=name, length=table.length[table.source == index], used=used[table.source == index])
-        for index, name in enumerate(table.sources)
-    ]
+    for block in _blocks(0, len(runs.document)):
+        document = runs.document[block]
+        known = document >= 0
+        np.add.at(used, document[known], runs.length[block][known].astype(np.int64))
+    return used
+
+
+def measure_lengths(table: DocumentTable, used: IntArray, borders: Sequence[int] = ()) -> list[SourceLengths]:
+    """Lengths of every source.
+
+    Args:
+        table: of the documents.
+        used: of `tokens_used`, [documents].
+        borders: lengths at which `between` is to be asked for, beside powers of two.
+    """
+    longest = int(table.length.max(initial=1))
+    powers = [1 << power for power in range(longest.bit_length() + 1)]
+    edges = np.unique(np.array([*powers, *(border for border in borders if border < powers[-1])], np.int64))
+    rows = len(edges) - 1
+    border = np.searchsorted(table.source, np.arange(len(table.sources) + 1)).tolist()
+    found = []
+    for index, name in enumerate(table.sources):
+        counts = np.zeros((rows, 4), np.int64)
+        for block in _blocks(border[index], border[index + 1]):
+            length, tokens = table.length[block], used[block]
+            row = np.searchsorted(edges, length, side="right") - 1
+            # sums of a block are below 2^53, so that float64 is exact
+            for column, weights in enumerate((None, length, tokens > 0, tokens)):
+                counts[:, column] += np.bincount(row, weights, rows).astype(np.int64)
+        mine = table.length[border[index] : border[index + 1]]
+        median = int(np.median(mine)) if len(mine) else 0
+        found.append(SourceLengths(name=name, edges=edges, counts=counts, median=median, longest=int(mine.max(initial=0))))
+    return found
 
 
 def length_name(tokens: int) -> str:
@@ -87,6 +118,7 @@ def plot_lengths(
 
     words: what before and after are called; borders: lengths to mark with a line, in tokens.
     """
+    # here, because it costs more than most plans
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter
@@ -119,4 +151,9 @@ def plot_lengths(
     note = f"; dotted: {' and '.join(f'{border:,}' for border in borders)}" if borders else ""
     panels[-1].set_xlabel(f"document length in tokens{note}")
     figure.suptitle(title, fontsize=11, parse_math=False)
-    figure.savefig(path, metadata={"Software": None})
+    figure.savefig(path, format="png", metadata={"Software": None})
+
+
+def _blocks(start: int, stop: int) -> Iterator[slice]:
+    for low in range(start, stop, _BLOCK):
+        yield slice(low, min(low + _BLOCK, stop))
