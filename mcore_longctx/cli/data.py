@@ -233,7 +233,7 @@ def _tokenize(args: argparse.Namespace) -> int:
             chats=args.chats,
             range_bytes=_count(args.range, "--range"),
         )
-        with _progress(sum(file.size for task in job.tasks for file in task.files)) as progress:
+        with _progress(sum(task.size for task in job.tasks)) as progress:
             report = run_job(
                 job,
                 tokenizer,
@@ -328,12 +328,12 @@ def _pack(args: argparse.Namespace) -> int:
 
 # ------------------------------------------------------------------ looking
 def _show(args: argparse.Namespace) -> int:
-    from mcore_longctx.data.show import sample_text, show_sample
+    from mcore_longctx.data.show import sample_in_words, show_sample
     from mcore_longctx.data.tokenizers import load_tokenizer
 
     path = args.tokenizer if args.tokenizer is not None else _tokenizer_of(args.path)
     sample = show_sample(args.path, args.sample, None if path is None else load_tokenizer(path))
-    print(json.dumps(sample, indent=1) if args.json else sample_text(sample))
+    print(json.dumps(sample, indent=1) if args.json else sample_in_words(sample))
     return 0
 
 
@@ -349,26 +349,30 @@ def _tokenizer_of(path: Path) -> Path | None:
 
 
 def _stats(args: argparse.Namespace) -> int:
-    from mcore_longctx.data.show import stats, stats_text
+    from mcore_longctx.data.show import stats, stats_in_words
 
     facts = stats(args.path)
-    print(json.dumps(facts, indent=1) if args.json else stats_text(facts))
+    print(json.dumps(facts, indent=1) if args.json else stats_in_words(facts))
     return 0
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from mcore_longctx.data.verify import verify_data, verify_text
+    from mcore_longctx.data.verify import verify_data
 
     facts = verify_data(args.path, vocab_size=args.vocab_size)
-    print(json.dumps(facts, indent=1) if args.json else verify_text(facts))
+    if args.json:
+        print(json.dumps(facts, indent=1))
+    else:
+        counts = f"{facts['sequences']:,} sequences, {facts['documents']:,} documents, {facts['tokens']:,} tokens ({facts['dtype']})"
+        print(f"{facts['prefix']}: whole; {counts}\n  compared: {', '.join(facts['checked'])}")
     return 0
 
 
 def _merge(args: argparse.Namespace) -> int:
-    from mcore_longctx.data.merge import merge_indexed, merge_text
+    from mcore_longctx.data.merge import merge_in_words, merge_indexed
 
     facts = merge_indexed(args.prefixes, args.out)
-    print(json.dumps(facts, indent=1) if args.json else merge_text(facts))
+    print(json.dumps(facts, indent=1) if args.json else merge_in_words(facts))
     return 0
 
 

@@ -220,9 +220,8 @@ def expect(sources: Sequence[DocumentSource], tokenizer: Path, *, chats: bool, v
     rows, files = [], set()
     for index, source in enumerate(sources):
         mine = [task for task in tasks if task.source == index]
-        paths = {file.path: file.size for task in mine for file in task.files}
-        files |= set(paths)
-        size = sum(paths.values())
+        files |= {(index, file.name) for task in mine for file in task.files}
+        size = sum(task.size for task in mine)
         read, tokens = _probe(mine[0], source, tools, chats)
         rows.append((source.name, size, round(size * tokens / max(1, read))))
     whole = plan_inputs(sources, range_bytes=RANGE_BYTES, chats=chats)

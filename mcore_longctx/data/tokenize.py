@@ -71,6 +71,8 @@ class SourceCounts:
     bytes: int = 0  # of input
     empty: int = 0  # records without text, left out
     bad: int = 0  # records that cannot be read, left out
+    binary: int = 0  # files of repositories that are no text, left out
+    ignored: int = 0  # files that are not read: hidden, or of another suffix
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +100,8 @@ class TokenReport:
             f"{sum(s.documents for s in self.sources):,} documents, {self.tokens:,} tokens in {self.folder} ({self.backend})"
         ]
         for source in self.sources:
-            left_out = [f"{count:,} {what}" for count, what in ((source.empty, "empty"), (source.bad, "bad")) if count]
+            counts = {"empty": source.empty, "bad": source.bad, "binary files": source.binary, "other files": source.ignored}
+            left_out = [f"{count:,} {what}" for what, count in counts.items() if count]
             note = f"; left out: {', '.join(left_out)}" if left_out else ""
             lines.append(f"  {source.name}: {source.documents:,} documents, {source.tokens:,} tokens{note}")
         if self.tasks_done_before:
@@ -167,7 +170,7 @@ def open_job(out: Path) -> TokenJob:
         return TokenJob(
             folder=path.parent,
             sources=tuple(DocumentSource(**row | {"path": Path(row["path"])}) for row in settings["sources"]),
-            tasks=tuple(InputTask.from_dict(row) for row in settings["tasks"]),
+            tasks=_tasks_of(settings, path),
             chats=bool(settings["chats"]),
             dtype=np.dtype(settings["dtype"]),
             vocab_size=int(settings["vocab_size"]),
@@ -225,7 +228,7 @@ def run_job(
             more = f" (and {len(bad) - 1:,} more)" if len(bad) > 1 else ""
             where, _, what = bad[0].partition(": ")
             raise DataError(what + more, where=where, fix="repair the record, or allow bad records with --max-bad N")
-        on_task(sum(file.size for file in job.tasks[result.task].files), result.tokens)
+        on_task(job.tasks[result.task].size, result.tokens)
     if not all(job.is_done(task) for task in range(len(job.tasks))):
         return None
     return _finish(job, tokenizer, max_bad, len(wanted) - len(missing))
@@ -254,7 +257,7 @@ class _Result:
 def _encoder(job: TokenJob, tokenizer: Tokenizer) -> Encode:
     if job.chats:
         chats = ChatEncoder(tokenizer)
-        return lambda record: chats.encode(record)  # type: ignore[arg-type]
+        return chats.encode  # type: ignore[return-value]
     # each part alone, so that its loss flag covers exactly its own characters
     return lambda record: [(tokenizer.encode(part.text), part.loss) for part in record.parts]  # type: ignore[union-attr]
 
@@ -276,18 +279,8 @@ def _run_task(job: TokenJob, number: int, tokenizer: Tokenizer, encode: Encode, 
             if verify_fraction and not job.chats and zlib.crc32(record.id.encode()) < verify_fraction * 2**32:
                 for part in record.parts:  # type: ignore[union-attr]
                     check_against_reference(tokenizer, part.text, record.place)
-        check_unchanged(task)  # while it was read
-        shard.publish(
-            {
-                "source": source.name,
-                "backend": tokenizer.backend,
-                "input_bytes": records.bytes,
-                "input_crc32": records.crc32,
-                "empty": empty + records.empty,
-                "ignored": records.ignored,
-                "bad": bad,
-            }
-        )
+        facts = {name: getattr(records, name) for name in ("bytes_read", "crc32", "binary", "ignored")}
+        shard.publish({"source": source.name, "backend": tokenizer.backend, "empty": empty + records.empty, "bad": bad, **facts})
         return _Result(number, shard.tokens, bad)
 
 
@@ -302,12 +295,14 @@ def _finish(job: TokenJob, tokenizer: Tokenizer, max_bad: int, done_before: int)
             old,
             documents=old.documents + len(shard.length),
             tokens=old.tokens + int(facts["tokens"]),
-            bytes=old.bytes + int(facts["input_bytes"]),
+            bytes=old.bytes + int(facts["bytes_read"]),
             empty=old.empty + int(facts["empty"]),
             bad=old.bad + len(facts["bad"]),
+            binary=old.binary + int(facts["binary"]),
+            ignored=old.ignored + int(facts["ignored"]),
         )
         bad += facts["bad"]
-        shards.append({name: facts[name] for name in ("tokens", "tokens_crc32", "input_bytes", "input_crc32", "backend")})
+        shards.append({name: facts[name] for name in ("tokens", "tokens_crc32", "bytes_read", "crc32", "backend")})
     if len(bad) > max_bad:  # from earlier starts that allowed more
         where, _, what = bad[0].partition(": ")
         raise DataError(f"{what} (and {len(bad) - 1:,} more)", where=where, fix=f"allow them with --max-bad {len(bad)}")
@@ -380,7 +375,14 @@ def _refuse_changes(old: dict[str, Any], job: TokenJob, path: Path) -> None:
         raise ConfigError(
             f"the sources were {names} when this folder was begun, or their paths or fields differ", where=path, fix=fix
         )
-    if old.get("tasks") != new["tasks"]:
-        raise ConfigError(
-            "the input files have changed since this folder was begun (names, sizes, times or --range)", where=path, fix=fix
-        )
+    tasks = _tasks_of(old, path)
+    check_unchanged(tasks, job.tasks, job.sources)
+    if tasks != job.tasks:
+        raise ConfigError("--range was another one when this folder was begun", where=path, fix=fix)
+
+
+def _tasks_of(settings: dict[str, Any], path: Path) -> tuple[InputTask, ...]:
+    try:
+        return tuple(InputTask.from_dict(row) for row in settings["tasks"])
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise DataError("damaged", where=path, fix="tokenize into another folder") from None
