@@ -147,7 +147,7 @@ class _ZstdFile(io.RawIOBase):
     """Frames of a zstd file one after the other. zstandard's own reader ends without an error where the file is truncated."""
 
     def __init__(self, packed: io.BufferedIOBase) -> None:
-        zstandard = optional_module("zstandard", "zstd")
+        zstandard = optional_module("zstandard")
         self._packed, self._error = packed, zstandard.ZstdError
         self._new_frame = zstandard.ZstdDecompressor(max_window_size=_ZSTD_WINDOW).decompressobj
         self._frame: Any = None  # None between two frames
@@ -158,12 +158,21 @@ class _ZstdFile(io.RawIOBase):
         return True
 
     def readinto(self, target: Any) -> int:
+        view, count = memoryview(target), 0
+        while count < len(view) and (self._ready or self._unpack()):
+            piece = self._ready[: len(view) - count]
+            view[count : count + len(piece)] = piece
+            self._ready, count = self._ready[len(piece) :], count + len(piece)
+        return count
+
+    def _unpack(self) -> bool:
+        """Unpack until something is ready; False at the end of the file."""
         while not self._ready:
             packed = self._rest or self._packed.read(_ZSTD_FEED)
             if not packed:
                 if self._frame is not None:
                     raise EOFError
-                return 0
+                return False
             self._frame = self._frame or self._new_frame()
             try:
                 self._ready = memoryview(self._frame.decompress(packed))
@@ -172,13 +181,10 @@ class _ZstdFile(io.RawIOBase):
             self._rest = self._frame.unused_data
             if self._frame.eof:
                 self._frame = None
-        count = min(len(self._ready), len(target))
-        memoryview(target)[:count] = self._ready[:count]
-        self._ready = self._ready[count:]
-        return count
+        return True
 
 
-def optional_module(name: str, extra: str) -> Any:
+def optional_module(name: str) -> Any:
     """A library that only some inputs need.
 
     Raises:
@@ -188,4 +194,4 @@ def optional_module(name: str, extra: str) -> Any:
         return importlib.import_module(name)
     except ImportError:
         library = name.partition(".")[0]
-        raise DataError(f"{library} is not installed", fix=f"pip install 'mcore-longctx[{extra}]'") from None
+        raise DataError(f"{library} is not installed", fix="pip install 'mcore-longctx[data]'") from None

@@ -70,7 +70,7 @@ def read_rows(path: Path, start: int, stop: int, columns: Sequence[str], tally: 
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     try:
-        parquet, arrow = optional_module("pyarrow.parquet", "parquet"), optional_module("pyarrow", "parquet")
+        parquet, arrow = optional_module("pyarrow.parquet"), optional_module("pyarrow")
     except DataError as error:
         raise DataError(error.what, where=path, fix=error.fix) from None
     try:
