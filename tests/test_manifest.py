@@ -1,5 +1,6 @@
 """Folders appear whole or not at all, and a manifest notices what formats do not."""
 
+import hashlib
 import json
 import os
 import signal
@@ -12,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mcore_longctx.errors import CheckpointError, ConfigError
-from mcore_longctx.manifest import staged_folder, verify_manifest, write_atomic, write_manifest
+from mcore_longctx.manifest import read_manifest, staged_folder, verify_manifest, write_atomic, write_manifest
+from tests.data.mutations import mutations
 
 
 def make(folder: Path) -> Path:
@@ -63,6 +65,74 @@ def test_what_is_missing_cut_or_foreign_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="no checkpoint here"):
         verify_manifest(tmp_path / "empty", "checkpoint")
+
+
+def refusal(folder: Path) -> str:
+    try:
+        verify_manifest(folder, "checkpoint")
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+def test_every_one_of_1500_mutations_of_the_manifest_is_found(tmp_path: Path) -> None:
+    folder = make(tmp_path / "done")
+    raw = (folder / "manifest.json").read_bytes()
+    for what, changed in mutations(raw, 1500, seed=6):
+        (folder / "manifest.json").write_bytes(changed)
+        assert "damaged manifest" in refusal(folder), what
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b'"seed": 3', b'"seed": 4'),
+        (b'"seed": 3', b'"seed":  3'),  # the same JSON
+        (b'"a.bin"', b'"a.bim"'),
+        (b'"bytes": 4096', b'"bytes": 4097'),
+        (b"\n}\n", b"\n}"),
+        (b"\n}\n", b"\n}\n\n"),
+        (b"\n}\n", b"\r\n}\r\n"),
+    ],
+)
+def test_a_manifest_that_was_edited_is_refused_though_it_is_valid_json(tmp_path: Path, old: bytes, new: bytes) -> None:
+    folder = make(tmp_path / "done")
+    raw = (folder / "manifest.json").read_bytes()
+    assert raw.count(old) == 1
+    json.loads(raw.replace(old, new))
+    (folder / "manifest.json").write_bytes(raw.replace(old, new))
+    assert r"manifest.json: damaged manifest (its checksum differs); restore this checkpoint from a copy" in refusal(folder)
+
+
+def test_a_manifest_without_its_own_checksum_is_refused(tmp_path: Path) -> None:
+    folder = make(tmp_path / "done")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert list(manifest)[-1] == "sha256"
+    del manifest["sha256"]
+    text = json.dumps(manifest, indent=1)
+    (folder / "manifest.json").write_text(text + "\n")
+    assert "damaged manifest" in refusal(folder)
+    digest = hashlib.sha256(text.encode()).hexdigest()  # what it is: the sha256 of all the rest
+    (folder / "manifest.json").write_text(f'{text.removesuffix("}").rstrip()},\n "sha256": "{digest}"\n}}\n')
+    assert refusal(folder) == ""
+
+
+def test_only_the_files_that_are_named_are_listed_and_known_hashes_are_not_taken_again(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "left-out").write_text("x")
+    (tmp_path / "big").write_bytes(b"abc")
+    (tmp_path / "small").write_bytes(b"de")
+    known = hashlib.sha256(b"what was written").hexdigest()
+    write_manifest(tmp_path, "data", files=("small", "big"), sha256={"big": known, "elsewhere": "00"}, seed=1)
+    rows = read_manifest(tmp_path, "data", "export")["files"]
+    assert rows == {
+        "big": {"bytes": 3, "sha256": known},
+        "small": {"bytes": 2, "sha256": hashlib.sha256(b"de").hexdigest()},
+    }
+    with pytest.raises(CheckpointError, match="big: contents differ from the manifest's sha256"):
+        verify_manifest(tmp_path, "data")
+    write_manifest(tmp_path, "tokens", files=())
+    assert verify_manifest(tmp_path, "tokens")["files"] == {}
 
 
 def test_an_exception_leaves_nothing_behind(tmp_path: Path) -> None:

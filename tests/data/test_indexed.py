@@ -171,7 +171,9 @@ def test_a_pointer_that_wrapped_is_named(tmp_path: Path) -> None:
         wrapped = (np.cumsum(lengths, dtype=np.int32) - lengths) * np.int32(4)  # what a writer leaves that sums in int32
     raw[34 + 4 * 600 : 34 + 12 * 600] = wrapped.astype("<i8").tobytes()
     (tmp_path / "x.idx").write_bytes(raw)
-    with pytest.raises(DataError, match=r"sequence 537 starts at byte -2,146,967,296, the lengths before it say 2,148,000,000 \(it wrap"):
+    with pytest.raises(
+        DataError, match=r"sequence 537 starts at byte -2,146,967,296, the lengths before it say 2,148,000,000 \(it wrap"
+    ):
         read_index(tmp_path / "x.idx")
 
 
@@ -287,7 +289,10 @@ def cut(path: Path, count: int) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda p: cut(p / "x.bin", 10), r"x\.bin: 2,826 bytes, its index says 2,836: cut, sequence 4 of 5 is the first that is not whole"),
+        (
+            lambda p: cut(p / "x.bin", 10),
+            r"x\.bin: 2,826 bytes, its index says 2,836: cut, sequence 4 of 5 is the first that is not whole",
+        ),
         (lambda p: cut(p / "x.bin", 13), r"2,823 bytes, .* cut, sequence 3 of 5 is the first"),
         (lambda p: cut(p / "x.bin", 12), r"2,824 bytes, .* cut, sequence 4 of 5 is the first"),
         (lambda p: cut(p / "x.bin", 2836), r"0 bytes, .* cut, sequence 0 of 5 is the first"),
@@ -341,13 +346,15 @@ def test_the_blocks_of_a_long_index_join(tmp_path: Path, monkeypatch: pytest.Mon
         changed = bytearray(raw)
         changed[offset] ^= 1 << 4
         (tmp_path / "ours.idx").write_bytes(changed)
-        with pytest.raises(DataError, match="sequence 6 starts at byte|document indices do not go"):
+        with pytest.raises(DataError, match=r"sequence 6 starts at byte|document indices do not go"):
             read_index(tmp_path / "ours.idx")
 
 
 @settings(max_examples=60, deadline=None)
 @given(documents=st.lists(st.lists(st.integers(0, 40), max_size=5), max_size=12), dtype=st.sampled_from(["uint16", "int32"]))
-def test_any_documents_survive_both_ways(tmp_path_factory: pytest.TempPathFactory, documents: list[list[int]], dtype: str) -> None:
+def test_any_documents_survive_both_ways(
+    tmp_path_factory: pytest.TempPathFactory, documents: list[list[int]], dtype: str
+) -> None:
     prefix = tmp_path_factory.mktemp("any") / "x"
     count = write_documents(prefix, documents, dtype)
     reader = IndexedReader(prefix)
