@@ -96,8 +96,7 @@ def pack(
     if plan["documents_sha256"] != table.sha256():
         raise DataError("was made from other tokens", where=out / "plan", fix="run `data plan` again")
     work = _work_folder(out, name, job, plan)
-    counts = _count(runs)
-    pad_token_id = _pad_id(load_tokenizer(job.tokenizer)) if counts["tokens_of_padding"] else None
+    pad_token_id = _pad_id(load_tokenizer(job.tokenizer)) if plan["tokens_of_padding"] else None
     packer = _Packer(job, table, runs, work, pad_token_id)
     blocks = [block for block in range(packer.blocks) if not packer.mark(block).is_file()]
     for tokens in run_tasks(packer.write_block, blocks, workers):
@@ -127,7 +126,7 @@ def pack(
         name=name,
         seq_length=runs.seq_length,
         samples=len(runs),
-        **counts,
+        **{count: plan[count] for count in ("tokens", "tokens_with_loss", "tokens_of_separators", "tokens_of_padding")},
         tokenizer={"sha256": job.tokenizer_sha256, "vocab_size": job.vocab_size},
         plan_sha256=plan["plan_sha256"],
         seed=plan["seed"],
@@ -285,17 +284,6 @@ def _reserve(path: Path, size: int) -> None:
             aside.unlink()
             raise DataError(f"no room for {size:,} bytes ({error.strerror})", where=path.parent, fix="make room") from None
     aside.replace(path)
-
-
-def _count(runs: Runs) -> dict[str, int]:
-    counts = {"tokens": len(runs) * runs.seq_length, "tokens_with_loss": 0, "tokens_of_separators": 0, "tokens_of_padding": 0}
-    for low in range(0, len(runs.length), _ROWS):
-        block = slice(low, low + _ROWS)
-        length, document = runs.length[block].astype(np.int64), runs.document[block]
-        counts["tokens_with_loss"] += int(length[runs.loss[block]].sum())
-        counts["tokens_of_separators"] += int(length[document == LITERAL].sum())
-        counts["tokens_of_padding"] += int(length[document == PADDING].sum())
-    return counts
 
 
 # ------------------------------------------------------------------ sidecar

@@ -66,7 +66,7 @@ class ChatEncoder:
         except jinja2.TemplateError as error:
             raise DataError(f"not a Jinja template ({error})", where=self._name) from None
 
-    def render(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool, where: str) -> str:
+    def render(self, messages: list[dict[str, Any]], *, add_generation_prompt: bool, where: object) -> str:
         """The conversation as text.
 
         Raises:
@@ -108,21 +108,21 @@ class ChatEncoder:
     def _answers(self, chat: Chat) -> tuple[str, list[tuple[int, int]]]:
         """The rendered conversation, and where in it the answers stand, in characters."""
         messages, answers = chat.messages, []
-        text = self.render(messages, add_generation_prompt=False, where=chat.where)
+        text = self.render(messages, add_generation_prompt=False, where=chat.place)
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            prompt = self.render(messages[:index], add_generation_prompt=True, where=chat.where)
-            answered = self.render(messages[: index + 1], add_generation_prompt=False, where=chat.where)
+            prompt = self.render(messages[:index], add_generation_prompt=True, where=chat.place)
+            answered = self.render(messages[: index + 1], add_generation_prompt=False, where=chat.place)
             if not answered.startswith(prompt) or not text.startswith(answered):
                 raise DataError(
                     f"the {self._name} does not keep earlier text when messages[{index}] is added, so where the answer begins is unknown",
-                    where=chat.where,
+                    where=chat.place,
                     fix="use a template that only appends",
                 )
             answers.append((len(prompt), len(answered)))
         if not answers:
-            raise DataError("no message of role 'assistant': nothing to learn", where=chat.where, fix="remove the conversation")
+            raise DataError("no message of role 'assistant': nothing to learn", where=chat.place, fix="remove the conversation")
         return text, answers
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from mcore_longctx.data.readers import Chat
+from mcore_longctx.data.readers import Chat, Place
 from mcore_longctx.data.sft import ChatEncoder
 from mcore_longctx.data.tokenizers import load_tokenizer
 from mcore_longctx.errors import DataError
@@ -39,7 +39,7 @@ CONVERSATIONS = [
 
 
 def chat(messages: list[dict]) -> Chat:
-    return Chat("id", messages, "chats.jsonl:7")
+    return Chat("id", messages, Place("chats.jsonl", line=7))
 
 
 @pytest.mark.parametrize(
