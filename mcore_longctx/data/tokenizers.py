@@ -1,7 +1,10 @@
-"""A tokenizer read from `tokenizer.json`, without transformers.
+"""Tokenizers behind one interface, exact, without transformers: tokenizer.json, sentencepiece models, tiktoken ranks.
 
 Documents are encoded as ordinary text: `<|end_of_text|>` inside a document becomes characters, not a control token, and no BOS
 or EOS is added. Chats are encoded with control tokens, because there the template writes them.
+
+The ids are those of the library that defines the file (`tokenizers_reference.py`). Where gigatoken is installed and gives the
+same ids, it encodes (`tokenizers_fast.py`). `Tokenizer.backend` says which library did and why.
 """
 
 from __future__ import annotations
@@ -9,118 +12,141 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer as HFTokenizer
 
-from mcore_longctx.errors import DataError
+from mcore_longctx.data.tokenizers_fast import FastEncoder, NotExact, fast_from_json, fast_from_ranks
+from mcore_longctx.data.tokenizers_pieces import Encode
+from mcore_longctx.data.tokenizers_reference import HFReference, Reference, TiktokenReference, is_json, read_reference
+from mcore_longctx.errors import DataError, DifferenceFound
 
-__all__ = ["Tokenizer", "check_vocabulary", "load_tokenizer"]
-
-_PIECE = 1 << 19  # characters encoded at once: about 60 MB, where a whole document of 5M tokens takes 2.3 GB
-_MARGIN = 512  # characters on each side of a cut that are compared
-_TRIES = 16
-# a space between two words, or a line end between two lines
-_CUT = re.compile(r"(?<=\w)(?= \w)|(?<=\S\n)(?=\S)")
+__all__ = ["Tokenizer", "check_against_reference", "check_vocabulary", "load_tokenizer"]
 
 
 class Tokenizer:
-    """What the data room needs of a tokenizer. Make one with `load_tokenizer`.
+    """What the data room needs of a tokenizer. Make one with `load_tokenizer`. It may be loaded before a fork.
 
     Attributes:
-        path: the tokenizer.json.
+        path: the tokenizer's file.
         sha256: of that file.
-        vocab_size: largest id + 1, added tokens included.
+        backend: the library that encodes, with its version, and why not a faster one.
         chat_template: Jinja source, or None.
         special_tokens: names such as `bos_token`, `eos_token`, `pad_token` with their text, from tokenizer_config.json.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, fast: bool = True) -> None:
         self.path = path
-        try:
-            raw = path.read_bytes()
-            self._ordinary = HFTokenizer.from_buffer(raw)
-        except FileNotFoundError:
-            raise DataError("no such file", where=path, fix="give a folder with tokenizer.json") from None
-        except Exception as error:  # the library raises plain Exception
-            raise DataError(
-                f"not a tokenizer ({error})", where=path, fix="expected a tokenizer.json of Hugging Face tokenizers"
-            ) from None
-        _without_limits(self._ordinary)
-        self._ordinary.encode_special_tokens = True
+        raw = _read(path)
         self.sha256 = hashlib.sha256(raw).hexdigest()
-        self.vocab_size = max(self._ordinary.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self._fast: FastEncoder | None = None
+        reason = ""
+        if fast:
+            try:
+                self._fast = self._find_fast(raw)
+            except NotExact as error:
+                reason = f" ({error})"
+        self.backend = self._reference.name + reason if self._fast is None else self._fast.name
         config = _read_config(path.parent / "tokenizer_config.json")
         self.chat_template = _chat_template(path.parent, config)
         self.special_tokens = _special_tokens(config)
 
+    def _find_fast(self, raw: bytes) -> FastEncoder | None:
+        if is_json(raw):
+            return fast_from_json(raw)
+        if isinstance(self._reference, TiktokenReference):
+            return fast_from_ranks(self.path, self._reference)
+        return None  # sentencepiece is not slow, and gigatoken's own reading of its models is not proven equal
+
     @cached_property
-    def _control(self) -> HFTokenizer:
-        # a second instance: whether control tokens are recognised is a switch of the whole tokenizer
-        tokenizer = HFTokenizer.from_file(str(self.path))
-        _without_limits(tokenizer)
-        return tokenizer
+    def _reference(self) -> Reference:
+        # read only when needed: Llama 3's takes 0.5 CPU-s and 80 MB
+        raw = _read(self.path)
+        if hashlib.sha256(raw).hexdigest() != self.sha256:
+            raise DataError("changed while it was in use", where=self.path, fix="start again with one tokenizer")
+        return read_reference(self.path, raw)
+
+    @cached_property
+    def vocab_size(self) -> int:
+        """Largest id + 1, added tokens included."""
+        return self._reference.vocab_size if self._fast is None else self._fast.vocab_size
 
     def encode(self, text: str) -> npt.NDArray[np.int32]:
         """Ids of `text` as ordinary characters, int32 [tokens].
 
         A long text is encoded in pieces, cut where the tokens around the cut are the same with and without it, so that memory
         does not grow with the text. (A tokenizer for which no such place exists gets the text whole.)
+
+        Raises:
+            DataError: the text holds half of a surrogate pair, or the library fails on it.
         """
-        pieces = [self._encode(piece) for piece in self._pieces(text)]
-        return np.concatenate(pieces) if pieces else np.zeros(0, np.int32)
+        encode_long = self._reference.cutter.encode_long if self._fast is None else self._fast.encode_long
+        return _encode(encode_long, text, self.path)
+
+    def reference_encode(self, text: str) -> npt.NDArray[np.int32]:
+        """The same by the library that defines the ids, without gigatoken."""
+        return _encode(self._reference.cutter.encode_long, text, self.path)
 
     def encode_chat(self, text: str) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]:
-        """Ids of `text` with control tokens recognised, int32 [tokens], and the character at which each token ends, int64."""
-        encoding = self._control.encode(text, add_special_tokens=False)
-        return np.array(encoding.ids, np.int32), np.array([end for _, end in encoding.offsets], np.int64)
+        """Ids of `text` with control tokens recognised, int32 [tokens], and the character at which each token ends, int64.
+
+        Raises:
+            DataError: not a tokenizer.json.
+        """
+        if not isinstance(self._reference, HFReference):
+            fix = "convert it to a tokenizer.json (transformers: AutoTokenizer.from_pretrained(...).save_pretrained)"
+            raise DataError("chats need a tokenizer.json: this file gives no offsets of control tokens", where=self.path, fix=fix)
+        return self._reference.encode_chat(text)
+
+    def decode(self, ids: Sequence[int] | npt.NDArray[Any]) -> str:
+        """Text of `ids`, special tokens written out.
+
+        Raises:
+            DataError: an id outside the vocabulary.
+        """
+        array = np.asarray(ids, np.int64)
+        outside = array[(array < 0) | (array >= self.vocab_size)]
+        if outside.size:
+            raise DataError(f"id {outside[0]:,} is not in the vocabulary of {self.vocab_size:,}", where=self.path)
+        return self._reference.decode(array.tolist())
 
     def control_id(self, text: str) -> int | None:
         """Id of a special or other whole token, None if there is none of that text."""
-        found: int | None = self._control.token_to_id(text)
-        return found
+        if self._fast is not None and text in self._fast.control:
+            return self._fast.control[text][0]
+        return self._reference.control_id(text)
 
     def control_ids(self) -> frozenset[int]:
         """Ids of all special tokens."""
-        return frozenset(index for index, token in self._control.get_added_tokens_decoder().items() if token.special)
-
-    def _encode(self, text: str) -> npt.NDArray[np.int32]:
-        # encode_batch_fast keeps no offsets: half the time of encode
-        return np.array(self._ordinary.encode_batch_fast([text], add_special_tokens=False)[0].ids, np.int32)
-
-    def _pieces(self, text: str) -> Iterator[str]:
-        start = 0
-        while len(text) - start > _PIECE:
-            cut = self._cut(text, start + _PIECE // 2, start + _PIECE)
-            if cut is None:
-                break
-            yield text[start:cut]
-            start = cut
-        if start < len(text):
-            yield text[start:]
-
-    def _cut(self, text: str, low: int, high: int) -> int | None:
-        """Last place in [low, high) at which cutting changes no token."""
-        places = [match.start() for match in _CUT.finditer(text, low, high)]
-        for cut in reversed(places[-_TRIES:]):
-            left, right = text[max(0, cut - _MARGIN) : cut], text[cut : cut + _MARGIN]
-            if np.array_equal(self._encode(left + right), np.concatenate([self._encode(left), self._encode(right)])):
-                return cut
-        return None
+        if self._fast is not None:
+            return frozenset(index for index, special in self._fast.control.values() if special)
+        return self._reference.control_ids()
 
 
-def load_tokenizer(folder_or_file: Path) -> Tokenizer:
-    """Read a tokenizer.json, or the one of a model folder.
+def load_tokenizer(folder_or_file: Path, *, fast: bool = True) -> Tokenizer:
+    """Read a tokenizer.json, a sentencepiece model or Llama 3's file of ranks, or the one of these that a model folder holds.
+
+    Args:
+        folder_or_file: in a folder, tokenizer.json goes before *.model and *.tiktoken.
+        fast: encode with gigatoken where it is exact. Otherwise, for a few texts, only the reference library is loaded.
 
     Raises:
-        DataError: no such file, or it is no tokenizer.
+        DataError: no such file, it is no tokenizer, or the library that reads it is missing.
     """
-    return Tokenizer(folder_or_file / "tokenizer.json" if folder_or_file.is_dir() else folder_or_file)
+    if not folder_or_file.is_dir():
+        return Tokenizer(folder_or_file, fast=fast)
+    whole = folder_or_file / "tokenizer.json"
+    others = sorted(path for kind in ("*.model", "*.tiktoken") for path in folder_or_file.glob(kind))
+    if whole.is_file() or not others:
+        return Tokenizer(whole, fast=fast)
+    if len(others) > 1:
+        names = ", ".join(path.name for path in others)
+        raise DataError(f"no tokenizer.json, but {names}", where=folder_or_file, fix="name the file")
+    return Tokenizer(others[0], fast=fast)
 
 
 def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> None:
@@ -133,10 +159,45 @@ def check_vocabulary(tokenizer: Tokenizer, model_vocab_size: int) -> None:
         )
 
 
-def _without_limits(tokenizer: HFTokenizer) -> None:
-    """Saved truncation would cut documents silently."""
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
+def check_against_reference(tokenizer: Tokenizer, text: str, where: object) -> None:
+    """Raise DifferenceFound, with the first token that differs, unless `encode` gives the ids of the defining library."""
+    ours, theirs = tokenizer.encode(text), tokenizer.reference_encode(text)
+    if np.array_equal(ours, theirs):
+        return
+    shorter = min(len(ours), len(theirs))
+    first = int(np.append(np.flatnonzero(ours[:shorter] != theirs[:shorter]), shorter)[0])
+
+    def words(ids: npt.NDArray[np.int32]) -> str:
+        if first == len(ids):
+            return "no token"
+        known = 0 <= ids[first] < tokenizer.vocab_size
+        return f"{ids[first]} ({tokenizer.decode(ids[first : first + 1])!r})" if known else f"{ids[first]}"
+
+    raise DifferenceFound(
+        f"token {first:,} of {len(theirs):,}: {tokenizer.backend} gives {words(ours)}, the reference {words(theirs)}",
+        where=where,
+        fix="uninstall gigatoken, or report the text",
+    )
+
+
+def _encode(encode: Encode, text: str, path: Path) -> npt.NDArray[np.int32]:
+    try:
+        return encode(text)
+    except (UnicodeEncodeError, TypeError) as error:  # tokenizers raises TypeError for it
+        half = re.search("[\ud800-\udfff]", text)
+        if half is None:
+            raise
+        what = f"character {half.start():,} of a text is half of a surrogate pair ({type(error).__name__})"
+        raise DataError(what, where=path, fix="it is not valid Unicode: leave the document out") from None
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise DataError("no such file", where=path, fix="give a folder with tokenizer.json") from None
+    except OSError as error:
+        raise DataError(f"cannot be read ({error.strerror})", where=path) from None
 
 
 def _read_config(path: Path) -> dict[str, Any]:

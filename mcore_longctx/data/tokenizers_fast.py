@@ -1,0 +1,379 @@
+"""gigatoken, tens of times faster than the libraries that define the ids: used only where it gives the same ids.
+
+Version 0.10 has no mode in which `<|end_of_text|>` inside a document is ordinary text, so it is built from a tokenizer.json
+without the special tokens. It ignores what it does not know of a file. Therefore a file is used only if every field is one
+that both libraries read alike (`_check_structure`), and if the ids of a set of nasty texts are those of the library that defines
+them (`_check_ids`).
+
+Its table of words seen grows without bound (marcelroed/gigatoken#36). It is built anew when this process has grown.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import random
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from mcore_longctx.data.tokenizers_pieces import NEVER, Cutter
+from mcore_longctx.data.tokenizers_reference import Reference
+
+_PAGE = mmap.PAGESIZE
+
+__all__ = ["FastEncoder", "NotExact", "check_texts", "fast_from_json", "fast_from_ranks"]
+
+Tokens = npt.NDArray[np.int32]
+
+# Bytes that this process may grow before the table is built anew, 0.6 CPU-s for Llama 3. The table doubles, and needs both
+# while it does: 64 to 128 MiB must be the last time.
+_GROWTH = 108 << 20
+_LOOK_EVERY = 1 << 20  # characters between two looks at memory
+_OF_A_DOCUMENT = 4  # bytes for a character of it: its line, its text, its tokens in pieces and joined
+_WORST = 40  # bytes that the table takes for a character at worst (random CJK), assumed where the system does not tell
+_PIECE = 1 << 20
+_LONGEST = 24  # characters of the tokens that are found by a table of all substrings
+
+
+class NotExact(Exception):
+    """gigatoken is not used for this tokenizer. `str(error)` is the reason."""
+
+
+class FastEncoder:
+    """gigatoken with bounded memory.
+
+    Attributes:
+        name: library and version.
+        cutter: how long texts are cut for it.
+        vocab_size: largest id + 1.
+        control: id and whether it is special, for each added token.
+    """
+
+    def __init__(self, build: Callable[[], Any], *, vocab_size: int, control: dict[str, tuple[int, bool]]) -> None:
+        self._build_backend = build
+        self.name = f"gigatoken {version('gigatoken')}"
+        self.vocab_size, self.control = vocab_size, control
+        self.rebuilds = -1  # the first build is none
+        self._backend: Any = None
+        self._characters = self._next_look = self._base = self._in_hand = 0
+        self._rebuild()
+        self.cutter = Cutter(self.encode, _PIECE)
+
+    def encode_long(self, text: str) -> Tokens:
+        """Ids of a text of any length as ordinary characters, int32 [tokens]."""
+        self._in_hand = _OF_A_DOCUMENT * len(text)
+        ids = self.cutter.encode_long(text)
+        self._in_hand = 0
+        return ids
+
+    def encode(self, text: str) -> Tokens:
+        """Ids of the whole text, encoded at once."""
+        ids: npt.NDArray[np.uint32] = self._backend.encode(text)
+        self._characters += len(text)
+        if self._characters >= self._next_look:
+            self._bound_memory()
+        return ids.view(np.int32)
+
+    def _bound_memory(self) -> None:
+        self._next_look = self._characters + _LOOK_EVERY
+        if self._growth() <= _GROWTH:
+            return
+        _give_back_memory()  # what a big document left behind is no growth of the table
+        if self._growth() > _GROWTH:
+            self._rebuild()
+
+    def _growth(self) -> int:
+        """Bytes that this process has grown by since the last build."""
+        used = _own_memory()
+        if used is None:
+            return self._characters * _WORST
+        self._base = min(self._base, used)  # others may have shrunk meanwhile
+        return used - self._base - self._in_hand
+
+    def _rebuild(self) -> None:
+        self._backend = None
+        self._backend = self._build_backend()
+        _give_back_memory()
+        self._base = max(0, (_own_memory() or 0) - self._in_hand)
+        self._characters, self._next_look = 0, _LOOK_EVERY
+        self.rebuilds += 1
+
+
+def fast_from_json(raw: bytes) -> FastEncoder:
+    """Encoder for a tokenizer.json.
+
+    Raises:
+        NotExact: it is not installed, or its ids may differ from those of Hugging Face tokenizers.
+    """
+    gigatoken = _gigatoken()
+    try:
+        spec = msgspec.json.decode(raw, type=dict[str, Any])
+        control = _check_structure(spec)
+        kept = [row for row in spec["added_tokens"] if not row["special"]]
+        text = msgspec.json.encode(spec | {"added_tokens": kept, "post_processor": None})
+        texts = check_texts(control)
+        reference = _small_reference(spec, texts)
+        vocab_size = 1 + max([*spec["model"]["vocab"].values(), *(index for index, _ in control.values())])
+        byte_fallback = bool(spec["model"].get("byte_fallback"))
+    except NotExact:
+        raise
+    except Exception as error:  # also what tokenizers finds wrong, which is a plain Exception
+        raise NotExact(f"the file is unusual ({type(error).__name__}: {error})") from None
+    del spec
+
+    def build() -> Any:
+        return gigatoken.Tokenizer.from_json(text).backend
+
+    encoder = _checked(build, texts, lambda text: reference.encode(text, add_special_tokens=False).ids, vocab_size, control)
+    if byte_fallback:
+        encoder.cutter = Cutter(encoder.encode, NEVER)  # sentencepiece's kind puts a space before every piece
+    return encoder
+
+
+def fast_from_ranks(path: Path, reference: Reference) -> FastEncoder:
+    """Encoder for Llama 3's file of ranks.
+
+    Raises:
+        NotExact: it is not installed, or its ids differ from those of tiktoken.
+    """
+    gigatoken = _gigatoken()
+    control = {}
+    for index in sorted(reference.control_ids()):
+        control[reference.decode([index])] = (index, True)
+
+    def build() -> Any:
+        return gigatoken.Tokenizer.from_tiktoken(path, pretokenizer="cl100k", special_tokens={}).backend  # Llama 3 splits so
+
+    return _checked(build, check_texts(control), reference.encode, reference.vocab_size, control)
+
+
+def check_texts(control: dict[str, tuple[int, bool]]) -> list[str]:
+    """The texts on which gigatoken must agree: about 5,000 characters, always the same for the same added tokens."""
+    named = [text for text, (_, special) in control.items() if special]
+    named = [*named[:8], *named[-2:], *[text for text, (_, special) in control.items() if not special][:40]]
+    rng = random.Random(0)
+    parts = [*_NASTY, *_ALPHABET]
+    return [
+        "",
+        *_NASTY,
+        *(f"a{text}b {text} {text}\n{text}1" for text in named),
+        *("".join(rng.choice(parts)[:40] for _ in range(25)) for _ in range(12)),
+    ]
+
+
+_NASTY = [
+    "Hello world, it's Bob's book; we'RE, they'd, I'LL, 'tis, don\u2019t",
+    "a  b   c \t d\t\te \n f\n\n\ng \r\n\r\n h\r i \x0b\x0c j   ",
+    "   leading and trailing   ",
+    "\n",
+    " ",
+    "1 12 123 1234 12345678901 3.14159 1,000,000 0x1F \u0663\u0664\u0665 \u00bd\u00b2 \u2167",
+    "for(i=0;i<10;++i){x[i]->y::z(\"a\\\\n\", 'b');} // --- === *** $#@!%^&*()_+",
+    'http://example.org/a_b?c=d&e=%20f#g <html><b>&amp;</b> {"k": [null, -1e-5]}\n',
+    "\u00fcber na\u00efve \u00c5ngstr\u00f6m \u0130stanbul \u01c5 \ufb01n \u0152uvre STRASSE \u1e9e",
+    "e\u0301\u0301 a\u030a n\u0303o \u0928\u092e\u0938\u094d\u0924\u0947 \u0e2a\u0e27\u0e31\u0e2a\u0e14\u0e35 \u1112\u1161\u11ab\u1100\u1173\u11af",
+    "\u6d77\u306f\u5e83\u3044\u3001\u30ab\u30bf\u30ab\u30ca\u3002\u4f60\u597d\uff0c\u4e16\u754c\uff01 \ud55c\uad6d\uc5b4 \u0440\u0443\u0441\u0441\u043a\u0438\u0439 \u0395\u03bb\u03bb\u03b7\u03bd\u03b9\u03ba\u03ac \u0639\u0631\u0628\u064a \u05e2\u05d1\u05e8\u05d9\u05ea",
+    "\U0001f40b\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea \u2764\ufe0f \U0001d54f\U00020000\U0010ffff \ufffd\ufeff\ue000",
+    "nul\x00\x00 \x01\x1b\x7f\x85\xa0\xad \u2003\u3000\u2028\u2029 \u200b\u202e",
+    "\u2581under \u2581\u2581 <0x0A> <s></s> <unk> [INST] <|im_start|>",
+    "a" * 300,
+    " " * 200 + "x",
+    "\n" * 100 + "x",
+    "-" * 150,
+    "7" * 100,
+    "\u6d77" * 60,
+]
+_ALPHABET = [
+    "a",
+    "B",
+    "the",
+    " ",
+    "  ",
+    "\n",
+    "\r\n",
+    "\t",
+    "'",
+    "'s",
+    "'LL",
+    "9",
+    "42",
+    ".",
+    "_",
+    "\u00e9",
+    "\u0301",
+    "\u6d77",
+    "\U0001f40b",
+    "\x00",
+    "\xa0",
+]
+
+
+def _gigatoken() -> Any:
+    try:
+        import gigatoken
+    except ImportError:
+        raise NotExact("gigatoken is not installed") from None
+    return gigatoken
+
+
+def _checked(
+    build: Callable[[], Any],
+    texts: Sequence[str],
+    expected: Callable[[str], Any],
+    vocab_size: int,
+    control: dict[str, tuple[int, bool]],
+) -> FastEncoder:
+    """The encoder, if its ids for `texts` are the expected ones."""
+    try:
+        encoder = FastEncoder(build, vocab_size=vocab_size, control=control)
+        other = [text for text in texts if not np.array_equal(encoder.encode(text), np.asarray(expected(text), np.int32))]
+    except Exception as error:  # plain Exception, for a tokenizer that it does not know
+        raise NotExact(f"gigatoken: {error}".splitlines()[0]) from None
+    if other:
+        raise NotExact(f"gigatoken gives other ids for {other[0][:40]!r}")
+    return encoder
+
+
+def _check_structure(spec: dict[str, Any]) -> dict[str, tuple[int, bool]]:
+    """Added tokens (id, special) of a tokenizer.json that gigatoken and Hugging Face tokenizers read alike."""
+    model = spec["model"]
+    if model.get("type", "BPE") != "BPE":
+        raise NotExact(f"gigatoken knows BPE only, this is {model['type']}")
+    for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
+        if model.get(name):
+            raise NotExact(f"gigatoken ignores {name}")
+    vocabulary = model["vocab"]
+    if model.get("byte_fallback"):
+        bare = [byte for byte in range(256) if f"<0x{byte:02X}>" not in vocabulary]
+        if any(byte > 127 or chr(byte) not in vocabulary for byte in bare):
+            raise NotExact("not every byte has a token")
+    else:
+        _check_byte_level(spec)
+        if not all(character in vocabulary for character in _byte_characters()):
+            raise NotExact("not every byte has a token")
+    return _check_added(spec["added_tokens"], vocabulary, has_normalizer=spec.get("normalizer") is not None)
+
+
+def _check_byte_level(spec: dict[str, Any]) -> None:
+    splits = spec.get("pre_tokenizer") or {}
+    if splits.get("type") == "ByteLevel":
+        if not splits.get("use_regex", True):
+            raise NotExact("gigatoken needs a split rule")
+        return
+    rows = splits.get("pretokenizers", [])
+    *patterns, last = rows or [{}]
+    known = [("Isolated", False), ("Removed", True)]
+    if (
+        splits.get("type") != "Sequence"
+        or any(row["type"] != "Split" or (row["behavior"], row["invert"]) not in known for row in patterns)
+        or last.get("type") != "ByteLevel"
+        or last.get("use_regex", True)
+        or last.get("add_prefix_space")
+    ):
+        raise NotExact("gigatoken ignores a part of the pre_tokenizer")
+
+
+def _check_added(rows: list[dict[str, Any]], vocabulary: dict[str, int], *, has_normalizer: bool) -> dict[str, tuple[int, bool]]:
+    outside = len(vocabulary)
+    added: dict[str, tuple[int, bool]] = {}
+    for row in rows:
+        text, index = row["content"], row["id"]
+        if not text or text in added:
+            raise NotExact("an added token is empty or given twice")
+        if text not in vocabulary:
+            # Hugging Face counts on from the vocabulary, whatever the file says
+            if index != outside:
+                raise NotExact(f"id of the added token {text!r}")
+            outside += 1
+        elif vocabulary[text] != index:
+            raise NotExact(f"id of the added token {text!r}")
+        added[text] = (index, bool(row["special"]))
+        # those that are not special are found in documents too
+        if not row["special"] and (row["single_word"] or (row["normalized"] and has_normalizer)):
+            raise NotExact(f"gigatoken ignores how the added token {text!r} is to be found")
+    if outside > len(vocabulary) and max(vocabulary.values(), default=-1) >= len(vocabulary):
+        raise NotExact("ids of the vocabulary have gaps")
+    special = [text for text, (_, flag) in added.items() if flag]
+    for text in (text for text, (_, flag) in added.items() if not flag):
+        if any(_overlap(text, other) for other in special):
+            raise NotExact(f"the added token {text!r} overlaps a special token")
+    return added
+
+
+def _overlap(one: str, two: str) -> bool:
+    """Whether the two may share characters of a text."""
+    shorter = min(len(one), len(two))
+    ends = any(one[-size:] == two[:size] or two[-size:] == one[:size] for size in range(1, shorter))
+    return ends or one in two or two in one
+
+
+def _small_reference(spec: dict[str, Any], texts: list[str]) -> Any:
+    """Hugging Face's tokenizer with only those tokens and merges that can occur in `texts`: loads in milliseconds, same ids."""
+    from tokenizers import Tokenizer
+
+    model = spec["model"]
+    bare = spec | {"model": model | {"vocab": {}, "merges": []}, "added_tokens": [], "post_processor": None}
+    bare["model"]["unk_token"] = None
+    empty = Tokenizer.from_buffer(msgspec.json.encode(bare))
+    words: set[str] = set()
+    for text in texts:
+        for part in _apart(text, [row["content"] for row in spec["added_tokens"] if not row["special"]]):
+            normal = empty.normalizer.normalize_str(part) if empty.normalizer else part
+            words.update(word for word, _ in empty.pre_tokenizer.pre_tokenize_str(normal)) if empty.pre_tokenizer else words.add(
+                normal
+            )
+    vocabulary = model["vocab"]
+    joined = "\n".join(sorted(words))
+    short = {word[i : i + size] for word in words for i in range(len(word)) for size in range(1, _LONGEST + 1)}
+    kept = {text for text in vocabulary if text in short or (len(text) > _LONGEST and text in joined)}
+    kept.update(text for text in vocabulary if len(text) == 6 and text.startswith("<0x"))
+    kept.update(row["content"] for row in spec["added_tokens"] if row["content"] in vocabulary)
+    if model.get("unk_token") in vocabulary:
+        kept.add(model["unk_token"])
+    merges = [pair for pair in model["merges"] if (pair.replace(" ", "", 1) if isinstance(pair, str) else "".join(pair)) in kept]
+    merges = [pair for pair in merges if all(half in kept for half in (pair.split(" ", 1) if isinstance(pair, str) else pair))]
+    added = [row for row in spec["added_tokens"] if row["content"] in vocabulary or not row["special"]]
+    small = {text: vocabulary[text] for text in kept}
+    small.update((row["content"], row["id"]) for row in added)
+    small_spec = spec | {"model": model | {"vocab": small, "merges": merges}, "added_tokens": added, "post_processor": None}
+    tokenizer = Tokenizer.from_buffer(msgspec.json.encode(small_spec))
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _apart(text: str, added: list[str]) -> list[str]:
+    """The text, and its parts between added tokens, which are normalized alone."""
+    parts = [text]
+    for token in added:
+        parts = [piece for part in parts for piece in part.split(token)]
+    return [text, *parts]
+
+
+def _byte_characters() -> list[str]:
+    """The characters that stand for the 256 bytes in a byte-level vocabulary (GPT-2)."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return [*map(chr, visible), *(chr(256 + index) for index in range(256 - len(visible)))]
+
+
+def _own_memory() -> int | None:
+    """Bytes of this process that no file backs, None where the system does not tell."""
+    try:
+        with open("/proc/self/statm", "rb") as file:  # noqa: PTH123
+            _, resident, shared, *_ = map(int, file.read().split())
+    except OSError:
+        return None
+    return (resident - shared) * _PAGE
+
+
+def _give_back_memory() -> None:
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc only; without it freed memory is used again, not given back
+    if trim is not None:
+        trim(0)
