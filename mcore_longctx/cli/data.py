@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mcore_longctx.cli.data_engine import add_engine_options, refuse_without_engine, run_engine
 from mcore_longctx.errors import ConfigError
 
 _DESCRIPTION = """\
@@ -82,6 +83,7 @@ def _add_build(verbs: Any) -> None:
     _add_verify_fraction(build)
     build.add_argument("--dry-run", action="store_true", help="say what would be done and how large it would be")
     build.add_argument("--json", action="store_true", help="print JSON")
+    add_engine_options(build)
 
 
 def _add_tokenize(verbs: Any) -> None:
@@ -191,21 +193,23 @@ def _build(args: argparse.Namespace) -> int:
         if needed is not None and not args.json:
             print(f"the stage needs {needed:,} samples of {stage.seq_length:,} tokens: {needed * stage.seq_length:,} tokens")
         return 0
+    arguments: dict[str, Any] = {
+        "section": section,
+        "name": stage.data,
+        "chats": chats,
+        "tokenizer": recipe.tokenizer_folder,
+        "model_vocab_size": resolve(file).shape.vocab_size,
+        "seq_length": stage.seq_length,
+        "num_samples": needed,
+        "seed": recipe.seed,
+        "out": out,
+        "verify_fraction": args.verify_fraction,
+    }
+    if args.engine is not None:
+        return run_engine(args, arguments, _workers(args))
+    refuse_without_engine(args)
     with _progress(sum(source.path.stat().st_size for source in section.sources if source.path.is_file())) as progress:
-        report = build(
-            section,
-            stage.data,
-            chats=chats,
-            tokenizer=recipe.tokenizer_folder,
-            model_vocab_size=resolve(file).shape.vocab_size,
-            seq_length=stage.seq_length,
-            num_samples=needed,
-            seed=recipe.seed,
-            out=out,
-            workers=_workers(args),
-            verify_fraction=args.verify_fraction,
-            progress=progress,
-        )
+        report = build(**arguments, workers=_workers(args), progress=progress)
     print(json.dumps(report.as_dict(), indent=1) if args.json else report)
     return 0
 
@@ -216,7 +220,7 @@ def _tokenize(args: argparse.Namespace) -> int:
     from mcore_longctx.data.tokenizers import load_tokenizer
     from mcore_longctx.data.workspace import lock_folder
 
-    sources = _sources(args)
+    sources, workers, range_bytes = _sources(args), _workers(args), _count(args.range, "--range")
     if args.dry_run:
         expected = expect(sources, args.tokenizer, chats=args.chats, vocab_size=args.vocab_size)
         print(json.dumps(expected.as_dict(), indent=1) if args.json else expected)
@@ -231,13 +235,13 @@ def _tokenize(args: argparse.Namespace) -> int:
             tokenizer,
             vocab_size=args.vocab_size,
             chats=args.chats,
-            range_bytes=_count(args.range, "--range"),
+            range_bytes=range_bytes,
         )
         with _progress(sum(task.size for task in job.tasks)) as progress:
             report = run_job(
                 job,
                 tokenizer,
-                workers=_workers(args),
+                workers=workers,
                 max_bad=args.max_bad,
                 verify_fraction=args.verify_fraction,
                 on_task=lambda size, tokens: progress("tokenize", size, tokens),
@@ -363,7 +367,9 @@ def _verify(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(facts, indent=1))
     else:
-        counts = f"{facts['sequences']:,} sequences, {facts['documents']:,} documents, {facts['tokens']:,} tokens ({facts['dtype']})"
+        counts = (
+            f"{facts['sequences']:,} sequences, {facts['documents']:,} documents, {facts['tokens']:,} tokens ({facts['dtype']})"
+        )
         print(f"{facts['prefix']}: whole; {counts}\n  compared: {', '.join(facts['checked'])}")
     return 0
 

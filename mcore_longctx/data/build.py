@@ -229,22 +229,24 @@ def expect(sources: Sequence[DocumentSource], tokenizer: Path, *, chats: bool, v
     return Expected(sources=tuple(rows), dtype=dtype.name, files=len(files), tasks=len(whole))
 
 
-def _probe(task: InputTask, source: DocumentSource, tokenizer: Tokenizer, chats: bool) -> tuple[int, int]:
-    """Bytes of text that were encoded, and their tokens."""
+def _probe(task: InputTask, source: DocumentSource, tokenizer: Tokenizer, chats: bool) -> tuple[int, float]:
+    """Bytes of input that were read, and the tokens in them."""
     encoder = ChatEncoder(tokenizer) if chats else None
-    read = tokens = 0
-    for record in read_task(task, source, chats=chats):
+    tokens, encoded = 0.0, 0
+    records = read_task(task, source, chats=chats)
+    for record in records:
         if isinstance(record, BadRecord):
             raise DataError(record.what, where=record.place)
         if encoder is not None:
             assert isinstance(record, Chat)
-            read += len(json.dumps(record.messages).encode())
-            tokens += sum(len(part) for part, _ in encoder.encode(record))
+            found = sum(len(part) for part, _ in encoder.encode(record))
+            tokens, encoded = tokens + found, encoded + found
         else:
             assert isinstance(record, Document)
-            text = "".join(part.text for part in record.parts)[:_PROBE]
-            read += len(text.encode())
-            tokens += len(tokenizer.encode(text))
-        if read >= _PROBE:
+            text = "".join(part.text for part in record.parts)
+            part = text[:_PROBE]
+            tokens += len(tokenizer.encode(part)) * len(text) / max(1, len(part))
+            encoded += len(part)
+        if encoded >= _PROBE:
             break
-    return read, tokens
+    return records.bytes_read, tokens

@@ -1,6 +1,7 @@
 """`mcore-longctx data`: from a recipe to a folder, and words about it, without torch."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -62,35 +63,82 @@ def built(recipe: Path) -> Path:
 
 
 def test_build_takes_one_stage_of_a_recipe(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["data", "build", str(recipe), "--stage", "extend", "--out", str(tmp_path / "out"), "seed=3"]) == 0
-    printed = capsys.readouterr().out
-    assert printed.startswith(
-        "books: 7 samples of 256 tokens (6 needed; one more, because Megatron's own GPTDataset loses the last)"
-    )
-    assert printed.endswith(f"written: {tmp_path}/out\n")
+    out = str(tmp_path / "out")
+    assert main(["data", "build", str(recipe), "--stage", "extend", "--out", out, "seed=3"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(rf"3 documents, [\d,]+ tokens in {out}/tokens \(tokenizers .*\)", printed[0])
+    assert "books: 7 samples of 256 tokens (6 needed; one more, because Megatron's own GPTDataset loses the last)" in printed
+    assert printed[-1] == f"7 samples of 256 tokens, 1,792 tokens: {out}/books.bin .idx .runs"
     assert json.loads((tmp_path / "out" / "manifest.json").read_text())["seed"] == 3
-    assert main(["data", "build", str(recipe), "--stage", "extend", "--all", "--out", str(tmp_path / "all")]) == 0
-    assert int(capsys.readouterr().out.split()[1]) > 7
+    assert main(["data", "build", str(recipe), "--stage", "extend", "--all", "--json", "--out", str(tmp_path / "all")]) == 0
+    assert json.loads(capsys.readouterr().out)["pack"]["samples"] > 7
     assert main(["data", "build", str(recipe), "--stage", "instruct", "--out", str(tmp_path / "chats")]) == 0
     assert "chats: 1 sample of 128 tokens" in capsys.readouterr().out
 
 
-def test_inspect_says_what_is_there(built: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["data", "inspect", str(built)]) == 0
-    assert "7 sequences in 7 documents, 1,792 tokens (uint16)" in capsys.readouterr().out
-    assert main(["data", "inspect", str(built / "books.idx"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["longest_sequence"] == 256
-    assert main(["data", "inspect", str(built / "books"), "--sample", "0"]) == 0
-    assert "learned  books  " in capsys.readouterr().out
-    assert main(["data", "inspect", str(built), "--sample", "0", "--json"]) == 0
-    assert sum(run["length"] for run in json.loads(capsys.readouterr().out)) == 256
+def test_step_by_step_gives_what_build_gives(recipe: Path, built: Path, tmp_path: Path) -> None:
+    folder, out = recipe.parent, str(tmp_path / "out")
+    steps = [
+        ["tokenize", out, "--tokenizer", f"{folder}/model", "--vocab-size", "512", "--workers", "2", f"books={folder}/books"],
+        ["plan", out, "--seq-length", "256", "--tokens", "1792"],
+        ["pack", out, "--name", "books"],
+    ]
+    for step in steps:
+        assert main(["data", *step]) == 0
+        assert main(["data", *step]) == 0  # again: nothing changes
+    for name in ("books.bin", "books.idx"):
+        assert (tmp_path / "out" / name).read_bytes() == (built / name).read_bytes()
 
 
-def test_verify_says_whole(built: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_writes_nothing(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, out = recipe.parent, tmp_path / "out"
+    arguments = ["--tokenizer", f"{folder}/model", f"books={folder}/books", "--dry-run"]
+    assert main(["data", "tokenize", str(out), *arguments]) == 0
+    assert capsys.readouterr().out.startswith("3 files in 1 tasks, about ")
+    assert main(["data", "tokenize", str(out), *arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["sources"][0]["name"] == "books"
+    assert main(["data", "build", str(recipe), "--stage", "extend", "--dry-run", "--out", str(out)]) == 0
+    assert "the stage needs 6 samples of 256 tokens: 1,536 tokens" in capsys.readouterr().out
+    assert not out.exists()
+
+
+def test_show_stats_verify_and_merge(built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "stats", str(built)]) == 0
+    assert "sequences" in capsys.readouterr().out
+    assert main(["data", "stats", str(built / "books.idx"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["lengths"][0]["max"] == 256
+    assert main(["data", "show", str(built), "--sample", "0"]) == 0
+    first = (built.parents[2] / "books" / "0.txt").read_text()
+    printed = capsys.readouterr().out
+    assert "books / " in printed
+    assert any(
+        repr(text[:8])[1:-1] in printed
+        for text in (first, *((built.parents[2] / "books" / f"{i}.txt").read_text() for i in (1, 2)))
+    )
+    assert main(["data", "show", str(built), "--sample", "0", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens"] == 256
     assert main(["data", "verify", str(built)]) == 0
-    assert capsys.readouterr().out == f"{built}: 7 samples of 256 tokens, 1,792 tokens: whole\n"
+    assert capsys.readouterr().out.startswith(
+        f"{built}/books: whole; 7 sequences, 7 documents, 1,792 tokens (uint16)\n  compared: "
+    )
     assert main(["data", "verify", str(built), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["name"] == "books"
+    assert json.loads(capsys.readouterr().out)["faults"] == []
+    assert main(["data", "merge", str(tmp_path / "all"), str(built / "books"), str(built / "books")]) == 0
+    capsys.readouterr()
+    assert main(["data", "verify", str(tmp_path / "all")]) == 0
+    assert "14 sequences, 14 documents, 3,584 tokens" in capsys.readouterr().out
+
+
+def test_verify_of_a_damaged_file_is_exit_code_1(built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for path in built.glob("books.*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    raw = bytearray((tmp_path / "books.bin").read_bytes())
+    raw[1000] ^= 4
+    (tmp_path / "books.bin").write_bytes(raw)
+    assert main(["data", "verify", str(tmp_path / "books")]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert "sample 1" in said or "sequence 1" in said
 
 
 BAD = [
@@ -100,10 +148,40 @@ BAD = [
         ["build", "{recipe}", "--stage", "extend", "data.books.sources.books.path=nowhere", "--out", "{folder}/new"],
         "nowhere: no such file or folder",
     ),
-    (["inspect", "{folder}"], "0 .idx files in this folder, expected one; give a prefix"),
-    (["inspect", "{folder}/x"], "x.idx: no such file; give the path of .bin and .idx without suffix"),
-    (["inspect", "{built}", "--sample", "7"], "no sample 7, there are 7"),
-    (["verify", "{folder}"], "no manifest.json: this data was not finished, or not written by mcore-longctx"),
+    (["build", "{recipe}", "--stage", "extend", "data.books.mode=longest"], "data.books.mode"),
+    (["stats", "{folder}"], "0 .idx files in this folder, expected one; give a prefix"),
+    (["stats", "{folder}/x"], "x.idx: no such file; give the path of .bin and .idx without suffix"),
+    (["show", "{built}", "--sample", "7"], "7"),
+    (["verify", "{folder}"], "0 .idx files in this folder"),
+    (["tokenize", "{folder}/t", "books", "--tokenizer", "{folder}/model"], "'books' is not NAME=PATH"),
+    (["tokenize", "{folder}/t", "--tokenizer", "{folder}/model"], "sources is empty"),
+    (["tokenize", "{folder}/t", "--tokenizer", "{folder}/books", "b={folder}/books"], "tokenizer.json"),
+    (
+        ["tokenize", "{folder}/t", "--tokenizer", "{folder}/model", "b={folder}/books", "--folders", "c"],
+        "--folders c: no such source",
+    ),
+    (
+        ["tokenize", "{folder}/t", "--tokenizer", "{folder}/model", "b={folder}/books", "--range", "x"],
+        "--range: 'x' is not a token count",
+    ),
+    (
+        ["tokenize", "{folder}/t", "--tokenizer", "{folder}/model", "b={folder}/books", "--workers", "0"],
+        "--workers 0: expected 1 or more",
+    ),
+    (["tokenize", "{folder}/books", "--tokenizer", "{folder}/model", "b={folder}/books"], "the folder is not empty"),
+    (["plan", "{folder}/t", "--seq-length", "4k"], "nothing was tokenized here; run `data tokenize` first"),
+    (
+        ["plan", "{built}", "--seq-length", "4k", "--share", "films=1"],
+        "--share films=1: expected NAME=VALUE of a source; sources: books",
+    ),
+    (["plan", "{built}", "--seq-length", "4k", "--share", "books=x"], "--share books: 'x' is not a number"),
+    (["plan", "{built}", "--seq-length", "4k", "--keep", "2"], "keep_probability is 2.0, expected 0 to 1"),
+    (
+        ["plan", "{built}", "--seq-length", "4k", "--separator-kind", "token", "--separator", "<x>"],
+        "'<x>' is no token of its own",
+    ),
+    (["pack", "{folder}/nothing"], "no such folder"),
+    (["merge", "{folder}/m", "{folder}/x"], "x.idx: no such file"),
 ]
 
 
