@@ -10,13 +10,14 @@ of the document, copy, part), so it is the same for any order of reading. Rows o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from mcore_longctx.data.lengths import source_borders
 from mcore_longctx.data.shards import DocumentTable, hash64
 from mcore_longctx.data.shares import Group, targets
 from mcore_longctx.errors import DataError
@@ -49,7 +50,7 @@ class Drawn:
     document: Rows  # [items] whole documents in the order in which they are laid out
     length: IntArray  # [items] tokens taken, from the start of the document
     chunks: tuple[Chunks, ...]
-    sources: tuple[dict[str, int], ...]  # for each source how many documents and tokens were left out, and why
+    sources: tuple[dict[str, int], ...]  # for each source where its documents and tokens went
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,6 +137,7 @@ def draw(
             assert items.part is not None
             chunks.append(Chunks(group=number, length=group.chunk, document=items.document, part=items.part))
     items = _joined(packed)
+    packed.clear()
     order = drawer.order(items)
     document = items.document[order]
     length = np.empty(len(document), np.int64)
@@ -143,22 +145,45 @@ def draw(
         length[block] = drawer.usable(table.length[document[block]])
     for item, kept in cuts:
         length[np.flatnonzero(order == item)] = kept
-    del items, order
-    left_out = _left_out(table, section.length_sampling, copies, groups, drawer)
-    return Drawn(groups=tuple(groups), document=document, length=length, chunks=tuple(chunks), sources=left_out)
+    facts = _account(table, section.length_sampling, copies, groups, drawer)
+    for block in _blocks(0, len(document)):
+        taken = np.bincount(table.source[document[block]], length[block], len(facts)).astype(np.int64)
+        for found, tokens in zip(facts, taken.tolist(), strict=True):
+            found["taken_tokens"] += tokens
+    for piece in chunks:
+        facts[groups[piece.group].source]["taken_tokens"] += len(piece.document) * piece.length
+    return Drawn(groups=tuple(groups), document=document, length=length, chunks=tuple(chunks), sources=tuple(facts))
 
 
-def hash_order(hashes: npt.NDArray[np.uint64], *ties: npt.NDArray[Any]) -> IntArray:
+def hash_order(count: int, hash_of: Callable[[Any], npt.NDArray[np.uint64]], *ties: npt.NDArray[Any]) -> IntArray:
     """Order of items by their hash, int64 [items]; equal hashes by the columns `ties`.
 
     Keys of documents are distinct and every step of `hash64` is a bijection, so that items of equal hash differ in copy or part:
-    with these as ties, no row of the table decides.
+    with these as ties, no row of the table decides. The upper bits of the hash and the item's number are sorted together in place,
+    which needs half the memory of an argsort; the few items whose upper bits are equal are then put in order by all bits.
+
+    Args:
+        count: of items.
+        hash_of: hashes of the items of a slice or of an array of numbers.
+        *ties: columns, the most significant first.
     """
-    order = np.argsort(hashes)
-    for low in range(0, len(order) - 1, _BLOCK):
-        around = hashes[order[low : low + _BLOCK + 1]]
-        if (around[1:] == around[:-1]).any():
-            return np.lexsort((*reversed(ties), hashes))
+    bits = np.uint64(max(1, (count - 1).bit_length()))
+    packed = np.empty(count, np.uint64)
+    for block in _blocks(0, count):
+        packed[block] = hash_of(block) >> bits << bits | np.arange(block.start, block.stop, dtype=np.uint64)
+    packed.sort()
+    equal = [np.zeros(0, np.int64)]  # places whose right neighbour has the same upper bits
+    for block in _blocks(0, count - 1):
+        upper = packed[block.start : block.stop + 1] >> bits
+        equal.append(np.flatnonzero(upper[1:] == upper[:-1]) + block.start)
+    places = np.concatenate(equal)
+    places = np.unique(np.concatenate([places, places + 1]))
+    upper = packed[places] >> bits
+    packed &= (np.uint64(1) << bits) - np.uint64(1)
+    order = packed.view(np.int64)
+    if len(places):
+        items = order[places]
+        order[places] = items[np.lexsort((*(column[items] for column in reversed(ties)), hash_of(items), upper))]
     return order
 
 
@@ -196,7 +221,7 @@ class _Drawer:
         if not rest:
             return _joined(whole), None
         partial = self._round(base, rounds)
-        chosen = hash_order(self._hashes(_SELECT, partial), partial.copy)
+        chosen = self._sorted(_SELECT, partial)
         reached = np.empty(len(chosen), np.int64)
         for block in _blocks(0, len(chosen)):
             reached[block] = self.usable(self.table.length[partial.document[chosen[block]]])
@@ -218,12 +243,12 @@ class _Drawer:
             wanted = group.held
         rounds, rest = divmod(wanted // group.chunk, len(base)) if len(base) else (0, 0)
         partial = self._round(base, rounds)
-        chosen = hash_order(self._hashes(_SELECT, partial), partial.copy, part)[:rest]
+        chosen = self._sorted(_SELECT, partial)[:rest]
         return _joined([*(self._round(base, number) for number in range(rounds)), partial[chosen]])
 
     def order(self, items: _Items) -> IntArray:
         """The order in which items are laid out."""
-        return hash_order(self._hashes(_ORDER, items), items.copy, *([] if items.part is None else [items.part]))
+        return self._sorted(_ORDER, items)
 
     def _base(self, group: Group) -> _Items:
         """All copies of the group's documents, once."""
@@ -243,19 +268,19 @@ class _Drawer:
             return base
         return _Items(base.document, base.copy + np.int32(number) * self.copies[base.document], base.part)
 
-    def _hashes(self, salt: int, items: _Items) -> npt.NDArray[np.uint64]:
-        hashes = np.empty(len(items), np.uint64)
-        for block in _blocks(0, len(items)):
-            words: list[Any] = [self.table.key[items.document[block]], items.copy[block]]
+    def _sorted(self, salt: int, items: _Items) -> IntArray:
+        def hash_of(rows: Any) -> npt.NDArray[np.uint64]:
+            words: list[Any] = [self.table.key[items.document[rows]], items.copy[rows]]
             if items.part is not None:
-                words.append(items.part[block])
-            hashes[block] = hash64(self.seed, salt, *words)
-        return hashes
+                words.append(items.part[rows])
+            return hash64(self.seed, salt, *words)
+
+        return hash_order(len(items), hash_of, items.copy, *([] if items.part is None else [items.part]))
 
 
 def _groups(section: DataSection, table: DocumentTable, seq_length: int) -> list[Group]:
     """The groups of all sources, in their order, the longest chunks of a source first."""
-    border = np.searchsorted(table.source, np.arange(len(table.sources) + 1)).tolist()
+    border = source_borders(table)
     groups = []
     for index, source in enumerate(section.sources):
         rows = slice(border[index], border[index + 1])
@@ -276,17 +301,17 @@ def _groups(section: DataSection, table: DocumentTable, seq_length: int) -> list
     return groups
 
 
-def _left_out(
+def _account(
     table: DocumentTable, sampling: LengthSampling, copies: npt.NDArray[np.int32], groups: Sequence[Group], drawer: _Drawer
-) -> tuple[dict[str, int], ...]:
-    """For each source: what was read, what length sampling left out, what it drew, and what of that no sample can take."""
-    border = np.searchsorted(table.source, np.arange(len(table.sources) + 1)).tolist()
+) -> list[dict[str, int]]:
+    """For each source: what was read, what length sampling left out, what it drew, and what of that packing can take."""
+    border = source_borders(table)
     facts = []
     for index in range(len(table.sources)):
         mine = [group for group in groups if group.source == index]
         found = dict.fromkeys(
             ("documents", "tokens", "short", "short_tokens", "long", "long_tokens", "not_drawn", "not_drawn_tokens", "drawn"), 0
-        ) | {"drawn_tokens": 0, "usable_tokens": 0}
+        ) | {"drawn_tokens": 0, "usable_tokens": 0, "taken_tokens": 0}
         for block in _blocks(border[index], border[index + 1]):
             length, drawn = table.length[block], copies[block].astype(np.int64)
             short = length < sampling.min_length
@@ -303,7 +328,7 @@ def _left_out(
                 whole = drawer.usable(length) if group.chunk is None else group.pieces_of(length) * group.chunk
                 found["usable_tokens"] += int((drawn * whole).sum())
         facts.append(found)
-    return tuple(facts)
+    return facts
 
 
 def _joined(parts: Sequence[_Items]) -> _Items:

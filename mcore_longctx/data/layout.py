@@ -20,15 +20,16 @@ import numpy.typing as npt
 from mcore_longctx.data.arrays import new_arrays
 from mcore_longctx.data.bins import best_fit, first_fit, next_fit
 from mcore_longctx.data.shards import DocumentTable
-from mcore_longctx.data.sidecar import LITERAL, PADDING, RUN_COLUMNS
+from mcore_longctx.data.sidecar import LITERAL, PADDING, RUN_COLUMNS, Runs
 
-__all__ = ["Pieces", "Separator", "Stream", "fit", "lay_out", "stream_of"]
+__all__ = ["Pieces", "Separator", "Stream", "fit", "lay_out", "run_blocks", "stream_of"]
 
 IntArray = npt.NDArray[np.int64]
 Columns = tuple[npt.NDArray[Any], ...]  # document, start, length, loss
 
 _BLOCK = 1 << 16  # pieces at once: their temporary columns stay in the cache
-_RELEASE = 1 << 6  # blocks after which written pages leave the memory of this process
+_ROWS = 1 << 18  # runs at once
+_RELEASE = 1 << 6  # blocks after which mapped pages leave the memory of this process
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,7 +226,8 @@ def stream_of(
         separator: beside documents. In packings with padding it does not stand behind the last document of a sample.
         seq_length: tokens of a sample.
     """
-    wrapped = length + (separator.wrapping - separator.between)
+    extra = separator.wrapping - separator.between
+    wrapped = length + extra if extra else length
     if packing == "concatenate":
         return Stream(table, Pieces(document=document, length=wrapped), separator, seq_length)
     if packing == "best_fit":
@@ -308,6 +310,16 @@ def lay_out(
         _release(out)
 
 
+def run_blocks(runs: Runs) -> Iterator[slice]:
+    """Rows of mapped runs in blocks. What was read leaves the memory of this process now and then."""
+    columns = [getattr(runs, name) for name in RUN_COLUMNS]
+    for number, low in enumerate(range(0, len(runs.document), _ROWS)):
+        if not number % _RELEASE:
+            _release(columns)
+        yield slice(low, low + _ROWS)
+    _release(columns)
+
+
 def _copy(out: Columns, runs: Columns, at: IntArray, rows: IntArray, is_kept: npt.NDArray[np.bool_]) -> None:
     """Copy stretches of `rows` runs each to the places `at` of the file, leaving out those that are not kept."""
     begins = np.cumsum(rows) - rows
@@ -329,7 +341,7 @@ def _copy(out: Columns, runs: Columns, at: IntArray, rows: IntArray, is_kept: np
 
 
 def _release(columns: Sequence[npt.NDArray[Any]]) -> None:
-    """Hand written pages of mapped columns to the page cache; the kernel writes them when it likes."""
+    """Hand pages of mapped columns back to the page cache; the kernel writes changed ones when it likes."""
     for column in columns:
         base: Any = column.base
         if isinstance(base, mmap.mmap):

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mcore_longctx.data.layout import run_blocks
 from mcore_longctx.data.shards import DocumentTable
 from mcore_longctx.data.sidecar import Runs
 
-__all__ = ["SourceLengths", "length_name", "measure_lengths", "plot_lengths", "tokens_used"]
+__all__ = ["SourceLengths", "length_name", "measure_lengths", "plot_lengths", "source_borders", "tokens_used"]
 
 IntArray = npt.NDArray[np.int64]
 
@@ -65,10 +66,16 @@ class SourceLengths:
         return {**totals, "median_length": self.median, "max_length": self.longest, "buckets": self.buckets()}
 
 
+def source_borders(table: DocumentTable) -> list[int]:
+    """Row at which each source begins, and the number of all rows: `source` is ascending."""
+    numbers = np.arange(len(table.sources), dtype=table.source.dtype)  # another type would copy the column
+    return [*np.searchsorted(table.source, numbers).tolist(), len(table)]
+
+
 def tokens_used(table: DocumentTable, runs: Runs) -> IntArray:
     """Tokens of each document in the samples, repetitions counted, int64 [documents]. runs: of a plan."""
     used = np.zeros(len(table), np.int64)
-    for block in _blocks(0, len(runs.document)):
+    for block in run_blocks(runs):
         document = runs.document[block]
         known = document >= 0
         np.add.at(used, document[known], runs.length[block][known].astype(np.int64))
@@ -87,7 +94,7 @@ def measure_lengths(table: DocumentTable, used: IntArray, borders: Sequence[int]
     powers = [1 << power for power in range(longest.bit_length() + 1)]
     edges = np.unique(np.array([*powers, *(border for border in borders if border < powers[-1])], np.int64))
     rows = len(edges) - 1
-    border = np.searchsorted(table.source, np.arange(len(table.sources) + 1)).tolist()
+    border = source_borders(table)
     found = []
     for index, name in enumerate(table.sources):
         counts = np.zeros((rows, 4), np.int64)

@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mcore_longctx.data.draw import Drawn, draw, hash_order
-from mcore_longctx.data.layout import Pieces, Separator, Stream, lay_out, stream_of
+from mcore_longctx.data.draw import draw, hash_order
+from mcore_longctx.data.layout import Pieces, Separator, Stream, lay_out, run_blocks, stream_of
 from mcore_longctx.data.lengths import SourceLengths, measure_lengths, plot_lengths, tokens_used
 from mcore_longctx.data.plan_text import many, plan_text
 from mcore_longctx.data.shards import DocumentTable, hash64
-from mcore_longctx.data.shares import shares_got
+from mcore_longctx.data.shares import Group, shares_got
 from mcore_longctx.data.sidecar import LITERAL, PADDING, Runs, open_runs
 from mcore_longctx.data.workspace import partial_path
 from mcore_longctx.errors import DataError
@@ -71,38 +71,41 @@ def make_plan(
     assert table.sources == tuple(source.name for source in section.sources)
     if section.packing == "intact" and separator.wrapping - separator.between >= seq_length:
         raise DataError(f"BOS and EOS leave no room in samples of {seq_length:,} tokens", where=name, fix="raise seq_length")
-    drawn = draw(
+    groups, sources, tokens_of_group = _draw_and_lay_out(
+        folder,
         table,
         section,
+        name=name,
         seed=seed,
         seq_length=seq_length,
-        wrapping=separator.wrapping,
-        between=separator.between,
+        separator=separator,
         token_budget=token_budget,
+        max_samples=max_samples,
     )
-    streams = _streams(table, section, drawn, separator, seq_length)
-    is_shuffled = bool(drawn.chunks) or section.packing == "best_fit"
-    samples = _shuffled(streams, seed) if is_shuffled else None
-    if not sum(stream.samples for stream in streams):
-        raise DataError(_nothing(section, table, seq_length), where=name, fix="add documents or shorten seq_length")
     sampling = section.length_sampling
     borders = [int(sampling.short_below)] if sampling.keep_probability < 1 else []
     borders += [int(sampling.long_above)] if sampling.repetition > 1 else []
-    facts = {
-        "method": "pretrain",
-        "name": name,
-        "settings": json.loads(json.dumps(dataclasses.asdict(section), default=str)),
-        "seed": seed,
-        "token_budget": token_budget,
-        "max_samples": max_samples,
-        "separator": {"text": section.separator_text, **dataclasses.asdict(separator)},
-    }
-    planned = _Planned(folder, table, streams, samples, max_samples, separator, borders)
     spans = (int(sampling.short_below), int(sampling.long_above) + 1)
-    lengths, facts = planned.write(facts, words=("documents read", "in the samples"), spans=spans)
-    facts["shares"] = shares_got(drawn.groups, _tokens_of_groups(drawn, streams, samples, max_samples, lengths))
-    facts["left_out"] = _left_out(table, drawn, lengths)
-    return planned.finish(facts)
+    lengths, found = _measure(folder, table, name, words=("documents read", "in the samples"), borders=borders, spans=spans)
+    low, high = spans
+    cells = {each.name: [each.between(0, low), each.between(low, high), each.between(high, None)] for each in lengths}
+    tokens = [tokens_of_group.get(number, lengths[group.source].between(0, None)[3]) for number, group in enumerate(groups)]
+    return _finish(
+        folder,
+        {
+            "method": "pretrain",
+            "name": name,
+            "settings": json.loads(json.dumps(dataclasses.asdict(section), default=str)),
+            "seed": seed,
+            "token_budget": token_budget,
+            "max_samples": max_samples,
+            "separator": {"text": section.separator_text, **dataclasses.asdict(separator)},
+            **found,
+            "length_sampling": {"borders": spans, "sources": cells},
+            "shares": shares_got(groups, tokens),
+            "left_out": {each.name: _left_out(row, each) for row, each in zip(sources, lengths, strict=True)},
+        },
+    )
 
 
 def make_chat_plan(folder: Path, table: DocumentTable, *, name: str, seed: int, seq_length: int) -> dict[str, Any]:
@@ -114,20 +117,17 @@ def make_chat_plan(folder: Path, table: DocumentTable, *, name: str, seed: int, 
     fits = np.flatnonzero(table.length <= seq_length)
     if not len(fits):
         raise DataError(f"no conversation of at most {seq_length:,} tokens", where=name, fix="add chats or raise seq_length")
-    hashes = hash64(seed, _CHATS, table.key[fits])
-    document = fits[hash_order(hashes, np.zeros(len(fits), np.int8))]
-    nothing = Separator()
-    stream = stream_of(table, document, table.length[document], packing="first_fit", separator=nothing, seq_length=seq_length)
-    planned = _Planned(folder, table, [stream], None, None, nothing, [])
-    facts: dict[str, Any] = {"method": "sft", "name": name, "settings": {"packing": "first_fit"}, "seed": seed}
-    facts |= {"token_budget": None, "max_samples": None}
-    _, facts = planned.write(facts, words=("chats read", "in the samples"), spans=None)
-    is_long = table.length > seq_length
-    facts["left_out"] = {}
+    document = fits[hash_order(len(fits), lambda rows: hash64(seed, _CHATS, table.key[fits[rows]]))]
+    stream = stream_of(table, document, table.length[document], packing="first_fit", separator=Separator(), seq_length=seq_length)
+    _write_runs(folder, table, [stream], Separator())
+    _, found = _measure(folder, table, name, words=("chats read", "in the samples"))
+    left_out = {}
     for index, source in enumerate(table.sources):
-        mine = table.length[is_long & (table.source == index)]
-        facts["left_out"][source] = {"too_long": {"documents": len(mine), "tokens": int(mine.sum())}}
-    return planned.finish(facts)
+        mine = table.length[(table.length > seq_length) & (table.source == index)]
+        left_out[source] = {"too_long": {"documents": len(mine), "tokens": int(mine.sum())}}
+    settings = {"packing": "first_fit"}
+    facts = {"method": "sft", "name": name, "settings": settings, "seed": seed, "token_budget": None, "max_samples": None}
+    return _finish(folder, {**facts, **found, "left_out": left_out})
 
 
 def read_plan(folder: Path) -> tuple[Runs, dict[str, Any]]:
@@ -155,26 +155,59 @@ def read_plan(folder: Path) -> tuple[Runs, dict[str, Any]]:
 
 
 # ------------------------------------------------------------------ deciding
-def _streams(table: DocumentTable, section: DataSection, drawn: Drawn, separator: Separator, seq_length: int) -> list[Stream]:
-    """A stream for the chunks of each group, and one for all documents that are packed."""
+def _draw_and_lay_out(
+    folder: Path,
+    table: DocumentTable,
+    section: DataSection,
+    *,
+    name: str,
+    seed: int,
+    seq_length: int,
+    separator: Separator,
+    token_budget: int | None,
+    max_samples: int | None,
+) -> tuple[Sequence[Group], Sequence[dict[str, int]], dict[int, int]]:
+    """Write plan.runs. Groups, what became of each source, and tokens in the samples of each group of chunks.
+
+    A function of its own so that all that was drawn has left the memory when the runs are measured.
+    """
+    drawn = draw(
+        table,
+        section,
+        seed=seed,
+        seq_length=seq_length,
+        wrapping=separator.wrapping,
+        between=separator.between,
+        token_budget=token_budget,
+    )
     streams = []
     for chunks in drawn.chunks:
         length = np.full(len(chunks.document), chunks.length, np.int64)
         pieces = Pieces(document=chunks.document, length=length, start=chunks.part * chunks.length)
         streams.append(Stream(table, pieces, Separator(), seq_length))
     if section.packing != "single":
-        packed = stream_of(
-            table, drawn.document, drawn.length, packing=section.packing, separator=separator, seq_length=seq_length
+        packing = section.packing
+        streams.append(
+            stream_of(table, drawn.document, drawn.length, packing=packing, separator=separator, seq_length=seq_length)
         )
-        streams.append(packed)
-    return streams
+    border = np.cumsum([0, *(stream.samples for stream in streams)])
+    if not border[-1]:
+        raise DataError(_nothing(section, table, seq_length), where=name, fix="add documents or shorten seq_length")
+    samples = None
+    if drawn.chunks or section.packing == "best_fit":  # else the order of the samples is already one of hashes
+        samples = _shuffled(streams, seed)
+    _write_runs(folder, table, streams, separator, samples, max_samples)
+    written = (np.arange(border[-1]) if samples is None else samples)[:max_samples]
+    kept = np.bincount(np.searchsorted(border, written, side="right") - 1, minlength=len(streams)).tolist()
+    tokens = {chunks.group: kept[number] * seq_length for number, chunks in enumerate(drawn.chunks)}
+    return drawn.groups, drawn.sources, tokens
 
 
 def _shuffled(streams: Sequence[Stream], seed: int) -> IntArray:
     """The samples of all streams in an order drawn from the seed. Their numbers come from orders that were drawn from keys."""
-    hashes = [hash64(seed, _SAMPLES, number, np.arange(stream.samples)) for number, stream in enumerate(streams)]
     number = np.repeat(np.arange(len(streams)), [stream.samples for stream in streams])
-    return hash_order(np.concatenate(hashes), number)
+    within = np.concatenate([np.arange(stream.samples) for stream in streams])
+    return hash_order(len(number), lambda rows: hash64(seed, _SAMPLES, number[rows], within[rows]), number, within)
 
 
 def _nothing(section: DataSection, table: DocumentTable, seq_length: int) -> str:
@@ -185,89 +218,79 @@ def _nothing(section: DataSection, table: DocumentTable, seq_length: int) -> str
 
 
 # ------------------------------------------------------------------ writing
-@dataclasses.dataclass
-class _Planned:
-    """A plan on its way to the disk."""
+def _write_runs(
+    folder: Path,
+    table: DocumentTable,
+    streams: Sequence[Stream],
+    separator: Separator,
+    samples: IntArray | None = None,
+    limit: int | None = None,
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "plan.json").unlink(missing_ok=True)
+    metadata = {"format": 1, "kind": "plan", "seq_length": streams[0].seq_length, "sources": table.sources}
+    metadata |= {"documents": len(table), "begin_tokens": len(separator.before)}
+    literals = separator.before + separator.after
+    lay_out(folder / "plan.runs", streams, samples=samples, limit=limit, literals=literals, metadata=metadata)
 
-    folder: Path
-    table: DocumentTable
-    streams: Sequence[Stream]
-    samples: IntArray | None
-    max_samples: int | None
-    separator: Separator
-    borders: Sequence[int]  # lengths to mark in the picture
 
-    def write(
-        self, facts: dict[str, Any], *, words: tuple[str, str], spans: tuple[int, int] | None
-    ) -> tuple[list[SourceLengths], dict[str, Any]]:
-        """Runs, lengths and picture; `facts` with what they say. spans: borders of length sampling, for the text."""
-        table, seq_length = self.table, self.streams[0].seq_length
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "plan.json").unlink(missing_ok=True)
-        path = self.folder / "plan.runs"
-        lay_out(
-            path,
-            self.streams,
-            samples=self.samples,
-            limit=self.max_samples,
-            literals=self.separator.before + self.separator.after,
-            metadata={
-                "format": 1,
-                "kind": "plan",
-                "seq_length": seq_length,
-                "sources": table.sources,
-                "documents": len(table),
-                "begin_tokens": len(self.separator.before),
-            },
-        )
-        runs = open_runs(path, kind="plan")
-        lengths = measure_lengths(table, tokens_used(table, runs), spans or ())
-        facts = {
-            "format": 1,
-            "kind": "plan",
-            **facts,
-            "seq_length": seq_length,
-            "samples": len(runs),
-            "runs": len(runs.document),
-            **_count(runs),
-            "begin_tokens": len(self.separator.before),
-            "documents": len(table),
-            "documents_sha256": table.sha256(),
-            "lengths_sha256": _lengths_sha256(table),
-            "plan_sha256": _plan_sha256(table, runs),
-            "runs_crc32": _stored_crc32(path),
-            "versions": versions(),
-            "lengths": {source.name: source.as_dict() for source in lengths},
-        }
-        if spans is not None:
-            low, high = spans
-            cells = {s.name: [s.between(0, low), s.between(low, high), s.between(high, None)] for s in lengths}
-            facts["length_sampling"] = {"borders": spans, "sources": cells}
-        text = json.dumps({"unit": "tokens", "sources": facts["lengths"]}, indent=1)
-        write_atomic(self.folder / "lengths.json", text + "\n")
-        picture = self.folder / "lengths.png"
-        aside = partial_path(picture)
-        try:
-            title = f"{facts['name']}: {many(len(runs), 'sample')} of {seq_length:,} tokens"
-            plot_lengths(lengths, aside, title=title, words=words, borders=self.borders)
-            aside.replace(picture)
-        except OSError as error:
-            raise DataError(f"cannot be written ({error.strerror})", where=picture, fix="make room") from None
-        finally:
-            aside.unlink(missing_ok=True)
-        return lengths, facts
+def _measure(
+    folder: Path,
+    table: DocumentTable,
+    name: str,
+    *,
+    words: tuple[str, str],
+    borders: Sequence[int] = (),
+    spans: Sequence[int] = (),
+) -> tuple[list[SourceLengths], dict[str, Any]]:
+    """What the runs that were written hold; writes lengths.json and lengths.png.
 
-    def finish(self, facts: dict[str, Any]) -> dict[str, Any]:
-        """Write plan.json."""
-        facts = json.loads(json.dumps(facts))
-        write_atomic(self.folder / "plan.json", json.dumps(facts | {"checksum": _checksum(facts)}, indent=1) + "\n")
-        return facts
+    borders: lengths to mark in the picture; spans: lengths at which the result is asked for documents below and above.
+    """
+    runs = open_runs(folder / "plan.runs", kind="plan")
+    lengths = measure_lengths(table, tokens_used(table, runs), spans)
+    facts = {
+        "seq_length": runs.seq_length,
+        "samples": len(runs),
+        "runs": len(runs.document),
+        **_count(runs),
+        "begin_tokens": runs.facts["begin_tokens"],
+        "documents": len(table),
+        "documents_sha256": table.sha256(),
+        "lengths_sha256": _lengths_sha256(table),
+        "plan_sha256": _plan_sha256(table, runs),
+        "runs_crc32": _stored_crc32(folder / "plan.runs"),
+        "versions": versions(),
+        "lengths": {source.name: source.as_dict() for source in lengths},
+    }
+    text = json.dumps({"unit": "tokens", "sources": facts["lengths"]}, indent=1)
+    picture = folder / "lengths.png"
+    aside = partial_path(picture)
+    try:
+        write_atomic(folder / "lengths.json", text + "\n")
+        title = f"{name}: {many(len(runs), 'sample')} of {runs.seq_length:,} tokens"
+        plot_lengths(lengths, aside, title=title, words=words, borders=borders)
+        aside.replace(picture)
+    except OSError as error:
+        raise DataError(f"cannot be written ({error.strerror})", where=folder, fix="make room") from None
+    finally:
+        aside.unlink(missing_ok=True)
+    return lengths, facts
+
+
+def _finish(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
+    """Write plan.json, the sign that the plan is whole."""
+    facts = json.loads(json.dumps({"format": 1, "kind": "plan", **facts}))
+    try:
+        write_atomic(folder / "plan.json", json.dumps(facts | {"checksum": _checksum(facts)}, indent=1) + "\n")
+    except OSError as error:
+        raise DataError(f"cannot be written ({error.strerror})", where=folder, fix="make room") from None
+    return facts
 
 
 def _count(runs: Runs) -> dict[str, int]:
     found = {"tokens": len(runs) * runs.seq_length, "tokens_with_loss": 0, "tokens_of_separators": 0, "tokens_of_padding": 0}
-    for low in range(0, len(runs.document), _ROWS):
-        block = slice(low, low + _ROWS)
+    for block in run_blocks(runs):
         document, length = runs.document[block], runs.length[block].astype(np.int64)
         found["tokens_with_loss"] += int(length[runs.loss[block]].sum())
         found["tokens_of_separators"] += int(length[document == LITERAL].sum())
@@ -275,45 +298,25 @@ def _count(runs: Runs) -> dict[str, int]:
     return found
 
 
-def _tokens_of_groups(
-    drawn: Drawn, streams: Sequence[Stream], samples: IntArray | None, limit: int | None, lengths: Sequence[SourceLengths]
-) -> list[int]:
-    """Tokens of documents that each group has in the samples."""
-    tokens = [lengths[group.source].between(0, None)[3] for group in drawn.groups]
-    border = np.cumsum([0, *(stream.samples for stream in streams)])
-    written = np.arange(border[-1]) if samples is None else samples
-    stream_of_sample = np.searchsorted(border, written[:limit], side="right") - 1
-    kept = np.bincount(stream_of_sample, minlength=len(streams)).tolist()
-    for number, chunks in enumerate(drawn.chunks):
-        tokens[chunks.group] = kept[number] * streams[number].seq_length
-    return tokens
+def _left_out(row: dict[str, int], lengths: SourceLengths) -> dict[str, dict[str, int]]:
+    """Where the tokens of a source went.
 
-
-def _left_out(table: DocumentTable, drawn: Drawn, lengths: Sequence[SourceLengths]) -> dict[str, dict[str, Any]]:
-    """For each source where its tokens went: read - too short - too long - not drawn + copies = drawn, and so on to the samples."""
-    taken = np.zeros(len(table.sources), np.int64)
-    for low in range(0, len(drawn.document), _ROWS):
-        block = slice(low, low + _ROWS)
-        source = table.source[drawn.document[block]]
-        taken += np.bincount(source, drawn.length[block], len(taken)).astype(np.int64)
-    for chunks in drawn.chunks:
-        taken[drawn.groups[chunks.group].source] += len(chunks.document) * chunks.length
-    found = {}
-    for measured, facts, mine in zip(lengths, drawn.sources, taken.tolist(), strict=True):
-        in_samples = measured.between(0, None)[3]
-        found[measured.name] = {
-            "read": {"documents": facts["documents"], "tokens": facts["tokens"]},
-            "too_short": {"documents": facts["short"], "tokens": facts["short_tokens"]},
-            "too_long": {"documents": facts["long"], "tokens": facts["long_tokens"]},
-            "not_drawn": {"documents": facts["not_drawn"], "tokens": facts["not_drawn_tokens"]},
-            "drawn": {"documents": facts["drawn"], "tokens": facts["drawn_tokens"]},  # every copy counts
-            "remainder": {"tokens": facts["drawn_tokens"] - facts["usable_tokens"]},  # of documents that were cut
-            "over_budget": {"tokens": max(0, facts["usable_tokens"] - mine)},
-            "repeated": {"tokens": max(0, mine - facts["usable_tokens"])},  # taken again to fill the share
-            "tail": {"tokens": mine - in_samples},  # drawn, but in no whole sample that was wanted
-            "in_samples": {"tokens": in_samples},
-        }
-    return found
+    read - too_short - too_long - not_drawn, times the copies = drawn; drawn - remainder - over_budget + repeated - tail = in_samples.
+    """
+    used = lengths.between(0, None)[3]
+    taken, usable = row["taken_tokens"], row["usable_tokens"]
+    return {
+        "read": {"documents": row["documents"], "tokens": row["tokens"]},
+        "too_short": {"documents": row["short"], "tokens": row["short_tokens"]},
+        "too_long": {"documents": row["long"], "tokens": row["long_tokens"]},
+        "not_drawn": {"documents": row["not_drawn"], "tokens": row["not_drawn_tokens"]},
+        "drawn": {"documents": row["drawn"], "tokens": row["drawn_tokens"]},  # every copy counts
+        "remainder": {"tokens": row["drawn_tokens"] - usable},  # of documents that are cut in whole pieces
+        "over_budget": {"tokens": max(0, usable - taken)},
+        "repeated": {"tokens": max(0, taken - usable)},  # taken again to fill the share
+        "tail": {"tokens": taken - used},  # drawn, but in no whole sample that was wanted
+        "in_samples": {"tokens": used},
+    }
 
 
 # ------------------------------------------------------------------ hashes
@@ -321,8 +324,7 @@ def _plan_sha256(table: DocumentTable, runs: Runs) -> str:
     """Hash of all runs with keys of documents in place of rows: the same for any order in which documents were read."""
     digest = hashlib.sha256(np.array([runs.seq_length, len(runs), len(runs.literals)], "<i8").tobytes())
     digest.update(runs.literals.astype("<i4").tobytes())
-    for low in range(0, len(runs.document), _ROWS):
-        block = slice(low, low + _ROWS)
+    for block in run_blocks(runs):
         document = runs.document[block]
         known = document >= 0
         key = document.astype(np.uint64)  # -1 and -2 become the largest numbers
@@ -334,7 +336,7 @@ def _plan_sha256(table: DocumentTable, runs: Runs) -> str:
 
 def _lengths_sha256(table: DocumentTable) -> str:
     """Hash of keys, lengths and loss flags in the order of the keys: the same for any order in which documents were read."""
-    digest, order = hashlib.sha256(), np.argsort(table.key)
+    digest, order = hashlib.sha256(), hash_order(len(table), lambda rows: table.key[rows])
     for low in range(0, len(order), _ROWS):
         rows = order[low : low + _ROWS]
         digest.update(table.key[rows].tobytes() + table.length[rows].tobytes())
