@@ -216,7 +216,8 @@ def _build(args: argparse.Namespace) -> int:
 
 def _tokenize(args: argparse.Namespace) -> int:
     from mcore_longctx.data.build import check_output, expect
-    from mcore_longctx.data.tokenize import prepare_job, run_job
+    from mcore_longctx.data.job import prepare_job
+    from mcore_longctx.data.tokenize import run_job
     from mcore_longctx.data.tokenizers import load_tokenizer
     from mcore_longctx.data.workspace import lock_folder
 
@@ -255,9 +256,8 @@ def _plan(args: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from mcore_longctx.data.build import make_separator
+    from mcore_longctx.data.job import open_job, read_documents_table
     from mcore_longctx.data.plan import make_chat_plan, make_plan, plan_text
-    from mcore_longctx.data.tokenize import open_job, read_documents_table
-    from mcore_longctx.data.tokenizers import load_tokenizer
     from mcore_longctx.data.workspace import lock_folder
     from mcore_longctx.recipe.schema import ChunkSet, DataSection, LengthSampling, TokenCount
 
@@ -300,11 +300,6 @@ def _plan(args: argparse.Namespace) -> int:
         if job.chats:
             facts = make_chat_plan(args.out / "plan", table, name=args.out.name, seed=args.seed, seq_length=seq_length)
         else:
-            tokenizer = load_tokenizer(job.tokenizer)
-            if tokenizer.sha256 != job.tokenizer_sha256:
-                raise ConfigError(
-                    "has changed since the tokens were made", where=job.tokenizer, fix="tokenize into another folder"
-                )
             facts = make_plan(
                 args.out / "plan",
                 table,
@@ -312,7 +307,7 @@ def _plan(args: argparse.Namespace) -> int:
                 name=args.out.name,
                 seed=args.seed,
                 seq_length=seq_length,
-                separator=make_separator(section, tokenizer),
+                separator=make_separator(section, job),
                 token_budget=None if args.tokens is None else _count(args.tokens, "--tokens"),
             )
     print(json.dumps(facts, indent=1) if args.json else plan_text(facts))
@@ -343,7 +338,7 @@ def _show(args: argparse.Namespace) -> int:
 
 def _tokenizer_of(path: Path) -> Path | None:
     """The tokenizer that a folder's tokens were made with, if it is still where it was."""
-    from mcore_longctx.data.tokenize import open_job
+    from mcore_longctx.data.job import open_job
 
     folder = path if path.is_dir() else path.parent
     if not (folder / "tokens").is_dir():
