@@ -81,7 +81,7 @@ class IndexedWriter:
         """
         if len(tokens) > _MAX_SEQUENCE:
             raise DataError(f"a sequence of {len(tokens):,} tokens; the index holds at most {_MAX_SEQUENCE:,}", where=self._bin)
-        if tokens.dtype.kind not in "iu":
+        if len(tokens) and tokens.dtype.kind not in "iu":
             raise DataError(f"values of type {tokens.dtype} are no token ids", where=self._bin)
         if len(tokens) and tokens.dtype != self.dtype:
             limits = np.iinfo(self.dtype)

@@ -34,7 +34,7 @@ def verify_data(
         CheckpointError, DataError: there is nothing to check, as in `check_data`.
     """
     facts = check_data(path, vocab_size=vocab_size, separator=separator, max_faults=max_faults)
-    _raise_for(path, facts)
+    _raise_for(facts)
     return facts
 
 
@@ -94,12 +94,12 @@ def check_data(
     return facts | {"faults": faults.words, "fault_count": faults.count}
 
 
-def _raise_for(where: object, facts: Mapping[str, Any]) -> None:
+def _raise_for(facts: Mapping[str, Any]) -> None:
     if not facts["fault_count"]:
         return
     more = facts["fault_count"] - len(facts["faults"])
     text = "; ".join(facts["faults"]) + (f"; and {more:,} more" if more else "")
-    raise DifferenceFound(text, where=where, fix="make the damaged files again, or take them from a copy")
+    raise DifferenceFound(text, fix="make the damaged files again, or take them from a copy")
 
 
 def _known_vocabularies(manifest: Mapping[str, Any], runs: Runs | None) -> Iterator[int]:
@@ -206,7 +206,7 @@ def verify_tokens(folder: Path | str, *, vocab_size: int | None = None, max_faul
             open_runs(plan, kind="plan")
         except DataError as error:
             faults.add(error.where, error.what)
-    _raise_for(folder, {"faults": faults.words, "fault_count": faults.count})
+    _raise_for({"faults": faults.words, "fault_count": faults.count})
     return {**counts, "is_whole": expected is not None, "plan": plan.is_file(), "vocab_size": vocab_size}
 
 
