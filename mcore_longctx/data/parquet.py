@@ -75,7 +75,7 @@ def _opened(path: Path) -> Iterator[Any]:
         raise DataError(error.what, where=path, fix=error.fix) from None
     try:
         # buffer_size: pages are read one after the other, not a whole column of a row group
-        with parquet.ParquetFile(path, buffer_size=BLOCK, pre_buffer=False) as file:
+        with parquet.ParquetFile(path, buffer_size=BLOCK, pre_buffer=False, page_checksum_verification=True) as file:
             yield file
     except (arrow.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0].rstrip(".") if str(error) else type(error).__name__

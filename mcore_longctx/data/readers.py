@@ -168,7 +168,7 @@ class TaskReader:
             return Chat(identity(given, messages, self._source.id_field), messages, place)
         # every row has every column: null is how a row goes without
         there = {name: value for name, value in row.items() if value is not None}
-        parts = parts_of(there or row, self._source.text_field)
+        parts = parts_of(there or dict([*row.items()][:1]), self._source.text_field)
         if not any(part.text for part in parts):
             return None
         return Document(identity(given, parts, self._source.id_field), parts, place)
