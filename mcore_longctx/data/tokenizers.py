@@ -59,7 +59,7 @@ class Tokenizer:
         if is_json(raw):
             return fast_from_json(raw)
         if isinstance(self._reference, TiktokenReference):
-            return fast_from_ranks(self.path, self._reference)
+            return fast_from_ranks(self._reference)
         return None  # sentencepiece is not slow, and gigatoken's own reading of its models is not proven equal
 
     @cached_property

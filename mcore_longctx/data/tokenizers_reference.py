@@ -222,7 +222,15 @@ class SentencePieceReference:
 
 
 class TiktokenReference:
-    """A file of ranks, read by tiktoken. Such a file does not say how text is split: only Llama 3's is known here."""
+    """A file of ranks, read by tiktoken. Such a file does not say how text is split: only Llama 3's is known here.
+
+    Attributes:
+        ranks: id of each token, by its bytes.
+        special: id of each control token, by its text.
+        split: regular expression of the words.
+    """
+
+    split = _LLAMA3_SPLIT
 
     def __init__(self, path: Path, raw: bytes) -> None:
         try:
@@ -231,10 +239,10 @@ class TiktokenReference:
             raise _missing(path, "tiktoken") from None
         ranks = _read_ranks(path, raw)
         self.vocab_size = _LLAMA3_RANKS + len(_LLAMA3_SPECIAL)
-        self._special = {text: _LLAMA3_RANKS + index for index, text in enumerate(_LLAMA3_SPECIAL)}
-        self._ranks = ranks
+        self.special = {text: _LLAMA3_RANKS + index for index, text in enumerate(_LLAMA3_SPECIAL)}
+        self.ranks = ranks
         self._path = path
-        self._encoding = Encoding(path.name, pat_str=_LLAMA3_SPLIT, mergeable_ranks=ranks, special_tokens=self._special)
+        self._encoding = Encoding(path.name, pat_str=_LLAMA3_SPLIT, mergeable_ranks=ranks, special_tokens=self.special)
         self.name = f"tiktoken {version('tiktoken')}"
         self.cutter = Cutter(self.encode, _PIECE)
 
@@ -254,11 +262,11 @@ class TiktokenReference:
 
     def control_id(self, text: str) -> int | None:
         """See `Reference`."""
-        return self._special.get(text, self._ranks.get(text.encode()))
+        return self.special.get(text, self.ranks.get(text.encode()))
 
     def control_ids(self) -> frozenset[int]:
         """See `Reference`."""
-        return frozenset(self._special.values())
+        return frozenset(self.special.values())
 
 
 def words_stand_alone(vocabulary: object) -> bool:
