@@ -14,7 +14,7 @@ from data_contenders import Contender, datatrove, megatron_fast
 from data_documents import fingerprint, of_indexed
 
 from mcore_longctx.data.indexed import IndexedWriter
-from tests.bench.test_benchmarks import output, rows
+from tests.bench.test_benchmarks import number, output, rows
 
 TOKENIZER = Path(__file__).parents[2] / "examples" / "tiny-llama" / "tokenizer.json"
 
@@ -84,28 +84,19 @@ def test_a_document_of_several_sequences_is_one(tmp_path: Path) -> None:
     assert of_indexed(tmp_path / "it") == fingerprint([[4, 5], [1, 2, 3]])
 
 
-def writing(name: str, *documents: list[int]) -> Contender:
+def writing(name: str, folder: Path, *documents: list[int]) -> Contender:
     """A contender that writes these documents."""
-    script = """
-import json, sys
-import numpy as np
-from mcore_longctx.data.indexed import IndexedWriter
-from tests.bench.test_benchmarks import output, rows
-with IndexedWriter(sys.argv[1] + "/it", np.int32) as writer:
-    for tokens in json.loads(sys.argv[2]):
-        writer.add(np.array(tokens))
-"""
-    return Contender(
-        name,
-        lambda out: [sys.executable, "-c", script, str(out), json.dumps(documents)],
-        lambda out: of_indexed(out / "it"),
-        data.OURS,
-    )
+    folder.mkdir()
+    with IndexedWriter(folder / "it", np.int32) as writer:
+        for tokens in documents:
+            writer.add(np.array(tokens))
+    return Contender(name, lambda out: ["sh", "-c", f"sleep 0.1; cp {folder}/* {out}"], lambda out: of_indexed(out / "it"))
 
 
 def test_contenders_take_turns_and_must_have_done_the_same_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     work = data.Work(tmp_path)
-    first, second = writing("ours, 1 worker", [1, 2], [3]), writing("peer", [3], [1, 2])
+    first = writing("ours, 1 worker", tmp_path / "first", [1, 2], [3])
+    second = writing("peer", tmp_path / "second", [3], [1, 2])
     absent = Contender("absent", missing="it is not there")
     broken = Contender("broken", lambda _: ["sh", "-c", "exit 7"])
     results = data.tokenize([first, second, absent, broken], 2, work)
@@ -122,12 +113,12 @@ def test_contenders_take_turns_and_must_have_done_the_same_work(tmp_path: Path, 
     table = {row[0]: row[1:] for row in rows(text)}
     assert table["absent"][0] == "not measured: it is not there"
     assert table["broken"][0] == "failed: exit code 7 after 0 s"
-    assert table["ours, 1 worker"][5] == "1.00"
-    assert float(table["peer"][5]) > 0
+    assert table["ours, 1 worker"][4] == "1.00"
+    assert float(table["peer"][4]) > 0
     assert "All 2 wrote the same 2 documents of 3 tokens" in text
-    for other in ([1, 2], [4]), ([1], [2, 3]), ([1, 2],):
+    for name, other in {"id": ([1, 2], [4]), "border": ([1], [2, 3]), "lost": ([1, 2],)}.items():
         with pytest.raises(SystemExit, match=r"peer made .*, ours, 1 worker made .*: these are not the same work"):
-            data.tokenize([first, writing("peer", *other)], 1, work)
+            data.tokenize([first, writing("peer", tmp_path / name, *other)], 1, work)
 
 
 def test_peers_that_are_not_there_say_what_is_missing(tmp_path: Path) -> None:
@@ -142,3 +133,38 @@ def test_without_a_corpus_nothing_is_measured(monkeypatch: pytest.MonkeyPatch, c
     for name in ("LONGCTX_CORPUS", "LONGCTX_TOKENIZER"):
         monkeypatch.delenv(name, raising=False)
     assert "not measured: needs --corpus" in output("data", [], monkeypatch, capsys)
+
+
+def test_all_parts_at_toy_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for name, count in (("books", 5), ("code", 30)):
+        texts = (f"{name} {number}: " + "the rain in Spain stays mainly in the plain\n" * (number + 1) for number in range(count))
+        lines = (json.dumps({"id": f"{name}-{number}", "text": text}) for number, text in enumerate(texts))
+        (corpus / f"{name}.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    monkeypatch.setattr(data, "SEQ_LENGTHS", {"build": "1K", "read": "2K"})
+    monkeypatch.setattr(data, "MIX", ("--keep", "0.9"))
+    monkeypatch.setattr(data, "STEP_SECONDS", 0.01)
+    arguments = ["--corpus", str(corpus), "--tokenizer", str(TOKENIZER), "--rounds", "1", "--work", str(tmp_path)]
+    text = output("data", arguments, monkeypatch, capsys)
+    table = rows(text)
+    assert [row[0] for row in table if row[0].startswith("ours, ")] == [
+        "ours, 1 worker",
+        "ours, 2 workers",
+        *["ours, 1 worker"] * 2,
+    ]
+    assert all(number(row[1]) > 0 and number(row[3]) > 5 for row in table if row[0].startswith("ours, "))
+    assert sum("not measured: --" in row[1] for row in table) == 1 + 3 + 3  # peers: all documents, slice, start
+    assert "wrote the same 35 documents" in text
+    assert "wrote the same 5 documents" in text
+    assert "wrote the same 1 documents" in text
+    steps = [row for row in table if row[0] in ("plan", "pack, 1 worker", "verify", "plan + pack")]
+    assert [row[0] for row in steps] == ["plan", "pack, 1 worker", "verify", "plan + pack"]
+    assert number(steps[3][1]) == pytest.approx(number(steps[0][1]) + number(steps[1][1]), abs=0.02)
+    warm = [row for row in table if len(row) == 8 and row[0] in ("4", "16")]
+    assert [row[0] for row in warm] == ["4", "16"]
+    assert all(number(cell) >= 0 for row in warm for cell in row)
+    assert [row[:2] for row in table if "read" in row[1]] == [
+        [cp, kind] for cp in ("4", "16") for kind in ("read when asked for", "read one step ahead")
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["corpus"]  # nothing is left
