@@ -166,13 +166,14 @@ def _read_all_runs(readers: Sequence[IndexedReader]) -> tuple[list[Runs], str | 
         if part.seq_length != first.seq_length:
             return [], f"samples of {first.seq_length:,} and of {part.seq_length:,} tokens"
         for name in _MUST_AGREE:
-            if part.facts.get(name) != first.facts.get(name):
+            mine, known = part.facts.get(name), _first_known(runs, name)
+            if mine is not None and mine != known:
                 raise DataError(
-                    f"has {name} {part.facts.get(name)!r}, {readers[0].prefix} has {first.facts.get(name)!r}",
+                    f"has {name} {mine!r}, an input before it has {known!r}",
                     where=reader.prefix,
                     fix="merge what was made in one way",
                 )
-        if first.facts.get("begin_tokens") and not np.array_equal(part.literals, first.literals):
+        if _first_known(runs, "begin_tokens") and not np.array_equal(part.literals, first.literals):
             raise DataError(
                 f"has other separators than {readers[0].prefix}", where=reader.prefix, fix="merge what was made in one way"
             )
@@ -232,10 +233,16 @@ def _join_literals(runs: list[Runs]) -> tuple[npt.NDArray[np.int32], list[int]]:
 def _join_facts(runs: list[Runs], names: list[str]) -> dict[str, Any]:
     """What all parts say alike; the rest stands in `merged`, one entry an input."""
     first = runs[0].facts
-    same = {name for name in first if all(part.facts.get(name, ...) == first[name] for part in runs)}
-    left_out = same | {"sources", "documents", "idx_crc32"}
+    same = {name: first[name] for name in first if all(part.facts.get(name, ...) == first[name] for part in runs)}
+    same |= {name: known for name in _MUST_AGREE if (known := _first_known(runs, name)) is not None}
+    left_out = {*same, "sources", "documents", "idx_crc32", "versions"}
     merged = [
-        {"name": name} | {k: v for k, v in part.facts.items() if k not in left_out}
+        {"name": name} | {key: value for key, value in part.facts.items() if key not in left_out}
         for name, part in zip(names, runs, strict=True)
     ]
-    return {name: first[name] for name in first if name in same} | {"merged": merged, "versions": versions()}
+    return same | {"merged": merged, "versions": versions()}
+
+
+def _first_known(runs: list[Runs], name: str) -> Any:
+    """The first value of a fact that is not None: data without padding knows no padding token."""
+    return next((part.facts[name] for part in runs if part.facts.get(name) is not None), None)

@@ -262,8 +262,20 @@ def test_other_separators_keep_their_tokens(tmp_path: Path) -> None:
 def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
     make_packed(tmp_path / "a")
     make_packed(tmp_path / "b", tokenizer_sha256="cd" * 32)
-    with pytest.raises(DataError, match=r"b: has tokenizer_sha256 'cdcd.*; merge what was made in one way"):
+    with pytest.raises(
+        DataError, match=r"b: has tokenizer_sha256 'cdcd.* an input before it has 'abab.*; merge what was made in one way"
+    ):
         merge_indexed([tmp_path / name for name in "ab"], tmp_path / "out")
+
+
+def test_data_without_padding_goes_with_any(tmp_path: Path) -> None:
+    make_packed(tmp_path / "a", pad_token_id=None)
+    make_packed(tmp_path / "b", seed=1)
+    merge_indexed([tmp_path / name for name in "ab"], tmp_path / "out")
+    assert read_runs(tmp_path / "out").facts["pad_token_id"] == 3
+    make_packed(tmp_path / "c", pad_token_id=4)
+    with pytest.raises(DataError, match="c: has pad_token_id 4, an input before it has 3"):
+        merge_indexed([tmp_path / name for name in "abc"], tmp_path / "out2")
 
 
 def test_without_common_sidecars_it_is_said_that_there_is_none(tmp_path: Path) -> None:
