@@ -255,9 +255,9 @@ def _tokenize(args: argparse.Namespace) -> int:
 def _plan(args: argparse.Namespace) -> int:
     from dataclasses import replace
 
-    from mcore_longctx.data.build import make_separator
     from mcore_longctx.data.job import open_job, read_documents_table
     from mcore_longctx.data.plan import make_chat_plan, make_plan, plan_text
+    from mcore_longctx.data.separator import make_separator
     from mcore_longctx.data.workspace import lock_folder
     from mcore_longctx.recipe.schema import ChunkSet, DataSection, LengthSampling, TokenCount
 

@@ -7,7 +7,6 @@ OUT/NAME.bin NAME.idx NAME.runs manifest.json     the samples (`data/pack.py`)
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,19 +16,20 @@ import numpy as np
 
 from mcore_longctx.data.indexed import token_dtype
 from mcore_longctx.data.inputs import InputTask, plan_inputs
-from mcore_longctx.data.layout import Separator
+from mcore_longctx.data.job import RANGE_BYTES, prepare_job, read_documents_table
 from mcore_longctx.data.pack import PackReport, check_name, pack
 from mcore_longctx.data.plan import make_chat_plan, make_plan, plan_text
 from mcore_longctx.data.readers import BadRecord, Chat, Document, read_task
+from mcore_longctx.data.separator import make_separator
 from mcore_longctx.data.sft import ChatEncoder
-from mcore_longctx.data.tokenize import RANGE_BYTES, TokenReport, prepare_job, read_documents_table, run_job
+from mcore_longctx.data.tokenize import TokenReport, run_job
 from mcore_longctx.data.tokenizers import Tokenizer, load_tokenizer
 from mcore_longctx.data.workspace import lock_folder
 from mcore_longctx.errors import ConfigError, DataError
 from mcore_longctx.manifest import MANIFEST, readable_bytes
 from mcore_longctx.recipe.schema import DataSection, DocumentSource
 
-__all__ = ["BuildReport", "Expected", "Progress", "build", "check_output", "expect", "make_separator"]
+__all__ = ["BuildReport", "Expected", "Progress", "build", "check_output", "expect"]
 
 _PROBE = 1 << 20  # bytes of each source that a dry run encodes
 
@@ -101,7 +101,6 @@ def build(
         _refuse_unused(section, name)
     check_output(out)
     tools = load_tokenizer(tokenizer)
-    separator = None if chats else make_separator(section, tools)
     out.mkdir(parents=True, exist_ok=True)
     with lock_folder(out):
         job = prepare_job(out, section.sources, tools, vocab_size=model_vocab_size, chats=chats)
@@ -118,7 +117,6 @@ def build(
         if chats:
             plan = make_chat_plan(out / "plan", table, name=name, seed=seed, seq_length=seq_length)
         else:
-            assert separator is not None
             max_samples = None if num_samples is None else num_samples + 1
             plan = make_plan(
                 out / "plan",
@@ -127,7 +125,7 @@ def build(
                 name=name,
                 seed=seed,
                 seq_length=seq_length,
-                separator=separator,
+                separator=make_separator(section, job),
                 token_budget=None if max_samples is None else max_samples * seq_length,
                 max_samples=max_samples,
             )
@@ -145,34 +143,6 @@ def check_output(out: Path) -> None:
         raise ConfigError(
             "the folder is not empty, and nothing was tokenized here", where=out, fix="choose another output folder"
         )
-
-
-def make_separator(section: DataSection, tokenizer: Tokenizer) -> Separator:
-    """What stands between documents, as ids.
-
-    Raises:
-        DataError: the tokenizer has no such control token, or names no BOS or EOS.
-    """
-
-    def control(text: str | None, what: str) -> list[int]:
-        found = tokenizer.control_id(text) if text is not None else None
-        if found is None:
-            named = f"no {what} is named" if text is None else f"{text!r} is no token of its own"
-            raise DataError(
-                f"separator_kind {section.separator_kind}: {named}", where=tokenizer.path, fix="use another separator"
-            )
-        return [found]
-
-    before: list[int] = []
-    after: list[int] = []
-    if section.separator_kind == "text":
-        after = tokenizer.encode("<s>" if section.separator is None else section.separator).tolist()
-    elif section.separator_kind == "token":
-        after = control(section.separator, "token")
-    elif section.separator_kind == "bos_eos":
-        before = control(tokenizer.special_tokens.get("bos_token"), "bos_token")
-        after = control(tokenizer.special_tokens.get("eos_token"), "eos_token")
-    return Separator(before=tuple(before), after=tuple(after), loss=section.separator_loss)
 
 
 def _refuse_unused(section: DataSection, name: str) -> None:

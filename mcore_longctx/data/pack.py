@@ -25,11 +25,10 @@ import numpy.typing as npt
 
 from mcore_longctx.data.arrays import map_arrays, new_arrays, write_arrays
 from mcore_longctx.data.index_file import IndexColumns, write_index
+from mcore_longctx.data.job import TokenJob, open_job, read_documents_table
 from mcore_longctx.data.plan import read_plan
 from mcore_longctx.data.shards import DocumentTable
-from mcore_longctx.data.sidecar import LITERAL, PADDING, RUN_COLUMNS, Runs
-from mcore_longctx.data.tokenize import TokenJob, open_job, read_documents_table
-from mcore_longctx.data.tokenizers import Tokenizer, load_tokenizer
+from mcore_longctx.data.sidecar import LITERAL, RUN_COLUMNS, Runs
 from mcore_longctx.data.workspace import remove_leftovers, run_tasks
 from mcore_longctx.errors import ConfigError, DataError
 from mcore_longctx.manifest import MANIFEST, verify_manifest, versions, write_atomic, write_manifest
@@ -96,7 +95,7 @@ def pack(
     if plan["documents_sha256"] != table.sha256():
         raise DataError("was made from other tokens", where=out / "plan", fix="run `data plan` again")
     work = _work_folder(out, name, job, plan)
-    pad_token_id = _pad_id(load_tokenizer(job.tokenizer)) if plan["tokens_of_padding"] else None
+    pad_token_id = _pad_id(job) if plan["tokens_of_padding"] else None
     packer = _Packer(job, table, runs, work, pad_token_id)
     blocks = [block for block in range(packer.blocks) if not packer.mark(block).is_file()]
     for tokens in run_tasks(packer.write_block, blocks, workers):
@@ -194,18 +193,16 @@ def _publish(out: Path, name: str, work: Path) -> None:
             source.replace(out / f"{name}.{suffix}")
 
 
-def _pad_id(tokenizer: Tokenizer) -> int:
+def _pad_id(job: TokenJob) -> int:
     """The id that fills samples: the tokenizer's pad token, else its EOS.
 
     Raises:
         DataError: it names neither.
     """
     for role in ("pad_token", "eos_token"):
-        text = tokenizer.special_tokens.get(role)
-        found = tokenizer.control_id(text) if text is not None else None
-        if found is not None:
-            return found
-    where = tokenizer.path.parent / "tokenizer_config.json"
+        if role in job.ids:
+            return job.ids[role][0]
+    where = job.tokenizer.parent / "tokenizer_config.json"
     raise DataError("no pad_token and no eos_token that the tokenizer knows", where=where, fix="name one of them there")
 
 
@@ -244,7 +241,7 @@ class _Packer:
                 file.seek(first * sample.nbytes)
                 for index in range(first, stop):
                     self._fill(sample, index)
-                    raw = memoryview(sample).cast("B")
+                    raw = sample.data.cast("B")
                     crc32[index - first] = zlib.crc32(raw)
                     if file.write(raw) != len(raw):
                         raise DataError("a short write: is the disk full?", where=self.path)

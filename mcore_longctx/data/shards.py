@@ -85,7 +85,7 @@ class ShardWriter:
             return False
         length, digest = 0, hashlib.blake2b(digest_size=8)
         for tokens, loss in parts:
-            raw = memoryview(tokens).cast("B")
+            raw = tokens.data.cast("B")
             self._file.write(raw)
             self._crc32 = zlib.crc32(raw, self._crc32)
             length += len(tokens)
@@ -113,7 +113,7 @@ class ShardWriter:
         os.fsync(self._file.fileno())
         self._file.close()
         self._partial.replace(self._stem.with_suffix(".tokens"))
-        columns = {
+        columns: dict[str, npt.NDArray[Any]] = {
             "key": np.array(self._key, np.uint64),
             "digest": np.array(self._digest, np.uint64),
             "length": np.array(self._length, np.int64),
@@ -274,7 +274,7 @@ def read_table(folder: Path, sources: Sequence[str], shard_source: Sequence[int]
     )
 
 
-def _joined(shards: Sequence[Shard], name: str, dtype: npt.DTypeLike = None) -> npt.NDArray[Any]:
+def _joined(shards: Sequence[Shard], name: str, dtype: npt.DTypeLike | None = None) -> npt.NDArray[Any]:
     columns = [getattr(shard, name) for shard in shards]
     return np.concatenate(columns) if columns else np.zeros(0, dtype)
 

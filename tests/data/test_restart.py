@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from mcore_longctx.data import tokenize
+from mcore_longctx.data import job as job_module
 from mcore_longctx.data.build import build
-from mcore_longctx.data.tokenize import prepare_job, run_job
+from mcore_longctx.data.job import prepare_job, read_documents_table
+from mcore_longctx.data.tokenize import run_job
 from mcore_longctx.data.tokenizers import load_tokenizer
 from mcore_longctx.data.verify import verify_data
 from mcore_longctx.errors import LongctxError
@@ -63,7 +64,7 @@ def run(section: DataSection, tokenizer: Path, out: Path, workers: int) -> None:
 @pytest.fixture(autouse=True)
 def small_tasks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many tasks and blocks from little data."""
-    monkeypatch.setattr(tokenize, "RANGE_BYTES", 4096)
+    monkeypatch.setattr(job_module, "RANGE_BYTES", 4096)
     monkeypatch.setattr("mcore_longctx.data.build.RANGE_BYTES", 4096)
     monkeypatch.setattr("mcore_longctx.data.pack._BLOCK_BYTES", 8192)
 
@@ -75,7 +76,7 @@ def hashes(out: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def whole(section, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenize, "RANGE_BYTES", 4096)
+        patch.setattr(job_module, "RANGE_BYTES", 4096)
         patch.setattr("mcore_longctx.data.build.RANGE_BYTES", 4096)
         patch.setattr("mcore_longctx.data.pack._BLOCK_BYTES", 8192)
         out = tmp_path_factory.mktemp("whole") / "out"
@@ -94,21 +95,18 @@ def test_any_number_of_workers_gives_the_same_bytes(section, whole, tokenizer_fo
 def test_the_size_of_a_task_does_not_show_in_the_samples(
     section, whole, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokenize, "RANGE_BYTES", 1 << 20)
+    monkeypatch.setattr(job_module, "RANGE_BYTES", 1 << 20)
     tokenizer = load_tokenizer(tokenizer_folder)
     out = tmp_path / "out"
     job = prepare_job(out, section.sources, tokenizer, vocab_size=512, range_bytes=1 << 20)
     assert len(job.tasks) == 3
     run_job(job, tokenizer)
-    from mcore_longctx.data.build import make_separator
     from mcore_longctx.data.pack import pack
     from mcore_longctx.data.plan import make_plan
-    from mcore_longctx.data.tokenize import read_documents_table
+    from mcore_longctx.data.separator import make_separator
 
     table = read_documents_table(job)
-    make_plan(
-        out / "plan", table, section, name="text", seed=3, seq_length=512, separator=make_separator(section, tokenizer)
-    )
+    make_plan(out / "plan", table, section, name="text", seed=3, seq_length=512, separator=make_separator(section, job))
     pack(out, "text")
     for name in ("text.bin", "text.idx", "text.runs", "lengths.json"):
         assert hashlib.sha256((out / name).read_bytes()).hexdigest() == whole[name], name
