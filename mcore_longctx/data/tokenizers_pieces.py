@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,24 +67,27 @@ class Cutter:
         """The last place in [low, high) to cut, else the first one after it that is found."""
         window = _WINDOW
         while high > low:
-            cut = self._cut_between(text, max(low, high - window), high)
+            places = self._places(text, max(low, high - window), high)
+            cut = self._first_exact(text, reversed(places[-_TRIES:]))
             if cut is not None:
                 return cut
             high -= window
             window = min(_WIDEST, 2 * window)
         start, window = low + self.piece // 2, _WINDOW
         while start < len(text):  # a run without a border: it stays whole, and the piece ends behind it
-            cut = self._cut_between(text, start, min(len(text), start + window))
+            cut = self._first_exact(text, self._places(text, start, min(len(text), start + window))[:_TRIES])
             if cut is not None:
                 return cut
             start += window
             window = min(_WIDEST, 2 * window)
         return None
 
-    def _cut_between(self, text: str, low: int, high: int) -> int | None:
+    def _places(self, text: str, low: int, high: int) -> list[int]:
         pattern = _SPACE if self.drops_space else _BORDER
-        places = [match.start() for match in pattern.finditer(text, low, high)]
-        return next((cut for cut in reversed(places[-_TRIES:]) if self._is_exact(text, cut)), None)
+        return [match.start() for match in pattern.finditer(text, low, high)]
+
+    def _first_exact(self, text: str, places: Iterable[int]) -> int | None:
+        return next((cut for cut in places if self._is_exact(text, cut)), None)
 
     def _is_exact(self, text: str, cut: int) -> bool:
         left, right = text[max(0, cut - _MARGIN) : cut], text[cut + self.drops_space : cut + _MARGIN]

@@ -1,26 +1,19 @@
 """Documents are ordinary text, long ones are encoded in pieces without changing a token, and bad tokenizers are named."""
 
 import json
-import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from tokenizers import Tokenizer as HFTokenizer
-from tokenizers import normalizers
 
-from mcore_longctx.data import tokenizers
-from mcore_longctx.data.tokenizers import check_vocabulary, load_tokenizer
-from mcore_longctx.errors import DataError
-from tests.data.conftest import VOCABULARY, WORDS, make_tokenizer, words
-
-
-def whole(folder: Path, text: str) -> list[int]:
-    """The library's own encoding of the whole text as ordinary characters."""
-    tokenizer = HFTokenizer.from_file(str(folder / "tokenizer.json"))
-    tokenizer.encode_special_tokens = True
-    return tokenizer.encode(text, add_special_tokens=False).ids
+from mcore_longctx.data.tokenizers import check_against_reference, check_vocabulary, load_tokenizer
+from mcore_longctx.errors import DataError, DifferenceFound
+from tests.data.conftest import VOCABULARY, make_tokenizer, words
+from tests.data.tokenizer_files import whole
 
 
 def test_special_token_text_in_a_document_is_ordinary_text(tokenizer_folder: Path) -> None:
@@ -47,49 +40,6 @@ def test_no_bos_or_eos_is_added_and_saved_limits_are_lifted(tmp_path: Path) -> N
     expected.no_truncation()
     expected.no_padding()
     assert load_tokenizer(folder).encode(text).tolist() == expected.encode(text, add_special_tokens=False).ids
-
-
-def nasty_text(seed: int) -> str:
-    """Words, code, runs of white space and long stretches without any place to cut."""
-    rng = random.Random(seed)
-    kinds = [
-        lambda: words(rng.random(), 60),
-        lambda: " " * rng.randrange(40) + "\n" * rng.randrange(5),
-        lambda: "".join(rng.choice("海鯨語、。\n") for _ in range(150)),
-        lambda: "x" * rng.randrange(300),
-        lambda: "don't  stop, it's\tI'll\r\n\r\n3.14159 <|eot_id|> e\u0301\u0301 \U0001f40b",
-        lambda: rng.choice(WORDS),
-    ]
-    return "".join(rng.choice(kinds)() for _ in range(40))
-
-
-@pytest.mark.parametrize("split", ["llama3", "gpt2"])
-def test_pieces_give_the_tokens_of_the_whole(
-    tmp_path: Path, tokenizer_folder: Path, split: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tokenizer_folder if split == "llama3" else make_tokenizer(tmp_path, split=None)
-    tokenizer = load_tokenizer(folder)
-    monkeypatch.setattr(tokenizers, "_PIECE", 600)
-    monkeypatch.setattr(tokenizers, "_MARGIN", 100)
-    pieces = 0
-    for seed in range(30):
-        text = nasty_text(seed)
-        pieces += len(list(tokenizer._pieces(text)))
-        assert tokenizer.encode(text).tolist() == whole(folder, text)
-    assert pieces > 100
-
-
-def test_a_tokenizer_that_depends_on_the_start_of_a_text_gets_it_whole(
-    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tokenizer = HFTokenizer.from_file(str(tokenizer_folder / "tokenizer.json"))
-    tokenizer.normalizer = normalizers.Prepend("\u2581")  # as Llama 2's
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    monkeypatch.setattr(tokenizers, "_PIECE", 600)
-    text = words(3, 1000)
-    ours = load_tokenizer(tmp_path)
-    assert list(ours._pieces(text)) == [text]
-    assert ours.encode(text).tolist() == whole(tmp_path, text)
 
 
 def test_a_vocabulary_larger_than_the_models_is_refused(tokenizer_folder: Path) -> None:
@@ -133,3 +83,60 @@ def test_what_is_no_tokenizer_is_refused(tmp_path: Path, tokenizer_folder: Path)
     (tmp_path / "tokenizer_config.json").write_text("{")
     with pytest.raises(DataError, match=r"tokenizer_config\.json: cannot be read"):
         load_tokenizer(tmp_path)
+    (tmp_path / "notes.txt").write_bytes(b"some text")
+    with pytest.raises(
+        DataError, match=r"notes\.txt: not a tokenizer; expected a tokenizer\.json of Hugging Face tokenizers, a sent"
+    ):
+        load_tokenizer(tmp_path / "notes.txt")
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_half_a_surrogate_pair_is_named(tokenizer_folder: Path, fast: bool) -> None:
+    with pytest.raises(DataError, match=r"character 3 of a text is half of a surrogate pair .*; it is not valid Unicode"):
+        load_tokenizer(tokenizer_folder, fast=fast).encode("the\ud83d whale")
+
+
+def test_a_difference_to_the_reference_is_told_in_words(tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = load_tokenizer(tokenizer_folder)
+    check_against_reference(tokenizer, "the whale <|eot_id|>", "books.jsonl:7")
+    right = tokenizer.encode("the whale sea")
+    for wrong, what in [
+        (np.where(np.arange(len(right)) == 1, right[0], right), f"gives {right[0]} ('the'), the reference {right[1]} (' whale')"),
+        (right[:-1], f"gives no token, the reference {right[-1]} (' sea')"),
+        (np.append(right, right[0]), f"gives {right[0]} ('the'), the reference no token"),
+        (np.append(right[:-1], 9999), f"gives 9999, the reference {right[-1]} (' sea')"),
+    ]:
+        monkeypatch.setattr(tokenizer, "encode", lambda text, wrong=wrong: wrong)
+        with pytest.raises(DifferenceFound) as caught:
+            check_against_reference(tokenizer, "the whale sea", "books.jsonl:7")
+        assert str(caught.value).startswith("books.jsonl:7: token ")
+        assert what in str(caught.value)
+
+
+def test_ids_are_written_out_as_text(tokenizer_folder: Path) -> None:
+    for fast in (True, False):
+        tokenizer = load_tokenizer(tokenizer_folder, fast=fast)
+        text = "the \u00fcber-whale\n\U0001f40b"
+        eot = tokenizer.control_id("<|eot_id|>")
+        assert tokenizer.decode(np.append(tokenizer.encode(text), eot)) == text + "<|eot_id|>"
+        assert tokenizer.decode([]) == ""
+        with pytest.raises(DataError, match=rf"id {VOCABULARY} is not in the vocabulary of {VOCABULARY}"):
+            tokenizer.decode([1, VOCABULARY])
+
+
+def test_a_file_that_changes_in_use_is_not_read_again(tmp_path: Path) -> None:
+    pytest.importorskip("gigatoken", reason="gigatoken is not installed")
+    folder = make_tokenizer(tmp_path)
+    tokenizer = load_tokenizer(folder)
+    make_tokenizer(tmp_path, split=None)
+    with pytest.raises(DataError, match="changed while it was in use"):
+        tokenizer.reference_encode("a")
+
+
+def test_loading_needs_neither_torch_nor_transformers(tokenizer_folder: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path; from mcore_longctx.data.tokenizers import load_tokenizer\n"
+        "load_tokenizer(Path(sys.argv[1])).reference_encode('a')\n"
+        "assert not {'torch', 'transformers', 'megatron', 'awkward'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tokenizer_folder)], check=True)
