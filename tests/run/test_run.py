@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 import mcore_longctx.run as runner
+from mcore_longctx.data.workspace import lock_folder
 from mcore_longctx.errors import ConfigError, InUseError, LongctxError, TrainingError
 from mcore_longctx.recipe.load import RecipeFile, open_recipe
-from mcore_longctx.run.journal import lock_folder
 from mcore_longctx.run.steps import Step, plan_steps
 
 CONFIG = {
