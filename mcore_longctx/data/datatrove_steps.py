@@ -18,7 +18,8 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.stats import PipelineStats
 
 from mcore_longctx.data.build import build
-from mcore_longctx.data.tokenize import open_job, run_job
+from mcore_longctx.data.job import open_job
+from mcore_longctx.data.tokenize import run_job
 from mcore_longctx.data.tokenizers import Tokenizer, load_tokenizer
 from mcore_longctx.data.workspace import run_tasks
 

@@ -22,9 +22,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from mcore_longctx.data.build import BuildReport, build, check_output, make_separator
+from mcore_longctx.data.build import BuildReport, build, check_output
+from mcore_longctx.data.job import TokenJob, prepare_job
 from mcore_longctx.data.pack import check_name
-from mcore_longctx.data.tokenize import TokenJob, prepare_job
+from mcore_longctx.data.separator import make_separator
 from mcore_longctx.data.tokenizers import Tokenizer, load_tokenizer
 from mcore_longctx.data.workspace import lock_folder
 from mcore_longctx.errors import ConfigError, InUseError
@@ -146,11 +147,12 @@ def _prepared(arguments: Mapping[str, Any]) -> Iterator[tuple[TokenJob, Tokenize
     check_name(arguments["name"])
     check_output(out)
     tokenizer = load_tokenizer(arguments["tokenizer"])
-    if not chats:
-        make_separator(section, tokenizer)
     out.mkdir(parents=True, exist_ok=True)
     with lock_folder(out):
-        yield prepare_job(out, section.sources, tokenizer, vocab_size=arguments["model_vocab_size"], chats=chats), tokenizer
+        job = prepare_job(out, section.sources, tokenizer, vocab_size=arguments["model_vocab_size"], chats=chats)
+        if not chats:
+            make_separator(section, job)
+        yield job, tokenizer
 
 
 def _step(arguments: Mapping[str, Any], workers: int) -> TokenizeShards:
