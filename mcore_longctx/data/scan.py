@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,14 @@ from mcore_longctx.data.index_file import Index
 from mcore_longctx.data.sidecar import LITERAL, PADDING, Runs
 from mcore_longctx.errors import DataError
 
-__all__ = ["DatasetScan", "Faults", "highest_id", "token_blocks"]
+__all__ = ["DatasetScan", "Faults", "Locate", "highest_id", "token_blocks"]
 
 _READ = 1 << 20  # bytes read at once: they stay in the processor's cache for all checks
 _ROWS = 1 << 18  # runs, or documents, looked at once
 _NAMED = 3  # documents that are named for a sample
 
 IntArray = npt.NDArray[np.int64]
+Locate = Callable[[int, npt.NDArray[Any]], int | None]
 
 
 @dataclass
@@ -33,10 +34,15 @@ class Faults:
     words: list[str] = field(default_factory=list)
     count: int = 0
 
+    @property
+    def is_named(self) -> bool:
+        """Whether the next fault will be named, or only counted."""
+        return len(self.words) < self.most
+
     def add(self, where: object, what: str, times: int = 1) -> None:
         """Note one fault, which stands for `times`."""
         self.count += times
-        if len(self.words) < self.most:
+        if self.is_named:
             self.words.append(f"{where}: {what}")
 
 
@@ -73,10 +79,20 @@ def token_blocks(path: Path, size: int, dtype: np.dtype[Any]) -> Iterator[tuple[
 
 
 class DatasetScan:
-    """One pass over a .bin. `runs`, if there are any, agree with the index in samples and lengths."""
+    """One pass over a .bin.
 
-    def __init__(self, prefix: Path, index: Index, runs: Runs | None, faults: Faults) -> None:
-        self.path, self.index, self.runs, self.faults = Path(f"{prefix}.bin"), index, runs, faults
+    Args:
+        prefix: path without suffix.
+        index: of the dataset.
+        runs: its sidecar, which agrees with the index in samples and lengths; None if there is none.
+        faults: where to note what is wrong.
+        locate: finds the damaged token of a sample, (sample, its tokens) -> position or None, if somebody can.
+    """
+
+    def __init__(
+        self, prefix: Path, index: Index, runs: Runs | None, faults: Faults, locate: Locate = lambda sample, tokens: None
+    ) -> None:
+        self.path, self.index, self.runs, self.faults, self.locate = Path(f"{prefix}.bin"), index, runs, faults, locate
 
     def check(self, vocab_size: int | None, separator: Sequence[int] | None, digest: str | None) -> list[str]:
         """Compare every token; return what was compared."""
@@ -97,7 +113,7 @@ class DatasetScan:
             if sums is not None:
                 for sample in sums.differing(block):
                     self.faults.add(
-                        self.path, f"sample {sample:,}: its checksum differs from the sidecar's ({self._documents(sample)})"
+                        self.path, f"sample {sample:,}: its checksum differs from the sidecar's ({self._damaged(sample)})"
                     )
             if known is not None:
                 self._check_known(known, first, block)
@@ -127,9 +143,16 @@ class DatasetScan:
             what = f"token {run.start + inside - begin:,} of document {run.document!r} of source {run.source!r}"
         return f"sample {sequence:,}, token {inside:,} ({what})"
 
-    def _documents(self, sample: int) -> str:
-        """The documents of a sample, in words: in one of them the damage lies."""
+    def _damaged(self, sample: int) -> str:
+        """Where in a sample the damage lies: the token, or at least the documents of which it must be one."""
         assert self.runs is not None
+        length = self.runs.seq_length
+        if self.faults.is_named:
+            offset = sample * length * self.index.dtype.itemsize
+            tokens = np.memmap(self.path, self.index.dtype, "r", offset, (length,))
+            position = self.locate(sample, tokens)
+            if position is not None:
+                return f"first at {self.place(sample * length + position)}"
         document = self.runs.document[self.runs.rows(sample)]
         numbers = list(dict.fromkeys(document[document >= 0].tolist()))
         sources, of = self.runs.sources, self.runs.document_source

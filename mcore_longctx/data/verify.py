@@ -7,18 +7,19 @@ document and token of the document. Memory is one block; the cost is little more
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from mcore_longctx.data.index_file import Index, read_index
 from mcore_longctx.data.indexed import find_prefix
-from mcore_longctx.data.scan import DatasetScan, Faults, highest_id, token_blocks
+from mcore_longctx.data.scan import DatasetScan, Faults, Locate, highest_id, token_blocks
 from mcore_longctx.data.shards import Shard, read_shard
-from mcore_longctx.data.sidecar import Runs, check_index, open_runs, read_runs
-from mcore_longctx.errors import DataError, DifferenceFound
+from mcore_longctx.data.sidecar import Runs, check_index, read_runs
+from mcore_longctx.errors import DataError, DifferenceFound, LongctxError
 from mcore_longctx.manifest import MANIFEST, read_manifest, sha256_file
 
 __all__ = ["check_data", "find_prefix", "verify_data", "verify_tokens"]
@@ -86,7 +87,7 @@ def check_data(
         if runs is not None:
             facts |= {"samples": len(runs), "seq_length": runs.seq_length}
             runs = _agreeing(prefix, index, runs, faults)
-        checked = DatasetScan(prefix, index, runs, faults).check(vocab_size, separator, digest)
+        checked = DatasetScan(prefix, index, runs, faults, _locator(prefix.parent, runs)).check(vocab_size, separator, digest)
         facts["checked"] += checked
     if manifest:
         facts["checked"].append("manifest")
@@ -140,6 +141,24 @@ def _agreeing(prefix: Path, index: Index, runs: Runs, faults: Faults) -> Runs | 
     return runs
 
 
+def _locator(folder: Path, runs: Runs | None) -> Locate:
+    """Finds the damaged token of a sample in the shards that it was copied from, if they are there. Opened at the first damage."""
+    originals: list[Any] = []
+
+    def locate(sample: int, tokens: npt.NDArray[Any]) -> int | None:
+        if not originals:
+            from mcore_longctx.data.originals import Originals
+
+            try:
+                originals.append(Originals(folder, runs) if runs is not None else None)
+            except LongctxError:  # they are not needed to verify the samples, only to say more
+                originals.append(None)
+        position: int | None = originals[0].first_difference(sample, tokens) if originals[0] is not None else None
+        return position
+
+    return locate
+
+
 def _check_files(folder: Path, prefix: Path, manifest: Mapping[str, Any], faults: Faults) -> str | None:
     """Files of the manifest. The tokens, which are read anyway, are left to the caller: their sha256 is returned."""
     digest = None
@@ -164,7 +183,7 @@ def _check_counts(folder: Path, manifest: Mapping[str, Any], facts: Mapping[str,
 
 # ------------------------------------------------------------------ shards and plan
 def verify_tokens(folder: Path | str, *, vocab_size: int | None = None, max_faults: int = 10) -> dict[str, Any]:
-    """Compare the token shards of OUT/tokens with their tables, and OUT/plan/plan.runs with itself.
+    """Compare the token shards of OUT/tokens with their tables, and settings and plan with their checksums.
 
     Args:
         folder: OUT.
@@ -179,8 +198,11 @@ def verify_tokens(folder: Path | str, *, vocab_size: int | None = None, max_faul
         CheckpointError: the manifest of the shards is damaged.
         DataError: there are no shards.
     """
+    from mcore_longctx.data.job import open_job
+    from mcore_longctx.data.plan import read_plan
+
     folder, faults = Path(folder), Faults(max_faults)
-    tokens, plan = folder / "tokens", folder / "plan" / "plan.runs"
+    tokens, settings, plan = folder / "tokens", folder / "tokens" / "settings.json", folder / "plan" / "plan.json"
     manifest = read_manifest(tokens, "tokens") if (tokens / MANIFEST).is_file() else {}
     vocab_size = next((size for size in (vocab_size, *_known_vocabularies(manifest, None)) if size is not None), None)
     expected = manifest.get("shards")
@@ -201,11 +223,16 @@ def verify_tokens(folder: Path | str, *, vocab_size: int | None = None, max_faul
             faults.add(shard.path, "is not the shard that the manifest lists (tokens or checksum differ)")
         for name, count in (("shards", 1), ("documents", len(shard.length)), ("tokens", found[0])):
             counts[name] += count
-    if plan.is_file():
-        try:
-            open_runs(plan, kind="plan")
-        except DataError as error:
-            faults.add(error.where, error.what)
+    steps: list[tuple[Path, Callable[[], object]]] = [
+        (settings, lambda: open_job(folder)),
+        (plan, lambda: read_plan(plan.parent)),
+    ]
+    for file, read in steps:
+        if file.is_file():
+            try:
+                read()
+            except DataError as error:
+                faults.add(error.where, error.what)
     _raise_for({"faults": faults.words, "fault_count": faults.count})
     return {**counts, "is_whole": expected is not None, "plan": plan.is_file(), "vocab_size": vocab_size}
 

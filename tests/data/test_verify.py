@@ -3,6 +3,7 @@
 import hashlib
 import random
 import struct
+from collections.abc import Callable
 from pathlib import Path
 from zlib import crc32
 
@@ -13,12 +14,16 @@ from hypothesis import strategies as st
 
 from mcore_longctx.data import scan
 from mcore_longctx.data.arrays import map_arrays, write_arrays
+from mcore_longctx.data.build import build
 from mcore_longctx.data.index_file import IndexColumns, write_index
 from mcore_longctx.data.indexed import IndexedWriter
 from mcore_longctx.data.shards import ShardWriter
+from mcore_longctx.data.sidecar import read_runs
 from mcore_longctx.data.verify import check_data, verify_data, verify_tokens
 from mcore_longctx.errors import CheckpointError, DataError, DifferenceFound
 from mcore_longctx.manifest import write_manifest
+from mcore_longctx.recipe.schema import DataSection, DocumentSource
+from tests.data.conftest import words
 from tests.data.packed import PAD, VOCABULARY, Packed, make_packed
 
 
@@ -344,6 +349,57 @@ def test_a_shard_of_another_run_is_noticed(tmp_path: Path) -> None:
 def test_a_damaged_plan_is_named(tmp_path: Path) -> None:
     make_shards(tmp_path)
     (tmp_path / "plan").mkdir()
-    (tmp_path / "plan" / "plan.runs").write_bytes(b"no plan")
-    with pytest.raises(DifferenceFound, match=r"plan\.runs: damaged"):
+    assert not verify_tokens(tmp_path)["plan"]  # begun, not finished
+    (tmp_path / "plan" / "plan.json").write_bytes(b"no plan")
+    with pytest.raises(DifferenceFound, match=r"plan\.json: damaged"):
         verify_tokens(tmp_path)
+    (tmp_path / "plan" / "plan.json").unlink()
+    (tmp_path / "tokens" / "settings.json").write_bytes(b"{}")
+    with pytest.raises(DifferenceFound, match=r"settings\.json: damaged"):
+        verify_tokens(tmp_path)
+
+
+# ------------------------------------------------------------------ a run folder
+def test_in_a_run_folder_the_damaged_token_and_its_document_are_found_by_the_shards(
+    tmp_path: Path, tokenizer_folder: Path, jsonl: Callable[..., Path]
+) -> None:
+    paths = [
+        jsonl(f"{name}.jsonl", [{"id": f"{name}{i}", "text": words(i, 1 + 3 * i)} for i in range(30)]) for name in ("a", "b")
+    ]
+    section = DataSection(sources=tuple(DocumentSource(name=path.stem, path=path) for path in paths), packing="best_fit")
+    out = tmp_path / "out"
+    settings = {"chats": False, "model_vocab_size": 512, "seq_length": 256, "num_samples": None, "seed": 7}
+    build(section, "text", tokenizer=tokenizer_folder, out=out, **settings)
+    assert verify_data(out)["fault_count"] == 0
+    assert verify_tokens(out)["plan"]
+    runs = read_runs(out / "text")
+    ids = np.fromfile(out / "text.bin", "<u2")
+    rng = random.Random(5)
+    documents = 0
+    for _ in range(25):
+        sample, row, at = rng.randrange(len(runs)), 0, rng.randrange(256)
+        position, run = at, runs.sample(sample)[0]
+        while position >= run.length:
+            position, row = position - run.length, row + 1
+            run = runs.sample(sample)[row]
+        token = sample * 256 + at
+        put(out / "text.bin", token, int(ids[token]) ^ 1, 2)
+        faults = check_data(out)["faults"]
+        place = f"token {run.start + position:,} of document {run.document!r} of source {run.source!r}"
+        expected = f"sample {sample}: its checksum differs from the sidecar's (first at sample {sample}, token {at} ({place}))"
+        assert run.document is None or faults == [f"{out}/text.bin: {expected}"]
+        assert run.document is not None or any("(padding)" in fault or "(a separator)" in fault for fault in faults)
+        documents += run.document is not None
+        put(out / "text.bin", token, int(ids[token]), 2)
+    assert documents > 10
+    put(out / "tokens" / "000000.tokens", 0, 0, 2)  # damaged shards do not make sound samples bad
+    assert verify_data(out)["fault_count"] == 0
+    with pytest.raises(DifferenceFound, match=r"000000\.tokens: its checksum differs"):
+        verify_tokens(out)
+    raw = (out / "plan" / "plan.runs").read_bytes()
+    (out / "plan" / "plan.runs").write_bytes(raw[:-1])
+    with pytest.raises(DifferenceFound, match=r"plan\.runs: damaged"):
+        verify_tokens(out)
+    (out / "plan" / "plan.json").unlink()  # without a plan the documents are listed
+    put(out / "text.bin", 0, int(ids[0]) ^ 1, 2)
+    assert "sample 0: its checksum differs from the sidecar's (document" in check_data(out)["faults"][0]
