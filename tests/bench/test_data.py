@@ -108,7 +108,7 @@ def test_contenders_take_turns_and_must_have_done_the_same_work(tmp_path: Path, 
     assert measured.memory is not None
     assert measured.memory.peak > 0
     assert all(cost.peak == 0 for cost in measured.costs)
-    data.print_tokenized(results)
+    assert not data.print_tokenized(results)  # one has failed
     text = capsys.readouterr().out
     table = {row[0]: row[1:] for row in rows(text)}
     assert table["absent"][0] == "not measured: it is not there"

@@ -37,6 +37,7 @@ SEQ_LENGTHS = {"build": "1M", "read": "4M"}
 CP_SIZES = (4, 16)
 STEP_SECONDS = 0.25  # what a training step does beside reading; a real one at 4M tokens takes many seconds
 MB = 1e6
+FAILED = "failed"
 
 
 @dataclass
@@ -99,7 +100,7 @@ def tokenize(candidates: Sequence[Contender], rounds: int, work: Work) -> dict[s
                 cost = work.measure(candidate.command(work.out), memory=memory, environment=candidate.environment)
             except RuntimeError as error:
                 print(f"  {candidate.name}: {error}", file=sys.stderr, flush=True)
-                result.error = f"failed: {str(error).splitlines()[0]}"
+                result.error = f"{FAILED}: {str(error).splitlines()[0]}"
                 continue
             if candidate.told:  # it measured itself: without its start, and its memory is full of texts
                 told = json.loads(work.log.read_text().splitlines()[-1])
@@ -117,12 +118,12 @@ def tokenize(candidates: Sequence[Contender], rounds: int, work: Work) -> dict[s
     return results
 
 
-def print_tokenized(results: dict[str, Measured], *, start_only: bool = False) -> None:
-    """The table, and what all of them wrote. `start_only`: there is so little text that rates mean nothing."""
+def print_tokenized(results: dict[str, Measured], *, start_only: bool = False) -> bool:
+    """The table, and what all of them wrote. Whether nobody failed. `start_only`: there is so little text that rates mean nothing."""
     found = next((result.found for result in results.values() if result.found), None)
     if found is None:
-        print("nothing was measured: " + "; ".join(f"{name}: {result.error}" for name, result in results.items()))
-        return
+        print("nothing was measured: " + "; ".join(f"{name}: {result.error}" for name, result in results.items()) + "\n")
+        return False
     ours, *limits = (
         next((result.cpu.median for name, result in results.items() if kind in name and result.cpu), None)
         for kind in ("ours, 1", "alone, str", "alone, bytes")
@@ -147,6 +148,7 @@ def print_tokenized(results: dict[str, Measured], *, start_only: bool = False) -
         f"\nAll {same} wrote the same {found.documents:,} documents of {found.tokens:,} tokens, compared id by id"
         f" (SHA-256 of the sorted hashes of the documents: {found.digest[:16]}).\n"
     )
+    return not any(result.error and result.error.startswith(FAILED) for result in results.values())
 
 
 # ------------------------------------------------------------------------------------------------------------------ building
@@ -320,14 +322,14 @@ def main() -> int:
     print(f"{harness.machine()}\n\n{versions(given)}\n")
     root = given.work if given.work is not None else given.corpus.parent
     with tempfile.TemporaryDirectory(prefix="bench-data-", dir=root) as folder:
-        measure(given, Path(folder))
+        nobody_failed = measure(given, Path(folder))
     print(f"load {os.getloadavg()[0]:.1f} when it ended")
-    return 0
+    return 0 if nobody_failed else 1
 
 
-def measure(given: argparse.Namespace, folder: Path) -> None:
-    """All parts that were asked for."""
-    work = Work(folder)
+def measure(given: argparse.Namespace, folder: Path) -> bool:
+    """All parts that were asked for. Whether nobody failed."""
+    work, good = Work(folder), True
     corpus = whole(given.corpus.resolve(), given.tokenizer.resolve(), folder)
     hf = contenders.hf_folder(corpus.tokenizer, folder / "hf")
 
@@ -343,18 +345,18 @@ def measure(given: argparse.Namespace, folder: Path) -> None:
     limits = [contenders.raw(corpus, kind) for kind in ("str", "bytes")]
     if "tokenize" in given.only:
         print(f"### Documents to token ids: {corpus.whole.stat().st_size / MB:.0f} MB of JSONL\n")
-        print_tokenized(
+        good &= print_tokenized(
             tokenize([*limits, contenders.ours(corpus, 1), contenders.ours(corpus, 2), fast(corpus)], given.rounds, work)
         )
     if "slice" in given.only:
         part = some_lines(corpus, "slice", EVERY)
         print(f"### The slow ones: every {EVERY}th document, {part.whole.stat().st_size / MB:.0f} MB of JSONL, one round\n")
         limits = [contenders.raw(part, kind) for kind in ("str", "bytes")]
-        print_tokenized(tokenize([*limits, contenders.ours(part, 1), fast(part), *slow(part)], 1, work))
+        good &= print_tokenized(tokenize([*limits, contenders.ours(part, 1), fast(part), *slow(part)], 1, work))
     if "start" in given.only:
         one = some_lines(corpus, "one", 0)
         print("### One document: what it costs to start\n")
-        print_tokenized(tokenize([contenders.ours(one, 1), fast(one), *slow(one)], given.rounds, work), start_only=True)
+        good &= print_tokenized(tokenize([contenders.ours(one, 1), fast(one), *slow(one)], given.rounds, work), start_only=True)
     if "build" in given.only or "read" in given.only:
         tokenized = contenders.ours(corpus, 1)
         work.measure(tokenized.command(work.out), memory=False, environment=tokenized.environment)
@@ -367,6 +369,7 @@ def measure(given: argparse.Namespace, folder: Path) -> None:
     if "read" in given.only:
         print(f"### One context-parallel rank's part of a sample of {SEQ_LENGTHS['read']} tokens\n")
         print_read(read(tokens, work))
+    return good
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from mcore_longctx.data.indexed import IndexedReader
@@ -50,6 +51,7 @@ def warm_times(prefix: Path, cp_size: int, rank: int) -> dict[str, float]:
             stored.get(index, start, min(chunk + 1, samples.seq_length - start)).copy()
 
     delivered = samples.cp_slice(0, cp_size, rank)
+    check_delivered(delivered, stored[0])
     calls: dict[str, Callable[[int], Any]] = {
         "slice": lambda index: samples.cp_slice(index, cp_size, rank),
         "copy of what it delivers": lambda _: [array.copy() for array in delivered],
@@ -68,6 +70,14 @@ def warm_times(prefix: Path, cp_size: int, rank: int) -> dict[str, float]:
         "bytes delivered": sum(array.nbytes for array in delivered),
         "bytes stored": sum(min(chunk + 1, samples.seq_length - start) for start in starts) * stored.dtype.itemsize,
     }
+
+
+def check_delivered(part: Arrays, sample: npt.NDArray[Any]) -> None:
+    """Compare a rank's part with the whole sample as it is stored. Raises SystemExit: what is timed must be right."""
+    tokens, labels, _, positions = part
+    has_next = positions + 1 < len(sample)
+    if not (np.array_equal(tokens, sample[positions]) and np.array_equal(labels[has_next], sample[positions[has_next] + 1])):
+        raise SystemExit("cp_slice does not deliver the tokens that are stored")
 
 
 def cold_waits(prefix: Path, cp_size: int, rank: int, step_seconds: float, *, ahead: bool) -> dict[str, Any]:
