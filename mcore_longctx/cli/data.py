@@ -136,7 +136,7 @@ def _add_plan(verbs: Any) -> None:
     plan.add_argument("--max-length", metavar="N", help="drop longer documents")
     plan.add_argument("--tokens", metavar="N", help="token budget, for example 1B (default: all there is)")
     plan.add_argument("--repeat-to-fill", action="store_true", help="repeat documents where a source is too small for its share")
-    plan.add_argument("--separator", metavar="TEXT", help="between documents (default: <s>)")
+    plan.add_argument("--separator", default="<s>", metavar="TEXT", help="between documents (default: <s>)")
     plan.add_argument(
         "--separator-kind",
         choices=("text", "token", "bos_eos", "none"),

@@ -23,9 +23,9 @@ from mcore_longctx.recipe.schema import DocumentSource
 if TYPE_CHECKING:  # plan and pack need no tokenizer library
     from mcore_longctx.data.tokenizers import Tokenizer
 
-__all__ = ["DEFAULT_SEPARATOR", "RANGE_BYTES", "TokenJob", "open_job", "prepare_job", "read_documents_table"]
+__all__ = ["RANGE_BYTES", "TokenJob", "open_job", "prepare_job", "read_documents_table"]
 
-DEFAULT_SEPARATOR = "<s>"  # UltraLong's
+_SEPARATOR = "<s>"  # UltraLong's
 RANGE_BYTES = 64 << 20  # of input a task
 _SETTINGS = "settings.json"
 
@@ -145,7 +145,7 @@ def read_documents_table(job: TokenJob) -> DocumentTable:
 # ------------------------------------------------------------------ settings
 def _known_ids(tokenizer: Tokenizer) -> dict[str, list[int]]:
     """Ids that most plans ask for. A role that the tokenizer does not name, or whose text is no token, is left out."""
-    ids = {DEFAULT_SEPARATOR: [int(token) for token in tokenizer.encode(DEFAULT_SEPARATOR)]}
+    ids = {_SEPARATOR: [int(token) for token in tokenizer.encode(_SEPARATOR)]}
     for role in ("bos_token", "eos_token", "pad_token"):
         text = tokenizer.special_tokens.get(role)
         found = tokenizer.control_id(text) if text is not None else None

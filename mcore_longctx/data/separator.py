@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mcore_longctx.data.job import DEFAULT_SEPARATOR, TokenJob
+from mcore_longctx.data.job import TokenJob
 from mcore_longctx.data.layout import Separator
 from mcore_longctx.errors import ConfigError, DataError
 from mcore_longctx.recipe.schema import DataSection
@@ -28,7 +28,7 @@ def make_separator(section: DataSection, job: TokenJob) -> Separator:
         return Separator(loss=loss)
     if section.separator_kind == "bos_eos":
         return Separator(before=role("bos_token"), after=role("eos_token"), loss=loss)
-    text = DEFAULT_SEPARATOR if section.separator is None else section.separator
+    text = section.separator
     if section.separator_kind == "text" and text in job.ids:
         return Separator(after=tuple(job.ids[text]), loss=loss)
     from mcore_longctx.data.tokenizers import load_tokenizer

@@ -169,8 +169,8 @@ class DataSection:
     sources: tuple[DocumentSource, ...]
     mode: Literal["ultralong", "fu", "prolong"] = "ultralong"
     length_sampling: LengthSampling = field(default_factory=LengthSampling)
-    separator: str | None = None  # text: None is "<s>"; token: a control token of the tokenizer
-    separator_kind: Literal["text", "token", "bos_eos", "none"] = "text"  # text: tokenized as ordinary characters
+    separator: str = "<s>"  # between documents; with separator_kind bos_eos and none it has no meaning
+    separator_kind: Literal["text", "token", "bos_eos", "none"] = "text"  # text: ordinary characters; token: a control token
     separator_loss: bool = True  # whether separators are learned
     packing: Literal["concatenate", "single", "best_fit", "intact"] = "concatenate"
     repeat_to_fill: bool = False  # take documents again where a source is too small for its share; else that is an error
@@ -187,10 +187,6 @@ class DataSection:
             raise ValueError("give every source a positive share, or none")
         if self.mode != "prolong" and any(source.chunks for source in self.sources):
             raise ValueError("chunks belong to mode prolong")
-        if self.separator_kind == "token" and self.separator is None:
-            raise ValueError("separator_kind token needs separator, the text of a control token")
-        if self.separator_kind in ("bos_eos", "none") and self.separator is not None:
-            raise ValueError(f"separator has no meaning with separator_kind {self.separator_kind}")
         if self.max_bad < 0:
             raise ValueError(f"max_bad is {self.max_bad}, expected 0 or more")
 
@@ -199,7 +195,7 @@ class DataSection:
         """What stands between documents, in words."""
         if self.separator_kind in ("bos_eos", "none"):
             return {"bos_eos": "BOS and EOS", "none": "nothing"}[self.separator_kind]
-        return f"the {self.separator_kind} {self.separator if self.separator is not None else '<s>'!r}"
+        return f"the {self.separator_kind} {self.separator!r}"
 
 
 CpCommType = Literal["p2p", "all_gather", "a2a", "a2a+p2p"]

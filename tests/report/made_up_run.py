@@ -153,7 +153,14 @@ def write_data(folder: Path, names):
     for name in names:
         length = rng.lognormal(6.5, 1.2, 300).astype(np.int64) + 20
         keep = np.where(length < 512, rng.random(300) < 0.5, 1) * np.where(length > 2048, 2, 1)
-        sources.append(SourceLengths(name=name, length=length, used=length * keep))
+        edges = 1 << np.arange(int(length.max()).bit_length() + 1)
+        columns = [np.ones(300), length, keep > 0, length * keep]
+        counts = np.stack(
+            [np.histogram(length, edges, weights=column.astype(np.float64))[0] for column in columns], axis=1
+        ).astype(np.int64)
+        sources.append(
+            SourceLengths(name=name, edges=edges, counts=counts, median=int(np.median(length)), longest=int(length.max()))
+        )
     folder.mkdir(parents=True)
     plot_lengths(sources, folder / "lengths.png", title="36 samples of 4,096 tokens", words=("documents read", "in the samples"))
     facts = {

@@ -80,7 +80,7 @@ def test_steps_run_in_order_once(folder: Path, done: list[str], capsys: pytest.C
 
 def test_a_removed_output_is_made_again(folder: Path, done: list[str]) -> None:
     runner.run_recipe(recipe_of(folder))
-    (folder / "run" / "data" / "extend").unlink()
+    (folder / "run" / "data" / "extend" / "manifest.json").unlink()
     runner.run_recipe(recipe_of(folder))
     assert done == [*ALL, "data-extend"]
 
