@@ -11,7 +11,7 @@ __all__ = ["many", "plan_text"]
 _REASONS = {
     "too_short": "shorter than min_length",
     "too_long": "longer than max_length",
-    "remainder": "cut off to whole pieces",
+    "remainder": "too few for a whole piece",
     "over_budget": "not needed for the share",
     "tail": "in no whole sample that is needed",
 }

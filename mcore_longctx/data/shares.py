@@ -134,12 +134,16 @@ def _too_small(
     assert group.asked is not None
     step = seq_length if any(group.chunk is not None for group in groups) else 1
     largest = math.floor(min(group.held / group.asked for group in groups if group.asked)) // step * step
-    while largest > 0 and any(
-        part > group.held
-        for part, group in zip(_split(groups, Fraction(largest), seq_length, between, is_budget=True), groups, strict=True)
-    ):
+
+    def is_enough(budget: int) -> bool:
+        parts = _split(groups, Fraction(budget), seq_length, between, is_budget=True)
+        return all(part <= group.held for part, group in zip(parts, groups, strict=True))
+
+    while largest > 0 and not is_enough(largest):  # a few steps up or down: parts are rounded
         largest -= step
-    others = f" ({count - 1} more sources are too small as well)" if count > 1 else ""
+    while is_enough(largest + step):
+        largest += step
+    others = f" (and {count - 1} more would run short)" if count > 1 else ""
     share = f"its share {float(group.asked):.3g} of the token budget" if len(groups) > 1 else "the token budget"
     lower = "lower its share, " if given and len(groups) > 1 else ""
     return DataError(
