@@ -23,6 +23,7 @@ from mcore_longctx.errors import CheckpointError, ConfigError
 __all__ = [
     "MANIFEST",
     "fsync_folder",
+    "partial_path",
     "read_manifest",
     "readable_bytes",
     "sha256_file",
@@ -66,14 +67,23 @@ def versions() -> dict[str, str]:
     return found
 
 
+def partial_path(path: Path) -> Path:
+    """Where a file or folder is written before it gets its name. Says who writes it: `NAME.partial-HOST-PID`."""
+    return path.with_name(f"{path.name}.partial-{socket.gethostname()}-{os.getpid()}")
+
+
 def write_atomic(path: Path, text: str) -> None:
     """Write `text` to `path` so that a reader sees the old file or the new one, never a part."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    aside = partial_path(path)
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
     fsync_folder(path.parent)
 
 
@@ -89,7 +99,7 @@ def staged_folder(final: Path) -> Iterator[Path]:
         raise ConfigError("output folder is already there", where=final, fix="choose another name or remove it")
     final.parent.mkdir(parents=True, exist_ok=True)
     _remove_leftovers(final)
-    partial = final.with_name(f"{final.name}.partial-{socket.gethostname()}-{os.getpid()}")
+    partial = partial_path(final)
     partial.mkdir()
     try:
         yield partial

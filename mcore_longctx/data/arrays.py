@@ -17,9 +17,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from mcore_longctx.data.workspace import partial_path
 from mcore_longctx.errors import DataError
-from mcore_longctx.manifest import fsync_folder
+from mcore_longctx.manifest import fsync_folder, partial_path
 
 __all__ = ["Column", "file_crc32", "map_arrays", "new_arrays", "write_arrays"]
 

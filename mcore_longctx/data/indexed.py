@@ -16,9 +16,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mcore_longctx.data.index_file import TOKEN_TYPES, IndexColumns, read_index, write_index
-from mcore_longctx.data.workspace import partial_path
 from mcore_longctx.errors import DataError
-from mcore_longctx.manifest import fsync_folder
+from mcore_longctx.manifest import fsync_folder, partial_path
 
 __all__ = ["IndexedReader", "IndexedWriter", "find_prefix", "token_dtype"]
 

@@ -19,9 +19,8 @@ from mcore_longctx.data.arrays import new_arrays
 from mcore_longctx.data.index_file import write_index
 from mcore_longctx.data.indexed import IndexedReader
 from mcore_longctx.data.sidecar import LITERAL, RUN_COLUMNS, SIDECAR_COLUMNS, Runs, check_index, read_runs
-from mcore_longctx.data.workspace import partial_path
 from mcore_longctx.errors import DataError
-from mcore_longctx.manifest import fsync_folder, readable_bytes, versions
+from mcore_longctx.manifest import fsync_folder, partial_path, readable_bytes, versions
 
 __all__ = ["merge_in_words", "merge_indexed"]
 

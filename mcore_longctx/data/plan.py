@@ -27,9 +27,8 @@ from mcore_longctx.data.plan_text import many, plan_text
 from mcore_longctx.data.shards import DocumentTable, hash64
 from mcore_longctx.data.shares import Group, shares_got
 from mcore_longctx.data.sidecar import LITERAL, PADDING, Runs, open_runs
-from mcore_longctx.data.workspace import partial_path
 from mcore_longctx.errors import DataError
-from mcore_longctx.manifest import versions, write_atomic
+from mcore_longctx.manifest import partial_path, versions, write_atomic
 from mcore_longctx.recipe.schema import DataSection
 
 __all__ = ["make_chat_plan", "make_plan", "plan_text", "read_plan"]

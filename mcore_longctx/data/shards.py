@@ -24,8 +24,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mcore_longctx.data.arrays import map_arrays, write_arrays
-from mcore_longctx.data.workspace import partial_path
 from mcore_longctx.errors import DataError
+from mcore_longctx.manifest import partial_path
 
 __all__ = ["DocumentTable", "Shard", "ShardWriter", "hash64", "read_shard", "read_table"]
 

@@ -6,6 +6,7 @@ goes on with what is missing, and the tasks can as well be handed out by somebod
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
@@ -22,19 +23,21 @@ from typing import IO, Any, TypeVar
 
 from mcore_longctx.errors import DataError, InUseError
 
-__all__ = ["lock_folder", "partial_path", "remove_leftovers", "run_tasks", "usable_cores"]
+__all__ = ["lock_folder", "remove_leftovers", "run_tasks", "usable_cores"]
 
 T = TypeVar("T")
 
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _held: list[IO[str]] = []  # locks of this process
 
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Hold a folder; the kernel gives the lock back when the process ends, however it ends.
+    """Hold a folder while it is filled; the kernel gives the lock back when the process ends, however it ends.
 
     Raises:
         InUseError: another process holds it.
+        DataError: no room was left while the block wrote.
     """
     path = folder / ".lock"
     with path.open("a+", encoding="utf-8") as file:
@@ -51,13 +54,16 @@ def lock_folder(folder: Path) -> Iterator[None]:
         _held.append(file)
         try:
             yield
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
+            raise DataError(
+                f"cannot be written ({error.strerror})",
+                where=error.filename or folder,
+                fix="make room and start the same command again; it goes on where it was",
+            ) from None
         finally:
             _held.remove(file)
-
-
-def partial_path(path: Path) -> Path:
-    """Where a file is written before it gets its name. Says who writes it: `NAME.partial-HOST-PID`."""
-    return path.with_name(f"{path.name}.partial-{socket.gethostname()}-{os.getpid()}")
 
 
 def remove_leftovers(folder: Path) -> None:

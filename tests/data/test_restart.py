@@ -3,6 +3,7 @@
 import hashlib
 import os
 import random
+import resource
 import signal
 import time
 from multiprocessing import get_context
@@ -16,7 +17,7 @@ from mcore_longctx.data.job import prepare_job, read_documents_table
 from mcore_longctx.data.tokenize import run_job
 from mcore_longctx.data.tokenizers import load_tokenizer
 from mcore_longctx.data.verify import verify_data
-from mcore_longctx.errors import LongctxError
+from mcore_longctx.errors import DataError, LongctxError
 from mcore_longctx.recipe.schema import DataSection, DocumentSource, LengthSampling, TokenCount
 from tests.data.conftest import words
 
@@ -158,4 +159,30 @@ def test_two_at_once_on_one_folder_end_in_one_result(section, whole, tokenizer_f
         process.join(120)
         assert process.exitcode is not None
     assert 0 in [process.exitcode for process in both]
+    assert hashes(out) == whole
+
+
+@pytest.mark.parametrize("limit", [600, 3_000, 9_000, 30_000, 60_000])
+def test_a_full_disk_is_one_clear_line_and_the_run_goes_on(
+    section, whole, tokenizer_folder: Path, tmp_path: Path, limit: int
+) -> None:
+    """No file may grow beyond `limit` bytes: the system says so as it says that a disk is full."""
+    out, said = tmp_path / "out", tmp_path / "said"
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        try:
+            run(section, tokenizer_folder, out, 2)
+        except DataError as error:
+            assert len(str(error)) < limit
+            said.write_text(str(error))
+
+    process = FORK.Process(target=limited)
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    assert "(File too large); make room" in said.read_text()
+    assert not (out / "manifest.json").exists()
+    assert [path.name for path in out.rglob("*") if ".partial" in path.name] == []
+    run(section, tokenizer_folder, out, 1)
     assert hashes(out) == whole

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from mcore_longctx.data.workspace import lock_folder, partial_path, remove_leftovers, run_tasks
+from mcore_longctx.data.workspace import lock_folder, remove_leftovers, run_tasks
 from mcore_longctx.errors import DataError, DifferenceFound, InUseError
+from mcore_longctx.manifest import partial_path
 
 FORK = get_context("fork")
 DEADLINE = 20.0  # seconds
