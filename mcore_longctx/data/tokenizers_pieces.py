@@ -24,8 +24,9 @@ _MARGIN = 512  # characters on each side of a cut that are compared
 _TRIES = 16
 _WINDOW = 8192  # characters searched for a place; doubled where there is none, up to _WIDEST
 _WIDEST = 1 << 20
-# before the space between two words, at the start of a line, before what ends a word
-_BORDER = re.compile(r"(?<=\w)(?= \w)|(?<=\S\n)(?=\S)|(?<=[^\W\d_])(?=[!-/:-@\[-`{-~])")
+# before the space between two words, at the start of a line, between a letter and punctuation (ASCII, general, CJK)
+_PUNCTUATION = r"[!-/:-@\[-`{-~\u2010-\u2027\u3001-\u3011\uff01-\uff0f\uff1a-\uff20]"
+_BORDER = re.compile(rf"(?<=\w)(?= \w)|(?<=\S\n)(?=\S)|(?<=[^\W\d_])(?={_PUNCTUATION})")
 # the space between two words of ASCII, which no normalizer joins
 _SPACE = re.compile(r"(?<=[A-Za-z0-9]) (?=[A-Za-z0-9])")
 

@@ -53,6 +53,16 @@ def test_every_kind_is_cut_and_pieces_are_short(kinds: Kinds) -> None:
         assert (" " if drops_space else "").join(pieces) == text
 
 
+def test_chinese_without_spaces_is_cut_at_its_punctuation(kinds: Kinds) -> None:
+    rng = random.Random(0)
+    text = "".join(rng.choice(["\u6d77", "\u9be8", "\u6d77\u9be8", "\uff0c", "\u3002", "\u300c"]) for _ in range(6000))
+    for kind, (encode, drops_space, expected) in kinds.items():
+        if not drops_space:
+            cutter = Cutter(encode, 1000)
+            assert max(map(len, cutter.pieces(text))) <= 1000, kind
+            assert cutter.encode_long(text).tolist() == expected(text)
+
+
 def test_a_run_without_a_place_to_cut_stays_whole_and_the_rest_is_cut(kinds: Kinds) -> None:
     rng = random.Random(0)
     run = "".join(rng.choices("acgt", k=40_000))
