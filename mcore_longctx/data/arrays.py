@@ -162,8 +162,6 @@ def _mapped_row(file: Any, row: Any, begin: int, end: int) -> npt.NDArray[Any]:
         ValueError, KeyError, TypeError: they do not, or the row says something else than a column does.
     """
     dtype, (count,), (start, stop) = _DTYPES[row["dtype"]], row["shape"], row["data_offsets"]
-    if not all(type(number) is int for number in (count, start, stop)):
-        raise TypeError("a number that is none")
     if not 0 <= start <= stop <= end - begin or stop - start != count * dtype.itemsize:
         raise ValueError("a column outside of the file")
     return _map(file, (dtype, count), begin + start, mode="r")
