@@ -33,6 +33,7 @@ def block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     """Pieces are handled in blocks; what lies across two of them must not differ."""
     monkeypatch.setattr(layout, "_BLOCK", request.param)
     monkeypatch.setattr("os.fsync", lambda descriptor: None)
+    monkeypatch.setattr(np.memmap, "flush", lambda self: None)
 
 
 def docs_of(segments: list[list[tuple[int, bool]]]) -> list[Doc]:

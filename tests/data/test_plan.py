@@ -47,6 +47,7 @@ def no_picture() -> Iterator[None]:
     """A picture costs a second and waiting for the disk more, and hundreds of plans are made here; test_lengths.py draws it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("os.fsync", lambda descriptor: None)
+        patch.setattr(np.memmap, "flush", lambda self: None)
         patch.setattr(plan_module, "plot_lengths", lambda lengths, path, **_: path.write_bytes(b""))
         yield
 
