@@ -93,7 +93,6 @@ def read_lines(
                 item = parse(view[at:end], base + at, number, is_ascii)
             if item is not None:
                 yield item
-                item = None  # a document of 1 GB is not kept while the next one is read
             at = end + 1
         base += count
     if base < limit < _NO_LIMIT:

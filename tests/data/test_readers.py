@@ -1,6 +1,7 @@
 """Documents come out of files and folders in a fixed order, and a record that is bad is named by file and line."""
 
 import gzip
+import hashlib
 import json
 import os
 import zlib
@@ -59,6 +60,14 @@ def test_a_record_without_id_is_known_by_its_content(jsonl: Callable[..., Path])
     other = texts(jsonl("b.jsonl", [{"text": "y"}, {"id": None, "text": "x"}, {"segments": [{"text": "x", "loss": False}]}]))
     assert one == other[1::-1]
     assert len({name for name, _ in other}) == 3
+
+
+def test_the_hash_of_a_content_covers_where_its_parts_end(jsonl: Callable[..., Path]) -> None:
+    parts = [{"text": "a", "loss": True}, {"text": "ü", "loss": False}]
+    one, two, three = texts(jsonl("a.jsonl", [{"segments": parts}, {"text": "a0ü"}, {"segments": parts[::-1]}]))
+    assert one[0] == hashlib.blake2b("1a\0000ü".encode(), digest_size=12).hexdigest()
+    assert two[0] == hashlib.blake2b("1a0ü".encode(), digest_size=12).hexdigest()
+    assert len({one[0], two[0], three[0]}) == 3
 
 
 def test_fields_can_be_named(jsonl: Callable[..., Path]) -> None:
@@ -176,6 +185,12 @@ def test_the_line_of_a_place_is_counted_when_it_is_asked_for(tmp_path: Path) -> 
     assert str(first.place) == f"{path} at byte offset 560000"
 
 
+def test_bytes_are_counted_with_the_byte_order_mark(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "\xff"}\n')
+    (bad,) = items(tmp_path)
+    assert bad.what.startswith("not UTF-8: byte 0xff at byte offset 13 of the file")
+
+
 def test_bad_bytes_of_a_packed_file_are_named_by_line(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(gzip.compress(b'\n{"text": "x"}\n{"text": "\xff"}\n'))
@@ -227,6 +242,14 @@ def test_packed_files_give_the_same_documents(tmp_path: Path) -> None:
         assert [(d.id, d.parts[0].text) for d in found] == expected, name
         assert [str(d.place) for d in found] == [f"{tmp_path / name}:{line}" for line in range(1, 9)]
         assert (reader.bytes_read, reader.crc32) == (len(packed), zlib.crc32(packed))
+
+
+def test_a_zstd_file_with_a_long_window_is_read(tmp_path: Path) -> None:
+    raw = b'{"id": "1", "text": "x"}\n'
+    window = bytes([(28 - 10) << 3])  # 256 MiB, as of `zstd --long=28`
+    block = (len(raw) << 3 | 1).to_bytes(3, "little")  # the last one, not compressed
+    (tmp_path / "a.jsonl.zst").write_bytes(b"\x28\xb5\x2f\xfd\x00" + window + block + raw)
+    assert texts(tmp_path) == [("1", "x")]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "b.jsonl.gz", "d.jsonl.zst", "e.jsonl.zst", "f.jsonl.zst"])

@@ -133,7 +133,7 @@ def peak_of_reading(path: Path, **how: Any) -> int:
     tracemalloc.start()
     try:
         for reader in readers:
-            for _ in reader:
+            while next(reader, None) is not None:
                 pass
         return tracemalloc.get_traced_memory()[1]
     finally:
@@ -151,4 +151,4 @@ def test_a_long_line_needs_a_few_copies_of_itself(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     line = json.dumps({"id": "1", "text": "line\n" * 5_000_000}).encode() + b"\n"
     path.write_bytes(line * 3)
-    assert peak_of_reading(path) < 4 * len(line)
+    assert peak_of_reading(path) < 3.3 * len(line)
