@@ -135,10 +135,10 @@ def is_alive(pid: int) -> bool:
 
 # ------------------------------------------------------------------ datatrove's local executor
 @pytest.mark.parametrize(("ranks", "workers"), [(3, 2), (FILES + 3, 1)])
-def test_the_local_engine_gives_the_bytes_of_one_process(folder: Path, expected, tmp_path: Path, ranks, workers, capsys) -> None:
+def test_the_local_engine_gives_the_bytes_of_one_process(folder: Path, expected, tmp_path: Path, ranks, workers, capfd) -> None:
     options = ("--engine", "local", "--ranks", str(ranks), "--workers", str(workers), "--json")
     assert main(command(folder, tmp_path / "out", *options)) == 0
-    printed = capsys.readouterr()
+    printed = capfd.readouterr()
     assert json.loads(printed.out)["pack"]["samples"] > 0
     assert printed.err == ""  # datatrove's log goes to its folder
     assert hashes_of(tmp_path / "out") == expected
@@ -202,7 +202,7 @@ def test_a_shard_that_is_lost_is_made_again_whatever_the_engine_believes(folder:
     assert json.loads(stats.read_text())[0]["stats"]["tokens"]["total"] == tokens  # its rank made it, and no other shard
 
 
-def test_a_bad_record_is_one_clear_line_from_any_rank(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bad_record_is_one_clear_line_from_any_rank(folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     bad = tmp_path / "books"
     shutil.copytree(folder / "books", bad)
     (bad / "5.jsonl.gz").write_bytes(gzip.compress(b'{"text": "fine"}\n{"text": 7}\n'))
@@ -210,7 +210,7 @@ def test_a_bad_record_is_one_clear_line_from_any_rank(folder: Path, tmp_path: Pa
     recipe.write_text((folder / "recipe.yaml").read_text().replace(f"{folder}/books", str(bad)))
     words = ["data", "build", str(recipe), "--stage", "extend", "--out", str(tmp_path / "out")]
     assert main([*words, "--engine", "local", "--ranks", "3", "--workers", "2"]) == 2
-    said = capsys.readouterr().err
+    said = capfd.readouterr().err
     assert re.fullmatch(rf"mcore-longctx: {re.escape(str(bad))}/5\.jsonl\.gz:2: [^\n]*--max-bad[^\n]*\n", said), said
     assert not (tmp_path / "out" / "manifest.json").exists()
 
