@@ -132,8 +132,7 @@ class Stream:
             behind = np.full(len(length), after)
             if pieces.free is not None:
                 behind[pieces.free[block] >= 0] = 0
-            elif block.stop == len(pieces):
-                behind[-1] = 0
+            # the one behind the last piece of a stream that goes on lies past its last sample
             parts.append((LITERAL, 0, behind, separator.loss))
         if pieces.free is not None:
             parts.append((PADDING, 0, pieces.free[block], False))

@@ -191,7 +191,7 @@ def _draw_and_lay_out(
         )
     border = np.cumsum([0, *(stream.samples for stream in streams)])
     if not border[-1]:
-        raise DataError(_nothing(section, table, seq_length), where=name, fix="add documents or shorten seq_length")
+        raise DataError(_nothing(section, table, seq_length, token_budget), where=name, fix="add documents or shorten seq_length")
     samples = None
     if drawn.chunks or section.packing == "best_fit":  # else the order of the samples is already one of hashes
         samples = _shuffled(streams, seed)
@@ -209,7 +209,9 @@ def _shuffled(streams: Sequence[Stream], seed: int) -> IntArray:
     return hash_order(len(number), lambda rows: hash64(seed, _SAMPLES, number[rows], within[rows]), number, within)
 
 
-def _nothing(section: DataSection, table: DocumentTable, seq_length: int) -> str:
+def _nothing(section: DataSection, table: DocumentTable, seq_length: int, budget: int | None) -> str:
+    if budget is not None and budget < seq_length:
+        return f"a budget of {budget:,} tokens is less than one sample of {seq_length:,}"
     tokens, longest = int(table.length.sum()), int(table.length.max(initial=0))
     if section.packing == "single":
         return f"no document of {seq_length:,} tokens left for packing 'single'; the longest has {longest:,}"

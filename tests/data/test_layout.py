@@ -22,6 +22,7 @@ SEPARATORS = {
     "bos_eos": Separator(before=(800,), after=(901,), loss=False),
     "two BOS": Separator(before=(800, 801), after=(901,)),
     "BOS alone": Separator(before=(800,)),
+    "two EOS": Separator(before=(800,), after=(901, 902)),
 }
 PACKINGS = ("concatenate", "best_fit", "intact", "first_fit")
 

@@ -296,6 +296,7 @@ def test_shares_hold_to_a_token(rows, shares, budget, separator) -> None:
     for cost, held, part in zip(held_by(table, found, separator), have, fraction, strict=True):
         # parts are rounded to whole tokens; of the document that is cut at least one token and its separator stay
         assert math.floor(part * total) <= cost <= min(held, math.ceil(part * total) + separator)
+    assert (found.length >= 1).all()
     if separator == 0:
         assert int(found.length.sum()) == total
     assert (np.bincount(found.document) <= 1).all()
@@ -449,6 +450,17 @@ def test_a_source_that_is_taken_again_is_taken_in_whole_rounds(lengths, times, p
         assert int((found.length < table.length[found.document]).sum()) <= 1
 
 
+@pytest.mark.parametrize("packing", ["concatenate", "single"])
+def test_copies_of_a_document_are_drawn_apart(packing: str) -> None:
+    # repeated by length sampling and again by repeat_to_fill: side by side only by accident, about once in the number of documents
+    table = make_table(make_docs([10] * 300))
+    section = section_of([None], packing=packing, repeat_to_fill=True, length_sampling=sampling(1, 1.0, 1, 2.0))
+    found = drawn(table, section, 300 * 10 * 6)
+    document = found.chunks[0].document if packing == "single" else found.document
+    assert np.bincount(document).tolist() == [6] * 300
+    assert int((document[1:] == document[:-1]).sum()) < 25  # 5 are expected
+
+
 def test_sources_are_mixed_not_laid_one_behind_the_other() -> None:
     # of the first source a tenth is wanted: its smallest hashes; they must not come first in the order too
     table = make_table(make_docs([10] * 2000, [i % 2 for i in range(2000)]), sources=2)
@@ -559,6 +571,21 @@ def test_what_is_left_out_is_read_in_plan_json_and_on_the_screen(tmp_path: Path)
     assert "FEWER than the 16" in plan_text(facts, samples_needed=16)
     assert "source1         10          500" in text
     assert "0 % -> 0 %" in text or "100 % -> 100 %" in text
+
+
+def test_too_few_tokens_are_named() -> None:
+    section = section_of([None])
+    for table, budget, message in (
+        (make_table([]), None, "not one sample of 64 tokens: the documents have 0 tokens before length sampling; add documents"),
+        (make_table(make_docs([30])), None, "not one sample of 64 tokens: the documents have 30 tokens before"),
+        (make_table(make_docs([300])), 63, "a budget of 63 tokens is less than one sample of 64"),
+    ):
+        with pytest.raises(DataError, match=message):
+            planned(table, section, seq_length=64, token_budget=budget)
+    with pytest.raises(DataError, match="no document of 64 tokens left for packing 'single'; the longest has 63"):
+        planned(make_table(make_docs([63] * 9)), section_of([None], packing="single"), seq_length=64)
+    with pytest.raises(DataError, match="x: BOS and EOS leave no room in samples of 2 tokens"):
+        planned(make_table(make_docs([63])), section_of([None], packing="intact"), seq_length=2, separator=SEPARATORS[3])
 
 
 def test_documents_of_one_id_are_decided_one_by_one() -> None:
