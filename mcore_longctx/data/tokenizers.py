@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mcore_longctx.data.tokenizers_fast import FastEncoder, NotExact, fast_from_json, fast_from_ranks
+from mcore_longctx.data.tokenizers_fast import FastEncoder, NotExact, fast_from_json, fast_from_ranks, has_new_numbers
 from mcore_longctx.data.tokenizers_pieces import Encode
 from mcore_longctx.data.tokenizers_reference import HFReference, Reference, TiktokenReference, is_json, read_reference
 from mcore_longctx.errors import DataError, DifferenceFound
@@ -84,8 +84,9 @@ class Tokenizer:
         Raises:
             DataError: the text holds half of a surrogate pair, or the library fails on it.
         """
-        encode_long = self._reference.cutter.encode_long if self._fast is None else self._fast.encode_long
-        return _encode(encode_long, text, self.path)
+        if self._fast is None or has_new_numbers(text):
+            return self.reference_encode(text)
+        return _encode(self._fast.encode_long, text, self.path)
 
     def reference_encode(self, text: str) -> npt.NDArray[np.int32]:
         """The same by the library that defines the ids, without gigatoken."""

@@ -122,6 +122,14 @@ def test_ids_from_ranks_are_tiktokens(ranked: dict[str, Tokenizer], encoding: "t
         assert tokenizer.encode(text).tolist() == expected
 
 
+def test_tokens_that_merges_alone_do_not_make_are_found(ranked: dict[str, Tokenizer], encoding: "tiktoken.Encoding") -> None:
+    for text, count in [("xyzq", 2), ("qzqz", 1), ("qzqzq", 5)]:
+        expected = encoding.encode_ordinary(text)
+        assert len(expected) == count
+        for tokenizer in ranked.values():
+            assert tokenizer.encode(text).tolist() == expected
+
+
 def test_facts_of_ranks(ranked: dict[str, Tokenizer]) -> None:
     assert ranked["reference"].backend == f"tiktoken {importlib.metadata.version('tiktoken')}"
     for name, tokenizer in ranked.items():

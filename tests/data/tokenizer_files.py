@@ -20,7 +20,22 @@ _PARTS = [
     *["</s>", "<unk>", "<0x0A>", "<tool>", "a<tool>", "\u2581", "the", "whale", "ship", "The", "x1", "42", "1234567", "don't"],
     *["I'LL", "'s", "'", " ", "  ", "     ", "\n", "\n\n", "\r\n", "\t", "\x0b", "\xa0", "\u3000", "\u2028", "\u200b", "\x00"],
     *["\u00e9", "e\u0301", "\u0301", "\u0130", "\ufb01", "\u6d77", "\u9be8", "\u3002", "\u0634", "\u0928\u093f", "\U0001f40b"],
-    *["\U0001f468\u200d\U0001f469", "\ufffd", "\ufeff", "\U0010ffff", "_", "--", "...", "(x)->", "\u00bd", "\u0663", "zz" * 20],
+    *[
+        "\U0001f468\u200d\U0001f469",
+        "\ufffd",
+        "\ufeff",
+        "\U0010ffff",
+        "_",
+        "--",
+        "...",
+        "(x)->",
+        "\u00bd",
+        "\u0663",
+        "zz" * 20,
+        "xyzq",
+        "qzqz",
+        " qzqz",
+    ],
 ]
 nasty_texts = st.lists(st.one_of(st.sampled_from(_PARTS), st.text(max_size=3)), max_size=60).map("".join)
 long_texts = st.lists(
@@ -91,7 +106,9 @@ def make_ranks(path: Path, ranks: int = 128_000) -> Path:
     hidden = [byte for byte in range(256) if byte not in shown]
     to_byte = {chr(byte): byte for byte in shown} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
     merged = [bytes(to_byte[character] for character in "".join(pair)) for pair in spec["model"]["merges"]]
-    tokens = list(dict.fromkeys([*(bytes([byte]) for byte in range(256)), *merged]))
+    # one that is made of two others in two ways, and a word that is made of no two others, as Llama 3's has
+    special = [b"xy", b"yz", b"xyz", b"qzqz"]
+    tokens = list(dict.fromkeys([*(bytes([byte]) for byte in range(256)), *merged, *special]))
     tokens += [b"\xff\xfe" + index.to_bytes(3, "big") for index in range(ranks - len(tokens))]
     path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)))
     return path
