@@ -154,10 +154,13 @@ class StepData:
         for number in range(count):
             following = (iteration, number + 1) if number + 1 < count else (iteration + 1, 0)
             rows = self._ahead.get((iteration, number), following)
-            tokens, labels, loss_mask, positions = (
-                torch.from_numpy(column).to(self.device, non_blocking=True) for column in rows.columns
-            )
-            yield MicroBatch(rows.sample_ids, tokens, labels, loss_mask, positions, rows.layout)
+            yield self._as_tensors(rows)
+
+    def _as_tensors(self, rows: _Rows) -> MicroBatch:
+        tokens, labels, loss_mask, positions = (
+            torch.from_numpy(column).to(self.device, non_blocking=True) for column in rows.columns
+        )
+        return MicroBatch(rows.sample_ids, tokens, labels, loss_mask, positions, rows.layout)
 
     def _read(self, place: tuple[int, int]) -> _Rows:
         """The rows of one micro-batch: step, number in it. Runs in a thread: numpy only."""

@@ -295,13 +295,13 @@ def spoil(rank: int, sample: int, what: str) -> None:
         loop.wrap_model = wrapped
         return
     current: list[tuple[int, ...]] = []
-    read = StepData._read
+    as_tensors = StepData._as_tensors
 
-    def noted(self: StepData, ids: tuple[int, ...]) -> Any:
-        current[:] = [ids]
-        return read(self, ids)
+    def noted(self: StepData, rows: Any) -> Any:
+        current[:] = [rows.sample_ids]
+        return as_tensors(self, rows)
 
-    StepData._read = noted  # type: ignore[method-assign]
+    StepData._as_tensors = noted  # type: ignore[method-assign]
     build = loop.build_gpt_model
 
     def built(*args: Any, **kwargs: Any) -> Any:

@@ -118,17 +118,17 @@ def test_signals_save_and_end_with_75(world: Path, straight: TrainJob) -> None:
 
 
 def stop_inside_step(rank: int, sample: int) -> None:
-    """SIGTERM to rank 1 when it reads a sample: the third micro-batch of the fourth step."""
+    """SIGTERM to rank 1 when it comes to a sample: the third micro-batch of the fourth step."""
     from mcore_longctx.train.dataset import StepData
 
-    read = StepData._read
+    as_tensors = StepData._as_tensors
 
-    def read_and_stop(self: StepData, ids: tuple[int, ...]) -> Any:
-        if rank == 1 and sample in ids:
+    def stop_before(self: StepData, rows: Any) -> Any:
+        if rank == 1 and sample in rows.sample_ids:
             os.kill(os.getpid(), signal.SIGTERM)
-        return read(self, ids)
+        return as_tensors(self, rows)
 
-    StepData._read = read_and_stop  # type: ignore[method-assign]
+    StepData._as_tensors = stop_before  # type: ignore[method-assign]
 
 
 def test_a_signal_inside_a_step_drops_the_step(world: Path, straight: TrainJob) -> None:
