@@ -323,28 +323,30 @@ def _left_out(row: dict[str, int], lengths: SourceLengths) -> dict[str, dict[str
 # ------------------------------------------------------------------ hashes
 def _plan_sha256(table: DocumentTable, runs: Runs) -> str:
     """Hash of all runs with keys of documents in place of rows: the same for any order in which documents were read."""
-    digest = hashlib.sha256(np.array([runs.seq_length, len(runs), len(runs.literals)], "<i8").tobytes())
-    digest.update(runs.literals.astype("<i4").tobytes())
+    columns = [hashlib.sha256() for _ in range(5)]
     for block in run_blocks(runs):
         document = runs.document[block]
         known = document >= 0
         key = document.astype(np.uint64)  # -1 and -2 become the largest numbers
         key[known] = table.key[document[known]]
-        digest.update(key.tobytes() + known.tobytes() + runs.start[block].tobytes())
-        digest.update(runs.length[block].tobytes() + runs.loss[block].tobytes())
-    return digest.hexdigest()
+        rows: list[npt.NDArray[Any]] = [key, known, runs.start[block], runs.length[block], runs.loss[block]]
+        for digest, column in zip(columns, rows, strict=True):
+            digest.update(column.tobytes())
+    head = np.array([runs.seq_length, len(runs), *runs.literals.tolist()], "<i8").tobytes()
+    return hashlib.sha256(head + b"".join(digest.digest() for digest in columns)).hexdigest()
 
 
 def _lengths_sha256(table: DocumentTable) -> str:
     """Hash of keys, lengths and loss flags in the order of the keys: the same for any order in which documents were read."""
-    digest, order = hashlib.sha256(), hash_order(len(table), lambda rows: table.key[rows])
+    columns, order = [hashlib.sha256() for _ in range(2)], hash_order(len(table), lambda rows: table.key[rows])
     for low in range(0, len(order), _ROWS):
         rows = order[low : low + _ROWS]
-        digest.update(table.key[rows].tobytes() + table.length[rows].tobytes())
+        for digest, column in zip(columns, (table.key, table.length), strict=True):
+            digest.update(column[rows].tobytes())
     key = table.key[table.loss_document] if len(table.loss_document) else np.zeros(0, np.uint64)
     rows = np.lexsort((table.loss_stop, key))
-    digest.update(key[rows].tobytes() + table.loss_stop[rows].tobytes() + table.loss_flag[rows].tobytes())
-    return digest.hexdigest()
+    flags = key[rows].tobytes() + table.loss_stop[rows].tobytes() + table.loss_flag[rows].tobytes()
+    return hashlib.sha256(b"".join(digest.digest() for digest in columns) + flags).hexdigest()
 
 
 def _stored_crc32(path: Path) -> int:

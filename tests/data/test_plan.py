@@ -13,6 +13,9 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from mcore_longctx.data import draw as draw_module
+from mcore_longctx.data import layout as layout_module
+from mcore_longctx.data import lengths as lengths_module
 from mcore_longctx.data import plan as plan_module
 from mcore_longctx.data.draw import document_copies, draw, hash_order
 from mcore_longctx.data.layout import Separator
@@ -119,7 +122,9 @@ def test_whole_weights_leave_nothing_to_chance_and_lengths_outside_are_dropped()
     assert copies.tolist() == [int(5 <= length <= 300) for length in table.length]
 
 
-def test_equal_hashes_are_ordered_by_all_bits_and_then_by_the_ties() -> None:
+@pytest.mark.parametrize("block", [1, 7, 1 << 18])
+def test_equal_hashes_are_ordered_by_all_bits_and_then_by_the_ties(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(draw_module, "_BLOCK", block)
     rng = np.random.default_rng(0)
     upper = rng.integers(0, 4, 300, np.uint64) << np.uint64(60)  # few upper bits, so that lower ones must decide
     hashes = upper | rng.integers(0, 40, 300, np.uint64)
@@ -474,6 +479,27 @@ def test_another_seed_decides_otherwise_and_the_same_seed_the_same() -> None:
     how = {"seq_length": 20}
     hashes = [planned(table, section_of([None]), seed=seed, **how)[1]["plan_sha256"] for seed in (1, 2, 1)]
     assert hashes[0] == hashes[2] != hashes[1]
+
+
+@pytest.mark.parametrize("packing", ["concatenate", "single", "best_fit", "intact"])
+def test_blocks_change_nothing(packing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    flags = {number: [(5, False), (20, True)] for number in range(0, 90, 7)}
+    lengths = [25 if number in flags else int(rng.integers(1, 60)) for number in range(90)]
+    table = make_table(make_docs(lengths, [number % 3 for number in range(90)], flags), sources=3)
+    section = section_of([0.5, 0.3, 0.2], packing=packing, length_sampling=sampling(10, 0.5, 30, 1.5), repeat_to_fill=True)
+    how = {"name": "x", "seed": 3, "seq_length": 16, "separator": Separator(after=(1, 2, 3)), "token_budget": 1600}
+    at_once = make_plan(tmp_path / "at once", table, section, **how)
+    for module, name in (
+        (draw_module, "_BLOCK"),
+        (lengths_module, "_BLOCK"),
+        (layout_module, "_BLOCK"),
+        (layout_module, "_ROWS"),
+    ):
+        monkeypatch.setattr(module, name, 4)
+    for module, name in ((plan_module, "_ROWS"), (layout_module, "_RELEASE")):
+        monkeypatch.setattr(module, name, 2)
+    assert make_plan(tmp_path / "in blocks", table, section, **how) == at_once
 
 
 # ------------------------------------------------------------------ chats

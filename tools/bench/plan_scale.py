@@ -2,9 +2,9 @@
 
 python tools/bench/plan_scale.py 1e8
 
-The table of documents is made in memory first and counts. Lengths are log-normal (median 1,100 tokens), of four sources; a tenth of
-the time this is a web crawl, the rest is shorter or longer. `peak` is the largest resident memory with mapped files;
-`own` is its part that no file backs (smaps_rollup), sampled while the plan is made.
+The table of documents is made in memory first and counts. Lengths are log-normal with a median of 1,100 tokens, of four
+sources of equal size. `peak` is the largest resident memory, mapped files included; `own` is its part that no file backs
+(Anonymous of smaps_rollup), sampled ten times a second while the plan is made.
 """
 
 from __future__ import annotations
