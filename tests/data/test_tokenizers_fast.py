@@ -17,6 +17,7 @@ from tokenizers import Tokenizer as HFTokenizer
 
 from mcore_longctx.data import tokenizers_fast
 from mcore_longctx.data.tokenizers import Tokenizer, load_tokenizer
+from mcore_longctx.data.tokenizers_check import check_texts, small_reference
 from tests.data.conftest import make_tokenizer, words
 from tests.data.tokenizer_files import KINDS, SPLITS, add_token, edit, make_kind, nasty_texts, whole
 
@@ -93,8 +94,8 @@ def test_the_small_reference_gives_the_ids_of_the_whole_one(kinds: Kinds) -> Non
     for kind, (tokenizer, expected) in kinds.items():
         spec = json.loads(tokenizer.path.read_text(encoding="utf-8"))
         control = {row["content"]: (row["id"], row["special"]) for row in spec["added_tokens"]}
-        texts = tokenizers_fast.check_texts(control)
-        small = tokenizers_fast._small_reference(spec, texts)
+        texts = check_texts(control)
+        small = small_reference(spec, texts)
         assert len(texts) > 30
         assert [small.encode(text, add_special_tokens=False).ids for text in texts] == [expected(text) for text in texts], kind
 
@@ -273,7 +274,7 @@ def test_llama_3s_own_files_agree_with_each_other_and_with_hugging_face() -> Non
     spec = json.loads(by_json.path.read_text(encoding="utf-8"))
     control = {row["content"]: (row["id"], row["special"]) for row in spec["added_tokens"]}
     assert all(by_json.control_id(text) == by_ranks.control_id(text) == index for text, (index, _) in control.items())
-    for text in [*tokenizers_fast.check_texts(control), words(1, 5000)]:
+    for text in [*check_texts(control), words(1, 5000)]:
         expected = whole(folder, text) if len(text) > 5000 else by_json.reference_encode(text).tolist()
         assert by_json.encode(text).tolist() == by_ranks.encode(text).tolist() == expected
         assert by_ranks.reference_encode(text).tolist() == expected
