@@ -340,7 +340,6 @@ def test_an_array_task_is_cancelled_and_the_same_command_does_what_is_missing(
     assert not (out / "plan").exists()
     done = {path: path.stat().st_mtime_ns for path in (out / "tokens").glob("*.docs")}
     assert len(done) == FILES - 2, logs(out)
-    assert writers(out) != []
     (out / "tokens" / "000001.tokens.partial-another_node-1").touch()  # left by a rank that was killed there
     code, printed, _ = submit(folder, out)
     assert code == 0
