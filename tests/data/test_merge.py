@@ -109,12 +109,11 @@ def test_multimodal_files_are_merged_with_their_modes_and_not_with_others(tmp_pa
 def test_what_is_there_is_kept(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "a", [[5]])
     (tmp_path / f"out.{suffix}").write_text("mine")
-    before = files(tmp_path)
+    before, copy = files(tmp_path), merge._copy_tokens
+    monkeypatch.setattr(merge, "_copy_tokens", None)  # refused before anything is copied
     with pytest.raises(DataError, match=rf"out\.{suffix}: file is already there; choose another name or remove it"):
         merge_indexed([tmp_path / "a"], tmp_path / "out")
     assert files(tmp_path) == before
-
-    copy = merge._copy_tokens
 
     def and_then_it_appears(*args) -> None:
         copy(*args)

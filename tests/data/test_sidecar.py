@@ -141,6 +141,16 @@ def test_columns_that_do_not_fit_are_named(tmp_path: Path, column: str, row: int
         read_runs(tmp_path / "x")
 
 
+def test_a_loss_flag_is_true_or_false(tmp_path: Path) -> None:
+    make_packed(tmp_path / "x", 5)
+    arrays, facts = map_arrays(tmp_path / "x.runs")
+    changed = {name: np.array(values) for name, values in arrays.items()}
+    changed["loss"].view(np.uint8)[3] = 2
+    write_arrays(tmp_path / "x.runs", changed, facts)
+    with pytest.raises(DataError, match="a loss flag that is neither true nor false"):
+        read_runs(tmp_path / "x")
+
+
 @pytest.mark.parametrize(
     ("facts", "message"),
     [
