@@ -6,7 +6,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mcore_longctx.data import layout
@@ -58,6 +58,7 @@ def written(table: DocumentTable, streams: list[Stream], separator: Separator, *
     seq_length=st.integers(1, 17),
     limit=st.none() | st.integers(1, 4),
 )
+@example(kind="two EOS", segments=[[(5, True)]], seq_length=7, limit=None)  # cut between the two EOS
 @settings(deadline=None, max_examples=60)
 def test_samples_are_those_of_a_packer_that_goes_token_by_token(packing, kind, segments, seq_length, limit) -> None:
     separator, docs = SEPARATORS[kind], docs_of(segments)
