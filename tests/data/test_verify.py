@@ -217,6 +217,17 @@ def test_an_index_of_another_build_is_noticed_by_its_sidecar(tmp_path: Path) -> 
     assert "x.idx: is not the index that the sidecar was written with" in fault
 
 
+def test_a_sidecar_of_other_samples_is_noticed(tmp_path: Path) -> None:
+    for name, samples, seq_length in (("x", 6, 64), ("fewer", 5, 64), ("shorter", 6, 32)):
+        make_packed(tmp_path / name, samples, seq_length=seq_length)
+    (tmp_path / "x.runs").write_bytes((tmp_path / "fewer.runs").read_bytes())
+    assert check_data(tmp_path / "x")["faults"][1] == f"{tmp_path}/x.runs: 5 samples, the index has 6 sequences"
+    (tmp_path / "x.runs").write_bytes((tmp_path / "shorter.runs").read_bytes())
+    facts = check_data(tmp_path / "x")
+    assert facts["faults"][1] == f"{tmp_path}/x.idx: sequence 0 has 64 tokens, the sidecar says 32"
+    assert facts["fault_count"] == 7
+
+
 def test_a_manifest_that_tells_of_other_samples_is_noticed(tmp_path: Path) -> None:
     make_packed(tmp_path / "set", 6)
     write_manifest(tmp_path, "data", name="set", samples=7, seq_length=64, tokens=384)
