@@ -356,12 +356,25 @@ def _stats(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from mcore_longctx.data.verify import verify_data
+    from mcore_longctx.data.verify import check_data, raise_for_faults, verify_tokens
 
-    facts = verify_data(args.path, vocab_size=args.vocab_size)
+    facts: dict[str, Any] = {}
+    if (args.path / "tokens").is_dir():  # the shards that the samples were copied from
+        facts["tokens_folder"] = verify_tokens(args.path, vocab_size=args.vocab_size)
+        shards = f"{facts['tokens_folder']['shards']:,} shards, {facts['tokens_folder']['tokens']:,} tokens: whole"
+        if not args.json:
+            print(f"{args.path / 'tokens'}: {shards}")
+        if not list(args.path.glob("*.idx")):
+            if args.json:
+                print(json.dumps(facts, indent=1))
+            else:
+                print(f"{args.path}: not packed yet")
+            return 0
+    facts |= check_data(args.path, vocab_size=args.vocab_size)
     if args.json:
         print(json.dumps(facts, indent=1))
-    else:
+    raise_for_faults(facts)
+    if not args.json:
         counts = (
             f"{facts['sequences']:,} sequences, {facts['documents']:,} documents, {facts['tokens']:,} tokens ({facts['dtype']})"
         )

@@ -22,7 +22,7 @@ from mcore_longctx.data.sidecar import Runs, check_index, read_runs
 from mcore_longctx.errors import DataError, DifferenceFound, LongctxError
 from mcore_longctx.manifest import MANIFEST, read_manifest, sha256_file
 
-__all__ = ["check_data", "find_prefix", "verify_data", "verify_tokens"]
+__all__ = ["check_data", "find_prefix", "raise_for_faults", "verify_data", "verify_tokens"]
 
 
 def verify_data(
@@ -35,7 +35,7 @@ def verify_data(
         CheckpointError, DataError: there is nothing to check, as in `check_data`.
     """
     facts = check_data(path, vocab_size=vocab_size, separator=separator, max_faults=max_faults)
-    _raise_for(facts)
+    raise_for_faults(facts)
     return facts
 
 
@@ -95,7 +95,8 @@ def check_data(
     return facts | {"faults": faults.words, "fault_count": faults.count}
 
 
-def _raise_for(facts: Mapping[str, Any]) -> None:
+def raise_for_faults(facts: Mapping[str, Any]) -> None:
+    """Raise DifferenceFound if `check_data` found anything."""
     if not facts["fault_count"]:
         return
     more = facts["fault_count"] - len(facts["faults"])
@@ -233,7 +234,7 @@ def verify_tokens(folder: Path | str, *, vocab_size: int | None = None, max_faul
                 read()
             except DataError as error:
                 faults.add(error.where, error.what)
-    _raise_for({"faults": faults.words, "fault_count": faults.count})
+    raise_for_faults({"faults": faults.words, "fault_count": faults.count})
     return {**counts, "is_whole": expected is not None, "plan": plan.is_file(), "vocab_size": vocab_size}
 
 

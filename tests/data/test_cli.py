@@ -118,9 +118,10 @@ def test_show_stats_verify_and_merge(built: Path, tmp_path: Path, capsys: pytest
     assert main(["data", "show", str(built), "--sample", "0", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["tokens"] == 256
     assert main(["data", "verify", str(built)]) == 0
-    assert capsys.readouterr().out.startswith(
-        f"{built}/books: whole; 7 sequences, 7 documents, 1,792 tokens (uint16)\n  compared: "
-    )
+    shards, samples, compared = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(rf"{built}/tokens: 1 shards, [\d,]+ tokens: whole", shards)
+    assert samples == f"{built}/books: whole; 7 sequences, 7 documents, 1,792 tokens (uint16)"
+    assert compared.startswith("  compared: ")
     assert main(["data", "verify", str(built), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["faults"] == []
     assert main(["data", "merge", str(tmp_path / "all"), str(built / "books"), str(built / "books")]) == 0
@@ -135,6 +136,8 @@ def test_verify_of_a_damaged_file_is_exit_code_1(built: Path, tmp_path: Path, ca
     raw = bytearray((tmp_path / "books.bin").read_bytes())
     raw[1000] ^= 4
     (tmp_path / "books.bin").write_bytes(raw)
+    assert main(["data", "verify", str(tmp_path / "books"), "--json"]) == 1
+    assert len(json.loads(capsys.readouterr().out)["faults"]) == 1
     assert main(["data", "verify", str(tmp_path / "books")]) == 1
     said = capsys.readouterr().err
     assert said.count("\n") == 1
