@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from mcore_longctx.data import IndexedReader
-from mcore_longctx.data.arrays import write_arrays
-from mcore_longctx.data.sidecar import RUN_COLUMNS
+from mcore_longctx.data.files.arrays import write_arrays
+from mcore_longctx.data.files.sidecar import RUN_COLUMNS
 
 
 def write_runs(

@@ -216,9 +216,9 @@ def _build(args: argparse.Namespace) -> int:
 
 def _tokenize(args: argparse.Namespace) -> int:
     from mcore_longctx.data.build import check_output, expect
-    from mcore_longctx.data.job import prepare_job
-    from mcore_longctx.data.tokenize import run_job
     from mcore_longctx.data.tokenizers import load_tokenizer
+    from mcore_longctx.data.tokens.job import prepare_job
+    from mcore_longctx.data.tokens.tokenize import run_job
     from mcore_longctx.data.workspace import lock_folder
 
     sources, workers, range_bytes = _sources(args), _workers(args), _count(args.range, "--range")
@@ -255,9 +255,9 @@ def _tokenize(args: argparse.Namespace) -> int:
 def _plan(args: argparse.Namespace) -> int:
     from dataclasses import replace
 
-    from mcore_longctx.data.job import open_job, read_documents_table
-    from mcore_longctx.data.plan import make_chat_plan, make_plan, plan_text
-    from mcore_longctx.data.separator import make_separator
+    from mcore_longctx.data.planning.plan import make_chat_plan, make_plan, plan_text
+    from mcore_longctx.data.planning.separator import make_separator
+    from mcore_longctx.data.tokens.job import open_job, read_documents_table
     from mcore_longctx.data.workspace import lock_folder
     from mcore_longctx.recipe.schema import ChunkSet, DataSection, LengthSampling, TokenCount
 
@@ -327,7 +327,7 @@ def _pack(args: argparse.Namespace) -> int:
 
 # ------------------------------------------------------------------ looking
 def _show(args: argparse.Namespace) -> int:
-    from mcore_longctx.data.show import sample_in_words, show_sample
+    from mcore_longctx.data.inspect.show import sample_in_words, show_sample
     from mcore_longctx.data.tokenizers import load_tokenizer
 
     path = args.tokenizer if args.tokenizer is not None else _tokenizer_of(args.path)
@@ -338,7 +338,7 @@ def _show(args: argparse.Namespace) -> int:
 
 def _tokenizer_of(path: Path) -> Path | None:
     """The tokenizer that a folder's tokens were made with, if it is still where it was."""
-    from mcore_longctx.data.job import open_job
+    from mcore_longctx.data.tokens.job import open_job
 
     folder = path if path.is_dir() else path.parent
     if not (folder / "tokens").is_dir():
@@ -348,7 +348,7 @@ def _tokenizer_of(path: Path) -> Path | None:
 
 
 def _stats(args: argparse.Namespace) -> int:
-    from mcore_longctx.data.show import stats, stats_in_words
+    from mcore_longctx.data.inspect.show import stats, stats_in_words
 
     facts = stats(args.path)
     print(json.dumps(facts, indent=1) if args.json else stats_in_words(facts))
@@ -356,7 +356,7 @@ def _stats(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from mcore_longctx.data.verify import check_data, raise_for_faults, verify_tokens
+    from mcore_longctx.data.inspect.verify import check_data, raise_for_faults, verify_tokens
 
     facts: dict[str, Any] = {}
     if (args.path / "tokens").is_dir():  # the shards that the samples were copied from
@@ -383,7 +383,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _merge(args: argparse.Namespace) -> int:
-    from mcore_longctx.data.merge import merge_in_words, merge_indexed
+    from mcore_longctx.data.inspect.merge import merge_in_words, merge_indexed
 
     facts = merge_indexed(args.prefixes, args.out)
     print(json.dumps(facts, indent=1) if args.json else merge_in_words(facts))

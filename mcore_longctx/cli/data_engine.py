@@ -1,4 +1,4 @@
-"""The options of `data build` that start it beyond this process: `--engine local|slurm` (`data/scale_out.py`)."""
+"""The options of `data build` that start it beyond this process: `--engine local|slurm` (`data/engines/scale_out.py`)."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def add_engine_options(parser: Any) -> None:
 
 def run_engine(args: argparse.Namespace, arguments: Mapping[str, Any], workers: int) -> int:
     """`build(**arguments)` under the engine that is asked for."""
-    from mcore_longctx.data.scale_out import SlurmOptions, launch
+    from mcore_longctx.data.engines.scale_out import SlurmOptions, launch
 
     slurm = None
     if args.engine == "local":

@@ -14,16 +14,16 @@ from typing import Any
 
 import numpy as np
 
-from mcore_longctx.data.indexed import token_dtype
-from mcore_longctx.data.inputs import InputTask, plan_inputs
-from mcore_longctx.data.job import RANGE_BYTES, prepare_job, read_documents_table
+from mcore_longctx.data.documents.inputs import InputTask, plan_inputs
+from mcore_longctx.data.documents.readers import BadRecord, Chat, Document, read_task
+from mcore_longctx.data.files.indexed import token_dtype
 from mcore_longctx.data.pack import PackReport, check_name, pack
-from mcore_longctx.data.plan import make_chat_plan, make_plan, plan_text
-from mcore_longctx.data.readers import BadRecord, Chat, Document, read_task
-from mcore_longctx.data.separator import make_separator
-from mcore_longctx.data.sft import ChatEncoder
-from mcore_longctx.data.tokenize import TokenReport, run_job
+from mcore_longctx.data.planning.plan import make_chat_plan, make_plan, plan_text
+from mcore_longctx.data.planning.separator import make_separator
 from mcore_longctx.data.tokenizers import Tokenizer, load_tokenizer
+from mcore_longctx.data.tokens.job import RANGE_BYTES, prepare_job, read_documents_table
+from mcore_longctx.data.tokens.sft import ChatEncoder
+from mcore_longctx.data.tokens.tokenize import TokenReport, run_job
 from mcore_longctx.data.workspace import lock_folder
 from mcore_longctx.errors import ConfigError, DataError
 from mcore_longctx.manifest import MANIFEST, readable_bytes

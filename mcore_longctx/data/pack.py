@@ -23,12 +23,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mcore_longctx.data.arrays import map_arrays, new_arrays, write_arrays
-from mcore_longctx.data.index_file import IndexColumns, write_index
-from mcore_longctx.data.job import TokenJob, open_job, read_documents_table
-from mcore_longctx.data.plan import read_plan
-from mcore_longctx.data.shards import DocumentTable
-from mcore_longctx.data.sidecar import LITERAL, RUN_COLUMNS, Runs
+from mcore_longctx.data.files.arrays import map_arrays, new_arrays, write_arrays
+from mcore_longctx.data.files.index_file import IndexColumns, write_index
+from mcore_longctx.data.files.shards import DocumentTable
+from mcore_longctx.data.files.sidecar import LITERAL, RUN_COLUMNS, Runs
+from mcore_longctx.data.planning.plan import read_plan
+from mcore_longctx.data.tokens.job import TokenJob, open_job, read_documents_table
 from mcore_longctx.data.workspace import remove_leftovers, run_tasks
 from mcore_longctx.errors import ConfigError, DataError
 from mcore_longctx.manifest import MANIFEST, verify_manifest, versions, write_atomic, write_manifest

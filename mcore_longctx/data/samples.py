@@ -11,8 +11,8 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from mcore_longctx.data.indexed import IndexedReader
-from mcore_longctx.data.sidecar import LITERAL, PADDING, check_index, read_runs
+from mcore_longctx.data.files.indexed import IndexedReader
+from mcore_longctx.data.files.sidecar import LITERAL, PADDING, check_index, read_runs
 from mcore_longctx.errors import DataError
 from mcore_longctx.layout import check_seq_length, zigzag_chunks, zigzag_positions
 

@@ -1,7 +1,7 @@
 """A folder that one command fills over several starts: one writer at a time, tasks in parallel, no leftovers of the dead.
 
 Tasks are independent: each writes its files aside and renames them, and a task whose file is there is done. So a run that was killed
-goes on with what is missing, and the tasks can as well be handed out by somebody else's engine (`data/scale_out.py`).
+goes on with what is missing, and the tasks can as well be handed out by somebody else's engine (`data/engines/scale_out.py`).
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from tokenizers import Tokenizer as HFTokenizer
 
-from mcore_longctx.data.readers import read_texts
+from mcore_longctx.data.documents.readers import read_texts
 from mcore_longctx.data.tokenizers import Tokenizer, check_vocabulary, load_tokenizer
 from mcore_longctx.errors import DataError
 

@@ -13,7 +13,7 @@ import pytest
 from data_contenders import Contender, datatrove, megatron_fast
 from data_documents import fingerprint, of_indexed
 
-from mcore_longctx.data.indexed import IndexedWriter
+from mcore_longctx.data.files.indexed import IndexedWriter
 from tests.bench.test_benchmarks import number, output, rows
 
 TOKENIZER = Path(__file__).parents[2] / "examples" / "tiny-llama" / "tokenizer.json"

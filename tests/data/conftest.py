@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mcore_longctx.data.shards import DocumentTable, ShardWriter, read_table
+from mcore_longctx.data.files.shards import DocumentTable, ShardWriter, read_table
 
 VOCABULARY = 350
 CONTROL = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<|pad|>"]

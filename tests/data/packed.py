@@ -9,9 +9,9 @@ from zlib import crc32
 
 import numpy as np
 
-from mcore_longctx.data.arrays import write_arrays
-from mcore_longctx.data.indexed import IndexedWriter
-from mcore_longctx.data.sidecar import LITERAL, PADDING
+from mcore_longctx.data.files.arrays import write_arrays
+from mcore_longctx.data.files.indexed import IndexedWriter
+from mcore_longctx.data.files.sidecar import LITERAL, PADDING
 
 SEPARATOR = (7, 8)
 PAD = 3

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mcore_longctx.data.readers import BadRecord, Chat, Document, TaskReader, plan_inputs, read_task
+from mcore_longctx.data.documents.readers import BadRecord, Chat, Document, TaskReader, plan_inputs, read_task
 from mcore_longctx.recipe.schema import DocumentSource
 
 WHOLE = 1 << 40  # range_bytes that cuts nothing

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mcore_longctx.data.layout import Separator
-from mcore_longctx.data.shards import DocumentTable
-from mcore_longctx.data.sidecar import LITERAL, PADDING, Runs
+from mcore_longctx.data.files.shards import DocumentTable
+from mcore_longctx.data.files.sidecar import LITERAL, PADDING, Runs
+from mcore_longctx.data.planning.layout import Separator
 from mcore_longctx.recipe.schema import DataSection, LengthSampling
 
 COPIES, SELECT, ORDER, CHATS, SAMPLES = 1, 2, 3, 4, 5

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mcore_longctx.data.arrays import file_crc32, map_arrays, new_arrays, write_arrays
+from mcore_longctx.data.files.arrays import file_crc32, map_arrays, new_arrays, write_arrays
 from mcore_longctx.errors import DataError, LongctxError
 from tests.data.mutations import mutations
 
@@ -175,7 +175,7 @@ def test_a_header_that_lies_is_refused(tmp_path: Path, header: bytes) -> None:
 
 
 def test_the_checksum_of_a_file_is_read_in_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mcore_longctx.data.arrays._BLOCK", 7)
+    monkeypatch.setattr("mcore_longctx.data.files.arrays._BLOCK", 7)
     raw = np.random.default_rng(0).bytes(100)
     (tmp_path / "x").write_bytes(raw)
     assert file_crc32(tmp_path / "x") == crc32(raw)

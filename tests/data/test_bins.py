@@ -5,7 +5,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mcore_longctx.data.bins import best_fit, first_fit, next_fit
+from mcore_longctx.data.planning.bins import best_fit, first_fit, next_fit
 
 sizes = st.lists(st.integers(1, 20), min_size=1, max_size=60)
 

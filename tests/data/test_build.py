@@ -16,8 +16,8 @@ from megatron.core.datasets.utils import Split
 from mcore_longctx.data import IndexedReader, PackedSamples, read_runs
 from mcore_longctx.data import build as build_module
 from mcore_longctx.data.build import BuildReport, expect
+from mcore_longctx.data.inspect.verify import verify_data
 from mcore_longctx.data.tokenizers import load_tokenizer
-from mcore_longctx.data.verify import verify_data
 from mcore_longctx.errors import ConfigError, DataError, LongctxError
 from mcore_longctx.manifest import verify_manifest
 from mcore_longctx.recipe.schema import DataSection, DocumentSource, LengthSampling, TokenCount

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mcore_longctx.data.index_file import IndexColumns, read_index, write_index
-from mcore_longctx.data.indexed import IndexedReader, IndexedWriter, find_prefix, token_dtype
+from mcore_longctx.data.files.index_file import IndexColumns, read_index, write_index
+from mcore_longctx.data.files.indexed import IndexedReader, IndexedWriter, find_prefix, token_dtype
 from mcore_longctx.errors import DataError
 
 LENGTHS = [5, 1, 0, 700, 3]
@@ -202,7 +202,7 @@ def test_an_index_of_ten_million_sequences_is_written_and_checked_in_blocks(tmp_
 import resource, sys
 from pathlib import Path
 import numpy as np
-from mcore_longctx.data.index_file import IndexColumns, read_index, write_index
+from mcore_longctx.data.files.index_file import IndexColumns, read_index, write_index
 lengths, ends = np.full(10_000_000, 40_000, np.int32), np.arange(10_000_001)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 write_index(Path(sys.argv[1]), np.int32, [IndexColumns(lengths, ends)])
@@ -337,7 +337,7 @@ def test_every_column_is_held_against_the_others(tmp_path: Path, offset: int, va
 
 
 def test_the_blocks_of_a_long_index_join(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mcore_longctx.data.index_file._BLOCK", 3)
+    monkeypatch.setattr("mcore_longctx.data.files.index_file._BLOCK", 3)
     lengths, documents = [4, 0, 9, 1, 1, 5, 2, 7, 7, 3], [0, 1, 4, 4, 6, 9, 10]
     raw = megatron_index(tmp_path / "theirs.idx", np.int32, lengths, documents)
     index = read_index(tmp_path / "theirs.idx")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mcore_longctx.data.inputs import InputTask, check_unchanged, plan_inputs
+from mcore_longctx.data.documents.inputs import InputTask, check_unchanged, plan_inputs
 from mcore_longctx.errors import ConfigError, DataError
 from mcore_longctx.recipe.schema import DocumentSource
 from tests.data.reading import WHOLE, items, source_of, task_readers, texts

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mcore_longctx.data import layout
-from mcore_longctx.data.layout import Pieces, Separator, Stream, lay_out, stream_of
-from mcore_longctx.data.shards import DocumentTable
-from mcore_longctx.data.sidecar import LITERAL, Runs, open_runs
+from mcore_longctx.data.files.shards import DocumentTable
+from mcore_longctx.data.files.sidecar import LITERAL, Runs, open_runs
+from mcore_longctx.data.planning import layout
+from mcore_longctx.data.planning.layout import Pieces, Separator, Stream, lay_out, stream_of
 from tests.data.reference_plan import Doc, make_docs, make_table, packed, read_tokens
 
 SEPARATORS = {

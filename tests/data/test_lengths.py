@@ -6,10 +6,10 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mcore_longctx.data import lengths as lengths_module
-from mcore_longctx.data.layout import Separator
-from mcore_longctx.data.lengths import length_name, measure_lengths, plot_lengths, source_borders, tokens_used
-from mcore_longctx.data.plan import make_plan, read_plan
+from mcore_longctx.data.planning import lengths as lengths_module
+from mcore_longctx.data.planning.layout import Separator
+from mcore_longctx.data.planning.lengths import length_name, measure_lengths, plot_lengths, source_borders, tokens_used
+from mcore_longctx.data.planning.plan import make_plan, read_plan
 from mcore_longctx.recipe.schema import DataSection, DocumentSource, LengthSampling, TokenCount
 from tests.data.reference_plan import make_docs, make_table
 

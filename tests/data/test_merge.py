@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mcore_longctx.data import merge
-from mcore_longctx.data.index_file import IndexColumns, write_index
-from mcore_longctx.data.indexed import IndexedReader, IndexedWriter
-from mcore_longctx.data.merge import merge_in_words, merge_indexed
+from mcore_longctx.data.files.index_file import IndexColumns, write_index
+from mcore_longctx.data.files.indexed import IndexedReader, IndexedWriter
+from mcore_longctx.data.files.sidecar import read_runs
+from mcore_longctx.data.inspect import merge
+from mcore_longctx.data.inspect.merge import merge_in_words, merge_indexed
+from mcore_longctx.data.inspect.verify import verify_data
 from mcore_longctx.data.samples import PackedSamples
-from mcore_longctx.data.sidecar import read_runs
-from mcore_longctx.data.verify import verify_data
 from mcore_longctx.errors import DataError
 from tests.data.packed import make_packed
 

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 
 from mcore_longctx.data import IndexedReader, read_runs
-from mcore_longctx.data.job import open_job, prepare_job, read_documents_table
+from mcore_longctx.data.files.sidecar import LITERAL, PADDING
 from mcore_longctx.data.pack import pack
-from mcore_longctx.data.plan import make_plan, read_plan
-from mcore_longctx.data.separator import make_separator
-from mcore_longctx.data.sidecar import LITERAL, PADDING
-from mcore_longctx.data.tokenize import run_job
+from mcore_longctx.data.planning.plan import make_plan, read_plan
+from mcore_longctx.data.planning.separator import make_separator
 from mcore_longctx.data.tokenizers import load_tokenizer
+from mcore_longctx.data.tokens.job import open_job, prepare_job, read_documents_table
+from mcore_longctx.data.tokens.tokenize import run_job
 from mcore_longctx.errors import ConfigError, DataError
 from mcore_longctx.recipe.schema import DataSection, DocumentSource
 from tests.data.conftest import words

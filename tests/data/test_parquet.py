@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mcore_longctx.data.readers import BadRecord, plan_inputs
+from mcore_longctx.data.documents.readers import BadRecord, plan_inputs
 from mcore_longctx.errors import DataError
 from tests.data.reading import items, source_of, task_readers, texts
 

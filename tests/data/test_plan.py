@@ -13,15 +13,15 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from mcore_longctx.data import draw as draw_module
-from mcore_longctx.data import layout as layout_module
-from mcore_longctx.data import lengths as lengths_module
-from mcore_longctx.data import plan as plan_module
-from mcore_longctx.data.draw import document_copies, draw, hash_order
-from mcore_longctx.data.layout import Separator
-from mcore_longctx.data.plan import make_chat_plan, make_plan, plan_text, read_plan
-from mcore_longctx.data.shards import DocumentTable, hash64
-from mcore_longctx.data.shares import apportion
+from mcore_longctx.data.files.shards import DocumentTable, hash64
+from mcore_longctx.data.planning import draw as draw_module
+from mcore_longctx.data.planning import layout as layout_module
+from mcore_longctx.data.planning import lengths as lengths_module
+from mcore_longctx.data.planning import plan as plan_module
+from mcore_longctx.data.planning.draw import document_copies, draw, hash_order
+from mcore_longctx.data.planning.layout import Separator
+from mcore_longctx.data.planning.plan import make_chat_plan, make_plan, plan_text, read_plan
+from mcore_longctx.data.planning.shares import apportion
 from mcore_longctx.errors import DataError
 from mcore_longctx.recipe.schema import ChunkSet, DataSection, DocumentSource, LengthSampling, TokenCount
 from tests.data.reference_plan import (

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mcore_longctx.data.readers import BadRecord, Part, Place, read_texts
+from mcore_longctx.data.documents.readers import BadRecord, Part, Place, read_texts
 from mcore_longctx.errors import DataError
 from tests.data.reading import items, task_readers, texts
 

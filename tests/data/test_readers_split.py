@@ -12,8 +12,8 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from mcore_longctx.data import lines
-from mcore_longctx.data.readers import Document
+from mcore_longctx.data.documents import lines
+from mcore_longctx.data.documents.readers import Document
 from tests.data.reading import as_plain, items, plain_python, task_readers
 
 TEXT = st.text(st.sampled_from('ab"\\\n\r\0é海😀\u2028\x85\ufeff\x1f'), max_size=12)

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from mcore_longctx.data import job as job_module
 from mcore_longctx.data.build import build
-from mcore_longctx.data.job import prepare_job, read_documents_table
-from mcore_longctx.data.tokenize import run_job
+from mcore_longctx.data.inspect.verify import verify_data
 from mcore_longctx.data.tokenizers import load_tokenizer
-from mcore_longctx.data.verify import verify_data
+from mcore_longctx.data.tokens import job as job_module
+from mcore_longctx.data.tokens.job import prepare_job, read_documents_table
+from mcore_longctx.data.tokens.tokenize import run_job
 from mcore_longctx.errors import DataError, LongctxError
 from mcore_longctx.recipe.schema import DataSection, DocumentSource, LengthSampling, TokenCount
 from tests.data.conftest import words
@@ -103,8 +103,8 @@ def test_the_size_of_a_task_does_not_show_in_the_samples(
     assert len(job.tasks) == 3
     run_job(job, tokenizer)
     from mcore_longctx.data.pack import pack
-    from mcore_longctx.data.plan import make_plan
-    from mcore_longctx.data.separator import make_separator
+    from mcore_longctx.data.planning.plan import make_plan
+    from mcore_longctx.data.planning.separator import make_separator
 
     table = read_documents_table(job)
     make_plan(out / "plan", table, section, name="text", seed=3, seq_length=512, separator=make_separator(section, job))

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mcore_longctx.data import IndexedWriter, PackedSamples, read_runs
+from mcore_longctx.data.files.sidecar import LITERAL, PADDING
 from mcore_longctx.data.samples import ReadAhead
-from mcore_longctx.data.sidecar import LITERAL, PADDING
 from mcore_longctx.errors import DataError, LayoutError
 from mcore_longctx.layout import zigzag_positions
 from tests.sidecars import write_runs

@@ -18,9 +18,9 @@ from pathlib import Path
 import pytest
 
 from mcore_longctx.cli.main import main
-from mcore_longctx.data.job import open_job
-from mcore_longctx.data.scale_out import MAX_RANKS, launch
-from mcore_longctx.data.shards import read_shard
+from mcore_longctx.data.engines.scale_out import MAX_RANKS, launch
+from mcore_longctx.data.files.shards import read_shard
+from mcore_longctx.data.tokens.job import open_job
 from mcore_longctx.errors import ConfigError
 from tests.data.conftest import make_tokenizer, words
 from tests.data.test_cli import CONFIG
@@ -42,7 +42,7 @@ output: {folder}/run
 SLOW = """
 import os, time
 if "SLOW_READER" in os.environ:
-    from mcore_longctx.data import tokenize
+    from mcore_longctx.data.tokens import tokenize
     class Slow:
         def __init__(self, *args, **kwargs):
             self.records = fast(*args, **kwargs)
@@ -150,7 +150,7 @@ def test_the_local_engine_gives_the_bytes_of_one_process(folder: Path, expected,
 def test_datatroves_own_executor_runs_the_step(folder: Path, expected, tmp_path: Path) -> None:
     from datatrove.executor.local import LocalPipelineExecutor
 
-    from mcore_longctx.data.datatrove_steps import TokenizeShards
+    from mcore_longctx.data.engines.datatrove_steps import TokenizeShards
 
     out = tmp_path / "out"
     assert main(command(folder, out)) == 0

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from mcore_longctx.data.readers import Chat, Place
-from mcore_longctx.data.sft import ChatEncoder
+from mcore_longctx.data.documents.readers import Chat, Place
 from mcore_longctx.data.tokenizers import load_tokenizer
+from mcore_longctx.data.tokens.sft import ChatEncoder
 from mcore_longctx.errors import DataError
 from tests.data.conftest import LLAMA3_TEMPLATE, make_tokenizer
 

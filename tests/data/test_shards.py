@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mcore_longctx.data.shards import ShardWriter, hash64, read_shard, read_table
+from mcore_longctx.data.files.shards import ShardWriter, hash64, read_shard, read_table
 from mcore_longctx.errors import DataError
 
 Document = tuple[str, list[tuple[int, bool]]]  # id, segments: length and loss

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mcore_longctx.data.index_file import IndexColumns, write_index
-from mcore_longctx.data.indexed import IndexedWriter
-from mcore_longctx.data.show import sample_in_words, show_sample, stats, stats_in_words
+from mcore_longctx.data.files.index_file import IndexColumns, write_index
+from mcore_longctx.data.files.indexed import IndexedWriter
+from mcore_longctx.data.inspect.show import sample_in_words, show_sample, stats, stats_in_words
 from mcore_longctx.errors import DataError
 from tests.data.packed import make_packed
 

@@ -6,9 +6,9 @@ from zlib import crc32
 import numpy as np
 import pytest
 
-from mcore_longctx.data.arrays import map_arrays, write_arrays
+from mcore_longctx.data.files.arrays import map_arrays, write_arrays
+from mcore_longctx.data.files.sidecar import check_index, read_runs
 from mcore_longctx.data.samples import PackedSamples
-from mcore_longctx.data.sidecar import check_index, read_runs
 from mcore_longctx.errors import DataError, LongctxError
 from tests.data.mutations import mutations
 from tests.data.packed import VOCABULARY, make_packed
@@ -197,7 +197,7 @@ def test_blocks_of_runs_join(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     arrays, facts = map_arrays(tmp_path / "x.runs")
     whole = {name: np.array(values) for name, values in arrays.items()}
     for block in (1, 2, 3, 7):
-        monkeypatch.setattr("mcore_longctx.data.sidecar._BLOCK", block)
+        monkeypatch.setattr("mcore_longctx.data.files.sidecar._BLOCK", block)
         assert len(read_runs(tmp_path / "x")) == 40
         for row in (20, len(whole["length"]) - 1):
             changed = whole["length"].copy()

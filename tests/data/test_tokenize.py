@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mcore_longctx.data.job import open_job, prepare_job, read_documents_table
-from mcore_longctx.data.tokenize import run_job
 from mcore_longctx.data.tokenizers import Tokenizer, load_tokenizer
+from mcore_longctx.data.tokens.job import open_job, prepare_job, read_documents_table
+from mcore_longctx.data.tokens.tokenize import run_job
 from mcore_longctx.errors import ConfigError, DataError, DifferenceFound
 from mcore_longctx.manifest import verify_manifest
 from mcore_longctx.recipe.schema import DocumentSource
@@ -102,7 +102,9 @@ def test_the_reference_is_asked_for_a_share_of_the_documents(
 ) -> None:
     encode, asked = tokenizer.encode, []
     job = prepare_job(tmp_path / "out", sources, tokenizer)
-    monkeypatch.setattr("mcore_longctx.data.tokenize.check_against_reference", lambda tok, text, where: asked.append(str(where)))
+    monkeypatch.setattr(
+        "mcore_longctx.data.tokens.tokenize.check_against_reference", lambda tok, text, where: asked.append(str(where))
+    )
     run_job(job, tokenizer, verify_fraction=0.5)
     assert 10 < len(asked) < 40
     assert all(place.partition(".jsonl:")[2].isdigit() for place in asked)

@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given, settings
 from tokenizers import Tokenizer as HFTokenizer
 
-from mcore_longctx.data import tokenizers_fast
 from mcore_longctx.data.tokenizers import Tokenizer, load_tokenizer
-from mcore_longctx.data.tokenizers_check import check_texts, small_reference
+from mcore_longctx.data.tokenizers import fast as tokenizers_fast
+from mcore_longctx.data.tokenizers.check import check_texts, small_reference
 from tests.data.conftest import make_tokenizer, words
 from tests.data.tokenizer_files import KINDS, SPLITS, add_token, edit, make_kind, nasty_texts, whole
 
@@ -218,7 +218,7 @@ _NEW_WORDS = """
 import random, sys
 from pathlib import Path
 from mcore_longctx.data.tokenizers import load_tokenizer
-from mcore_longctx.data.tokenizers_fast import _own_memory
+from mcore_longctx.data.tokenizers.fast import _own_memory
 tokenizer = load_tokenizer(Path(sys.argv[1]))
 rng = random.Random(0)
 most = 0

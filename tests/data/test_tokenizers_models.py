@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from mcore_longctx.data import tokenizers_fast
 from mcore_longctx.data.tokenizers import Tokenizer, load_tokenizer
-from mcore_longctx.data.tokenizers_pieces import NEVER
+from mcore_longctx.data.tokenizers import fast as tokenizers_fast
+from mcore_longctx.data.tokenizers.pieces import NEVER
 from mcore_longctx.errors import DataError
 from tests.data.conftest import LLAMA3_SPLIT, make_tokenizer, words
 from tests.data.tokenizer_files import long_texts, make_ranks, nasty_texts

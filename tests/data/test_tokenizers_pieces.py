@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as HFTokenizer
 
 from mcore_longctx.data.tokenizers import load_tokenizer
-from mcore_longctx.data.tokenizers_pieces import NEVER, Cutter, Encode
+from mcore_longctx.data.tokenizers.pieces import NEVER, Cutter, Encode
 from tests.data.conftest import WORDS, words
 from tests.data.tokenizer_files import KINDS, edit, long_texts, make_kind
 

@@ -12,14 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mcore_longctx.data import scan
-from mcore_longctx.data.arrays import map_arrays, write_arrays
 from mcore_longctx.data.build import build
-from mcore_longctx.data.index_file import IndexColumns, write_index
-from mcore_longctx.data.indexed import IndexedWriter
-from mcore_longctx.data.shards import ShardWriter
-from mcore_longctx.data.sidecar import read_runs
-from mcore_longctx.data.verify import check_data, verify_data, verify_tokens
+from mcore_longctx.data.files.arrays import map_arrays, write_arrays
+from mcore_longctx.data.files.index_file import IndexColumns, write_index
+from mcore_longctx.data.files.indexed import IndexedWriter
+from mcore_longctx.data.files.shards import ShardWriter
+from mcore_longctx.data.files.sidecar import read_runs
+from mcore_longctx.data.inspect import scan
+from mcore_longctx.data.inspect.verify import check_data, verify_data, verify_tokens
 from mcore_longctx.errors import CheckpointError, DataError, DifferenceFound
 from mcore_longctx.manifest import write_manifest
 from mcore_longctx.recipe.schema import DataSection, DocumentSource

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mcore_longctx.data.lengths import SourceLengths, plot_lengths
+from mcore_longctx.data.planning.lengths import SourceLengths, plot_lengths
 from mcore_longctx.recipe.card import CheckpointCard, write_card
 from mcore_longctx.recipe.load import dump_recipe, load_recipe
 from mcore_longctx.recipe.model_shape import ModelShape

@@ -39,7 +39,7 @@ def of_indexed(prefix: Path) -> Fingerprint:
 
 
 def _indexed_documents(prefix: Path) -> Iterator[npt.NDArray[Any]]:
-    from mcore_longctx.data.indexed import IndexedReader
+    from mcore_longctx.data.files.indexed import IndexedReader
 
     reader = IndexedReader(prefix)
     borders = reader.document_indices.tolist()
@@ -54,7 +54,7 @@ def of_shards(folder: Path) -> Fingerprint:
 
 
 def _shard_documents(folder: Path) -> Iterator[npt.NDArray[Any]]:
-    from mcore_longctx.data.shards import read_shard
+    from mcore_longctx.data.files.shards import read_shard
 
     for number in range(len(list(folder.glob("*.docs")))):
         shard = read_shard(folder, number)

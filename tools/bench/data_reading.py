@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mcore_longctx.data.indexed import IndexedReader
+from mcore_longctx.data.files.indexed import IndexedReader
 from mcore_longctx.data.samples import PackedSamples, ReadAhead
 from mcore_longctx.layout import zigzag_chunks
 

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mcore_longctx.data.layout import Separator
-from mcore_longctx.data.plan import make_plan, plan_text
-from mcore_longctx.data.shards import DocumentTable, hash64
+from mcore_longctx.data.files.shards import DocumentTable, hash64
+from mcore_longctx.data.planning.layout import Separator
+from mcore_longctx.data.planning.plan import make_plan, plan_text
 from mcore_longctx.recipe.schema import DataSection, DocumentSource, LengthSampling
 
 SOURCES = ("web", "books", "code", "papers")

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mcore_longctx.data.layout import run_blocks
-from mcore_longctx.data.shards import DocumentTable
-from mcore_longctx.data.sidecar import Runs
+from mcore_longctx.data.files.shards import DocumentTable
+from mcore_longctx.data.files.sidecar import Runs
+from mcore_longctx.data.planning.layout import run_blocks
 
 __all__ = ["SourceLengths", "length_name", "measure_lengths", "plot_lengths", "source_borders", "tokens_used"]
 

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mcore_longctx.data.index_file import Index, read_index
-from mcore_longctx.data.indexed import find_prefix
-from mcore_longctx.data.scan import DatasetScan, Faults, Locate, highest_id, token_blocks
-from mcore_longctx.data.shards import Shard, read_shard
-from mcore_longctx.data.sidecar import Runs, check_index, read_runs
+from mcore_longctx.data.files.index_file import Index, read_index
+from mcore_longctx.data.files.indexed import find_prefix
+from mcore_longctx.data.files.shards import Shard, read_shard
+from mcore_longctx.data.files.sidecar import Runs, check_index, read_runs
+from mcore_longctx.data.inspect.scan import DatasetScan, Faults, Locate, highest_id, token_blocks
 from mcore_longctx.errors import DataError, DifferenceFound, LongctxError
 from mcore_longctx.manifest import MANIFEST, read_manifest, sha256_file
 
@@ -148,7 +148,7 @@ def _locator(folder: Path, runs: Runs | None) -> Locate:
 
     def locate(sample: int, tokens: npt.NDArray[Any]) -> int | None:
         if not originals:
-            from mcore_longctx.data.originals import Originals
+            from mcore_longctx.data.inspect.originals import Originals
 
             try:
                 originals.append(Originals(folder, runs) if runs is not None else None)
@@ -199,8 +199,8 @@ def verify_tokens(folder: Path | str, *, vocab_size: int | None = None, max_faul
         CheckpointError: the manifest of the shards is damaged.
         DataError: there are no shards.
     """
-    from mcore_longctx.data.job import open_job
-    from mcore_longctx.data.plan import read_plan
+    from mcore_longctx.data.planning.plan import read_plan
+    from mcore_longctx.data.tokens.job import open_job
 
     folder, faults = Path(folder), Faults(max_faults)
     tokens, settings, plan = folder / "tokens", folder / "tokens" / "settings.json", folder / "plan" / "plan.json"

@@ -3,8 +3,8 @@
 Documents are encoded as ordinary text: `<|end_of_text|>` inside a document becomes characters, not a control token, and no BOS
 or EOS is added. Chats are encoded with control tokens, because there the template writes them.
 
-The ids are those of the library that defines the file (`tokenizers_reference.py`). Where gigatoken is installed and gives the
-same ids, it encodes (`tokenizers_fast.py`). `Tokenizer.backend` says which library did and why.
+The ids are those of the library that defines the file (`data/tokenizers/reference.py`). Where gigatoken is installed and gives the
+same ids, it encodes (`data/tokenizers/fast.py`). `Tokenizer.backend` says which library did and why.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mcore_longctx.data.tokenizers_fast import FastEncoder, NotExact, fast_from_json, fast_from_ranks, has_new_numbers
-from mcore_longctx.data.tokenizers_pieces import Encode
-from mcore_longctx.data.tokenizers_reference import HFReference, Reference, TiktokenReference, is_json, read_reference
+from mcore_longctx.data.tokenizers.fast import FastEncoder, NotExact, fast_from_json, fast_from_ranks, has_new_numbers
+from mcore_longctx.data.tokenizers.pieces import Encode
+from mcore_longctx.data.tokenizers.reference import HFReference, Reference, TiktokenReference, is_json, read_reference
 from mcore_longctx.errors import DataError, DifferenceFound
 
 __all__ = ["Tokenizer", "check_against_reference", "check_vocabulary", "load_tokenizer"]

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from mcore_longctx.data.readers import Chat
+from mcore_longctx.data.documents.readers import Chat
 from mcore_longctx.data.tokenizers import Tokenizer
 from mcore_longctx.errors import DataError
 

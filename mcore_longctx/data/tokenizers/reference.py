@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from mcore_longctx.data.tokenizers_pieces import NEVER, Cutter
+from mcore_longctx.data.tokenizers.pieces import NEVER, Cutter
 from mcore_longctx.errors import DataError
 
 __all__ = [

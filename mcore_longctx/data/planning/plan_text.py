@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mcore_longctx.data.lengths import length_name
+from mcore_longctx.data.planning.lengths import length_name
 
 __all__ = ["many", "plan_text"]
 

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mcore_longctx.data.arrays import new_arrays
-from mcore_longctx.data.index_file import write_index
-from mcore_longctx.data.indexed import IndexedReader
-from mcore_longctx.data.sidecar import LITERAL, RUN_COLUMNS, SIDECAR_COLUMNS, Runs, check_index, read_runs
+from mcore_longctx.data.files.arrays import new_arrays
+from mcore_longctx.data.files.index_file import write_index
+from mcore_longctx.data.files.indexed import IndexedReader
+from mcore_longctx.data.files.sidecar import LITERAL, RUN_COLUMNS, SIDECAR_COLUMNS, Runs, check_index, read_runs
 from mcore_longctx.errors import DataError
 from mcore_longctx.manifest import fsync_folder, partial_path, readable_bytes, versions
 

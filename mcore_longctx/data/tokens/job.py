@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mcore_longctx.data.indexed import token_dtype
-from mcore_longctx.data.inputs import InputTask, check_unchanged, plan_inputs
-from mcore_longctx.data.shards import DocumentTable, read_table
+from mcore_longctx.data.documents.inputs import InputTask, check_unchanged, plan_inputs
+from mcore_longctx.data.files.indexed import token_dtype
+from mcore_longctx.data.files.shards import DocumentTable, read_table
 from mcore_longctx.errors import ConfigError, DataError
 from mcore_longctx.manifest import MANIFEST, versions, write_atomic
 from mcore_longctx.recipe.schema import DocumentSource

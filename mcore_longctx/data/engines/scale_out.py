@@ -3,7 +3,7 @@
     local   datatrove's local executor on this machine
     slurm   an array job of ranks, and a job that starts when all of them have ended well
 
-Nothing is scheduled here. Tasks publish by rename and are done once (`data/tokenize.py`), so a rank may be killed, requeued or started
+Nothing is scheduled here. Tasks publish by rename and are done once (`data/tokens/tokenize.py`), so a rank may be killed, requeued or started
 twice at any time; the same command again submits what is missing. OUT/jobs holds the scripts and logs.
 """
 
@@ -23,15 +23,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mcore_longctx.data.build import BuildReport, build, check_output
-from mcore_longctx.data.job import TokenJob, prepare_job
 from mcore_longctx.data.pack import check_name
-from mcore_longctx.data.separator import make_separator
+from mcore_longctx.data.planning.separator import make_separator
 from mcore_longctx.data.tokenizers import Tokenizer, load_tokenizer
+from mcore_longctx.data.tokens.job import TokenJob, prepare_job
 from mcore_longctx.data.workspace import lock_folder
 from mcore_longctx.errors import ConfigError, InUseError
 
 if TYPE_CHECKING:
-    from mcore_longctx.data.datatrove_steps import SlurmExecutor, TokenizeShards
+    from mcore_longctx.data.engines.datatrove_steps import SlurmExecutor, TokenizeShards
 
 __all__ = ["MAX_RANKS", "SlurmOptions", "Submitted", "launch"]
 
@@ -128,7 +128,7 @@ def _datatrove() -> Iterator[None]:
     try:
         from loguru import logger
 
-        import mcore_longctx.data.datatrove_steps  # noqa: F401
+        import mcore_longctx.data.engines.datatrove_steps  # noqa: F401
     except ModuleNotFoundError as error:
         if error.name not in ("loguru", "datatrove"):
             raise
@@ -156,7 +156,7 @@ def _prepared(arguments: Mapping[str, Any]) -> Iterator[tuple[TokenJob, Tokenize
 
 
 def _step(arguments: Mapping[str, Any], workers: int) -> TokenizeShards:
-    from mcore_longctx.data.datatrove_steps import TokenizeShards
+    from mcore_longctx.data.engines.datatrove_steps import TokenizeShards
 
     return TokenizeShards(
         arguments["out"],
@@ -173,7 +173,7 @@ def _jobs_folder(job: TokenJob, engine: str, ranks: int) -> Path:
 
 
 def _tokenize_locally(arguments: Mapping[str, Any], ranks: int, workers: int) -> None:
-    from mcore_longctx.data.datatrove_steps import LocalExecutor, keep_tokenizer
+    from mcore_longctx.data.engines.datatrove_steps import LocalExecutor, keep_tokenizer
 
     with _prepared(arguments) as (job, tokenizer):
         keep_tokenizer(tokenizer)
@@ -207,7 +207,7 @@ def _check_slurm(out: Path, options: SlurmOptions) -> None:
 
 
 def _submit(arguments: Mapping[str, Any], ranks: int, options: SlurmOptions) -> Submitted:
-    from mcore_longctx.data.datatrove_steps import FinishBuild
+    from mcore_longctx.data.engines.datatrove_steps import FinishBuild
 
     with _prepared(arguments) as (job, _):
         name = _job_name(arguments["out"])
@@ -247,7 +247,7 @@ def _executor(
     sbatch: Mapping[str, str],
     depends: SlurmExecutor | None = None,
 ) -> SlurmExecutor:
-    from mcore_longctx.data.datatrove_steps import SlurmExecutor, read_job_id
+    from mcore_longctx.data.engines.datatrove_steps import SlurmExecutor, read_job_id
 
     return SlurmExecutor(
         pipeline=[step],

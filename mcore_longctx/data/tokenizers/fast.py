@@ -22,9 +22,9 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from mcore_longctx.data.tokenizers_check import check_texts, small_reference
-from mcore_longctx.data.tokenizers_pieces import NEVER, Cutter
-from mcore_longctx.data.tokenizers_reference import TiktokenReference
+from mcore_longctx.data.tokenizers.check import check_texts, small_reference
+from mcore_longctx.data.tokenizers.pieces import NEVER, Cutter
+from mcore_longctx.data.tokenizers.reference import TiktokenReference
 
 __all__ = ["FastEncoder", "NotExact", "fast_from_json", "fast_from_ranks", "has_new_numbers"]
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from mcore_longctx.data.job import TokenJob
-from mcore_longctx.data.layout import Separator
+from mcore_longctx.data.planning.layout import Separator
+from mcore_longctx.data.tokens.job import TokenJob
 from mcore_longctx.errors import ConfigError, DataError
 from mcore_longctx.recipe.schema import DataSection
 

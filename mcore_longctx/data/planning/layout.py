@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mcore_longctx.data.arrays import new_arrays
-from mcore_longctx.data.bins import best_fit, first_fit, next_fit
-from mcore_longctx.data.shards import DocumentTable
-from mcore_longctx.data.sidecar import LITERAL, PADDING, RUN_COLUMNS, Runs
+from mcore_longctx.data.files.arrays import new_arrays
+from mcore_longctx.data.files.shards import DocumentTable
+from mcore_longctx.data.files.sidecar import LITERAL, PADDING, RUN_COLUMNS, Runs
+from mcore_longctx.data.planning.bins import best_fit, first_fit, next_fit
 
 __all__ = ["Pieces", "Separator", "Stream", "fit", "lay_out", "run_blocks", "stream_of"]
 

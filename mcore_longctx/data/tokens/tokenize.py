@@ -1,7 +1,7 @@
 """`data tokenize`: documents or chats to token shards, in tasks that any number of workers, starts and machines may share.
 
 OUT/tokens/settings.json            what was asked, and the tasks: written first, compared by every later start
-OUT/tokens/000012.tokens .docs      one pair a task (`data/shards.py`)
+OUT/tokens/000012.tokens .docs      one pair a task (`data/files/shards.py`)
 OUT/tokens/manifest.json            what came of it: written when every task is done
 """
 
@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy.typing as npt
 
-from mcore_longctx.data.job import TokenJob
-from mcore_longctx.data.readers import BadRecord, Chat, Document, read_task
-from mcore_longctx.data.sft import ChatEncoder
-from mcore_longctx.data.shards import ShardWriter, read_shard
+from mcore_longctx.data.documents.readers import BadRecord, Chat, Document, read_task
+from mcore_longctx.data.files.shards import ShardWriter, read_shard
 from mcore_longctx.data.tokenizers import Tokenizer, check_against_reference
+from mcore_longctx.data.tokens.job import TokenJob
+from mcore_longctx.data.tokens.sft import ChatEncoder
 from mcore_longctx.data.workspace import remove_leftovers, run_tasks
 from mcore_longctx.errors import ConfigError, DataError
 from mcore_longctx.manifest import write_manifest

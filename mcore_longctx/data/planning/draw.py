@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mcore_longctx.data.lengths import source_borders
-from mcore_longctx.data.shards import DocumentTable, hash64
-from mcore_longctx.data.shares import Group, targets
+from mcore_longctx.data.files.shards import DocumentTable, hash64
+from mcore_longctx.data.planning.lengths import source_borders
+from mcore_longctx.data.planning.shares import Group, targets
 from mcore_longctx.errors import DataError
 from mcore_longctx.recipe.schema import DataSection, LengthSampling
 

@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from mcore_longctx.data.indexed import IndexedReader, find_prefix
-from mcore_longctx.data.sidecar import LITERAL, PADDING, Runs, check_index, read_runs
+from mcore_longctx.data.files.indexed import IndexedReader, find_prefix
+from mcore_longctx.data.files.sidecar import LITERAL, PADDING, Runs, check_index, read_runs
 from mcore_longctx.errors import DataError
 
 __all__ = ["Decoder", "sample_in_words", "show_sample", "stats", "stats_in_words"]

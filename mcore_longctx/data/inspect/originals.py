@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mcore_longctx.data.job import open_job, read_documents_table
-from mcore_longctx.data.plan import read_plan
-from mcore_longctx.data.sidecar import Runs
+from mcore_longctx.data.files.sidecar import Runs
+from mcore_longctx.data.planning.plan import read_plan
+from mcore_longctx.data.tokens.job import open_job, read_documents_table
 from mcore_longctx.errors import DataError
 
 __all__ = ["Originals"]

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mcore_longctx.data.lines import BLOCK, Tally, optional_module
+from mcore_longctx.data.documents.lines import BLOCK, Tally, optional_module
 from mcore_longctx.errors import DataError
 
 __all__ = ["BadText", "column_names", "read_rows", "row_group_ranges"]

@@ -1,6 +1,6 @@
 """Megatron's indexed dataset, read and written bit for bit: token ids in `PREFIX.bin`, where each sequence lies in `PREFIX.idx`.
 
-`.bin` holds ids back to back, little endian, no header; `.idx` is told in `index_file.py`. Megatron never compares the size of
+`.bin` holds ids back to back, little endian, no header; `.idx` is told in `data/files/index_file.py`. Megatron never compares the size of
 `.bin` with the index: a cut file opens, and merging it shifts everything behind it. Here it is refused.
 """
 
@@ -15,7 +15,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from mcore_longctx.data.index_file import TOKEN_TYPES, IndexColumns, read_index, write_index
+from mcore_longctx.data.files.index_file import TOKEN_TYPES, IndexColumns, read_index, write_index
 from mcore_longctx.errors import DataError
 from mcore_longctx.manifest import fsync_folder, partial_path
 

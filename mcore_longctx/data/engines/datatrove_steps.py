@@ -1,4 +1,4 @@
-"""The work of `data build` as steps of datatrove's executors. Importing this needs the extra `datatrove`; `scale_out.py` does so lazily.
+"""The work of `data build` as steps of datatrove's executors. Importing this needs the extra `datatrove`; `data/engines/scale_out.py` does so lazily.
 
 Only datatrove's way of starting ranks is used. What is done is asked of our shards: its own markers, a file for every rank that ended
 well, would hold after a shard is lost, and would skip work after a start with another number of ranks.
@@ -18,9 +18,9 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.stats import PipelineStats
 
 from mcore_longctx.data.build import build
-from mcore_longctx.data.job import open_job
-from mcore_longctx.data.tokenize import run_job
 from mcore_longctx.data.tokenizers import Tokenizer, load_tokenizer
+from mcore_longctx.data.tokens.job import open_job
+from mcore_longctx.data.tokens.tokenize import run_job
 from mcore_longctx.data.workspace import run_tasks
 
 __all__ = ["FinishBuild", "LocalExecutor", "SlurmExecutor", "TokenizeShards", "keep_tokenizer", "read_job_id"]

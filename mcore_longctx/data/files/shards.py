@@ -23,7 +23,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from mcore_longctx.data.arrays import map_arrays, write_arrays
+from mcore_longctx.data.files.arrays import map_arrays, write_arrays
 from mcore_longctx.errors import DataError
 from mcore_longctx.manifest import partial_path
 

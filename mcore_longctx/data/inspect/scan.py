@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mcore_longctx.data.index_file import Index
-from mcore_longctx.data.sidecar import LITERAL, PADDING, Runs
+from mcore_longctx.data.files.index_file import Index
+from mcore_longctx.data.files.sidecar import LITERAL, PADDING, Runs
 from mcore_longctx.errors import DataError
 
 __all__ = ["DatasetScan", "Faults", "Locate", "highest_id", "token_blocks"]

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from mcore_longctx.data.parquet import row_group_ranges
+from mcore_longctx.data.documents.parquet import row_group_ranges
 from mcore_longctx.errors import ConfigError, DataError
 from mcore_longctx.recipe.schema import DocumentSource
 

@@ -1,4 +1,4 @@
-"""Documents and chats of one task, one at a time. What a record may be stands in `records.py`, what a source may be in `inputs.py`.
+"""Documents and chats of one task, one at a time. What a record may be stands in `data/documents/records.py`, what a source may be in `data/documents/inputs.py`.
 
 A record that cannot be used is handed on as a `BadRecord`, to be counted; what concerns a whole file is an error. Memory holds one
 document and a fixed buffer, whatever the size of the file.
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mcore_longctx.data.inputs import (
+from mcore_longctx.data.documents.inputs import (
     InputFile,
     InputTask,
     changed_error,
@@ -21,9 +21,9 @@ from mcore_longctx.data.inputs import (
     plan_inputs,
     stat_input,
 )
-from mcore_longctx.data.lines import BLOCK, Tally, read_lines, unpacked
-from mcore_longctx.data.parquet import BadText, column_names, read_rows
-from mcore_longctx.data.records import (
+from mcore_longctx.data.documents.lines import BLOCK, Tally, read_lines, unpacked
+from mcore_longctx.data.documents.parquet import BadText, column_names, read_rows
+from mcore_longctx.data.documents.records import (
     BadRecord,
     Chat,
     Document,

@@ -5,7 +5,7 @@ has one loss flag. The index of Megatron cannot say this (one sample is one sequ
 found again in the tokens, so it is written beside them. A plan is the same list before any token is copied: every way of sampling
 and packing is a function from a table of documents to runs.
 
-The file is in safetensors layout (`data/arrays.py`), memory-mapped: opening it costs no memory however many runs there are.
+The file is in safetensors layout (`data/files/arrays.py`), memory-mapped: opening it costs no memory however many runs there are.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mcore_longctx.data.arrays import file_crc32, map_arrays
+from mcore_longctx.data.files.arrays import file_crc32, map_arrays
 from mcore_longctx.errors import DataError
 
 __all__ = ["LITERAL", "PADDING", "RUN_COLUMNS", "SIDECAR_COLUMNS", "Run", "Runs", "check_index", "open_runs", "read_runs"]

@@ -1,11 +1,11 @@
 """`data plan`: which stretch of which document stands where in which sample, decided before any token is copied.
 
-    OUT/plan/plan.runs      all runs of all samples (`data/sidecar.py`); `document` is a row of the table of documents
+    OUT/plan/plan.runs      all runs of all samples (`data/files/sidecar.py`); `document` is a row of the table of documents
     OUT/plan/lengths.json   documents and tokens by length, as read and in the samples
     OUT/plan/lengths.png    the same as a picture
     OUT/plan/plan.json      settings, shares asked and got, what was left out and why. Written last: the plan is whole
 
-Drawing (`data/draw.py`) says what is taken and in which order, layout (`data/layout.py`) where it stands.
+Drawing (`data/planning/draw.py`) says what is taken and in which order, layout (`data/planning/layout.py`) where it stands.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mcore_longctx.data.draw import draw, hash_order
-from mcore_longctx.data.layout import Pieces, Separator, Stream, lay_out, run_blocks, stream_of
-from mcore_longctx.data.lengths import SourceLengths, measure_lengths, plot_lengths, tokens_used
-from mcore_longctx.data.plan_text import many, plan_text
-from mcore_longctx.data.shards import DocumentTable, hash64
-from mcore_longctx.data.shares import Group, shares_got
-from mcore_longctx.data.sidecar import LITERAL, PADDING, Runs, open_runs
+from mcore_longctx.data.files.shards import DocumentTable, hash64
+from mcore_longctx.data.files.sidecar import LITERAL, PADDING, Runs, open_runs
+from mcore_longctx.data.planning.draw import draw, hash_order
+from mcore_longctx.data.planning.layout import Pieces, Separator, Stream, lay_out, run_blocks, stream_of
+from mcore_longctx.data.planning.lengths import SourceLengths, measure_lengths, plot_lengths, tokens_used
+from mcore_longctx.data.planning.plan_text import many, plan_text
+from mcore_longctx.data.planning.shares import Group, shares_got
 from mcore_longctx.errors import DataError
 from mcore_longctx.manifest import partial_path, versions, write_atomic
 from mcore_longctx.recipe.schema import DataSection
@@ -35,7 +35,7 @@ __all__ = ["make_chat_plan", "make_plan", "plan_text", "read_plan"]
 
 IntArray = npt.NDArray[np.int64]
 
-_CHATS, _SAMPLES = 4, 5  # salts, beside those of `data/draw.py`
+_CHATS, _SAMPLES = 4, 5  # salts, beside those of `data/planning/draw.py`
 _ROWS = 1 << 18  # runs or documents at once
 
 

@@ -1,0 +1,1 @@
+"""What a source holds: files cut into tasks, records, documents, chats."""

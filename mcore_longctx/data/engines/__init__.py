@@ -1,0 +1,1 @@
+"""The tasks of the builder under somebody else's engine."""

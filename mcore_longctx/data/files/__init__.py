@@ -1,0 +1,1 @@
+"""The files of this room: columns with a checksum, token shards, indexed datasets, sidecars."""

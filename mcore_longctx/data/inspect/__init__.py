@@ -1,0 +1,1 @@
+"""Looking at packed data, ours or not: verify, show, stats, merge."""

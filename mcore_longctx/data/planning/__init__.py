@@ -1,0 +1,1 @@
+"""Which stretch of which document stands where, decided from the table of documents alone."""

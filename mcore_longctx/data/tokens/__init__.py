@@ -1,0 +1,1 @@
+"""Documents and chats to token shards, in tasks."""
