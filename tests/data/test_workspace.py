@@ -108,6 +108,36 @@ def test_a_folder_has_one_writer(tmp_path: Path) -> None:
         holder.kill()
 
 
+def test_a_worker_that_lingers_does_not_keep_the_folder(tmp_path: Path) -> None:
+    """Workers that are stopped cannot notice the end of their parent; the same command can start again all the same."""
+
+    def do(task: int) -> None:
+        (tmp_path / str(os.getpid())).touch()
+        time.sleep(60)
+
+    def hold() -> None:
+        with lock_folder(tmp_path):
+            list(run_tasks(do, range(8), 2))
+
+    parent = FORK.Process(target=hold)
+    parent.start()
+    workers: list[int] = []
+    try:
+        wait_until(lambda: len([path for path in tmp_path.iterdir() if path.name != ".lock"]) == 2)
+        workers = [int(path.name) for path in tmp_path.iterdir() if path.name != ".lock"]
+        for pid in workers:
+            os.kill(pid, signal.SIGSTOP)
+        os.kill(parent.pid, signal.SIGKILL)
+        parent.join()
+        assert all(map(is_alive, workers))
+        with lock_folder(tmp_path):
+            pass
+    finally:
+        parent.kill()
+        for pid in workers:
+            os.kill(pid, signal.SIGKILL)
+
+
 def test_only_leftovers_of_the_dead_of_this_host_are_removed(tmp_path: Path) -> None:
     dead = FORK.Process(target=lambda: None)
     dead.start()
