@@ -95,6 +95,25 @@ class PackedSamples:
         ranges = [(at * chunk, (at + 1) * chunk) for at in zigzag_chunks(cp_size, cp_rank)]
         return (*self._ranges(index, ranges), positions)
 
+    def gather(self, index: int, places: IntArray) -> tuple[IntArray, IntArray, BoolArray]:
+        """Tokens, labels and loss mask at some places of a sample, each [places]. Touches only their pages.
+
+        places: from 0 to seq_length - 1, or -1 for a filler: 0, 0, False. Labels and mask as in `sample`.
+        """
+        stored, is_token = self._tokens[index], places >= 0
+        tokens, labels = np.zeros(len(places), np.int64), np.zeros(len(places), np.int64)
+        loss_mask = np.zeros(len(places), np.bool_)
+        tokens[is_token] = stored[places[is_token]]
+        has_label = is_token & (places < self.seq_length - 1)
+        following = places[has_label] + 1
+        labels[has_label] = stored[following]
+        loss_mask[has_label] = True
+        if not self._whole:
+            rows = self.runs.rows(index)
+            ends = np.cumsum(self.runs.length[rows], dtype=np.int64)
+            loss_mask[has_label] = self.runs.loss[rows][np.searchsorted(ends, following, side="right")]
+        return tokens, labels, loss_mask
+
     def document_lengths(self, index: int) -> list[int]:
         """Tokens of each document of a sample, in order, for a mask between them. Padding at the end belongs to none.
 

@@ -34,8 +34,8 @@ class Samples(Protocol):
         """Number of samples."""
         ...
 
-    def sample(self, index: int) -> tuple[IntArray, IntArray, npt.NDArray[np.bool_]]:
-        """Tokens, labels and loss mask of a whole sample, each [seq_length]."""
+    def gather(self, index: int, places: IntArray) -> tuple[IntArray, IntArray, npt.NDArray[np.bool_]]:
+        """Tokens, labels and loss mask at some places of a sample, each [places]; place -1 is a filler."""
         ...
 
     def document_lengths(self, index: int) -> list[int]:
@@ -198,11 +198,6 @@ class StepData:
 
     def _share_of_documents(self, index: int, layout: PackLayout) -> tuple[IntArray, IntArray, npt.NDArray[np.bool_], IntArray]:
         """Tokens, labels, loss mask and positions of this rank's rows. The last token of a document has no label: 0 and no loss."""
-        tokens, labels, loss_mask = self.samples.sample(index)
-        source, has_next = layout.source(self.cp_rank), layout.has_next(self.cp_rank)
-        return (
-            np.where(source >= 0, tokens[source], 0),
-            np.where(has_next, labels[source], 0),
-            loss_mask[source] & has_next,
-            layout.positions(self.cp_rank),
-        )
+        has_next = layout.has_next(self.cp_rank)
+        tokens, labels, loss_mask = self.samples.gather(index, layout.source(self.cp_rank))
+        return tokens, np.where(has_next, labels, 0), loss_mask & has_next, layout.positions(self.cp_rank)

@@ -83,6 +83,16 @@ def test_a_share_reads_only_its_own_tokens(made, monkeypatch: pytest.MonkeyPatch
     assert read == [(6, 7), (36, 7)]  # two chunks of 6 and the token behind each
 
 
+@settings(deadline=None)
+@given(seed=st.integers(0, 3), index=st.integers(0, SAMPLES - 1), data=st.data())
+def test_gathered_places_are_those_of_the_sample(made, seed: int, index: int, data) -> None:
+    samples = PackedSamples(made[seed][0])
+    places = np.array(data.draw(st.lists(st.integers(-1, SEQ_LENGTH - 1), max_size=30)), np.int64)
+    for part, full in zip(samples.gather(index, places), samples.sample(index), strict=True):
+        assert part.tolist() == [full[place] if place >= 0 else 0 for place in places]
+        assert part.dtype == full.dtype
+
+
 def test_a_length_that_does_not_divide_is_refused(made) -> None:
     with pytest.raises(LayoutError, match="not a multiple of 2 x context_parallel_size"):
         PackedSamples(made[0][0]).cp_slice(0, 5, 0)
