@@ -13,7 +13,7 @@ _REASONS = {
     "too_long": "longer than max_length",
     "remainder": "too few for a whole piece",
     "over_budget": "not needed for the share",
-    "tail": "in no whole sample that is needed",
+    "tail": "that fill no sample",
 }
 
 
