@@ -376,7 +376,7 @@ def test_shares_of_chunks_and_packed_sources_hold_in_samples() -> None:
 def test_a_share_of_a_source_that_holds_nothing_is_refused() -> None:
     table = make_table(make_docs([10, 500], [0, 1]), sources=2)
     with pytest.raises(
-        DataError, match="source source0: no document is left of this source after length sampling; change its share"
+        DataError, match="source source0: no document is left of this source after length sampling; keep more short documents"
     ):
         drawn(table, section_of([1, 1], length_sampling=sampling(100, 0.0, 200, 1.0)), None)
 

@@ -78,7 +78,7 @@ def targets(
         group.asked = weight / total
         if weight and not group.held:
             what = f"pieces of {group.chunk:,} tokens that fill a sample" if group.chunk is not None else "document"
-            fix = "change its share" if given else "change the length sampling"
+            fix = "keep more short documents, or take the source out" if given else "change the length sampling"
             raise DataError(f"no {what} is left of this source after length sampling", where=group, fix=fix)
     if budget is None:
         scarcest = min(group.held / group.asked for group in groups if group.asked)
