@@ -148,7 +148,7 @@ class PackedSamples:
         at = 0
         for start, stop in ranges:
             last = min(stop + 1, self.seq_length)
-            read = self._tokens.get(index, start, last - start)  # [n + 1], or [n] at the end of the sample
+            read = self._tokens.read(index, start, last - start)  # [n + 1], or [n] at the end of the sample
             here, labelled = slice(at, at + stop - start), at + last - start - 1
             tokens[here] = read[: stop - start]
             labels[at:labelled] = read[1:]

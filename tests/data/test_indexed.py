@@ -96,6 +96,8 @@ def test_megatron_and_our_reader_read_what_was_written(tmp_path: Path, dtype: st
         np.testing.assert_array_equal(theirs.get(index), row)
         np.testing.assert_array_equal(ours[index], row)
     np.testing.assert_array_equal(ours.get(3, 10, 20), rows[3][10:30])
+    np.testing.assert_array_equal(ours.read(3, 10, 20), rows[3][10:30])
+    assert [ours.read(index).tolist() for index in range(len(rows))] == [row.tolist() for row in rows]
     np.testing.assert_array_equal(theirs.document_indices, ours.document_indices)
 
 
@@ -160,6 +162,7 @@ def test_tokens_past_2_40_bytes_are_read_where_megatron_reads_them(tmp_path: Pat
         file.write(np.array([77, 78], "<i4").tobytes())
     write_index(tmp_path / "x.idx", np.int32, [IndexColumns(np.array(lengths, np.int32), np.arange(301))])
     assert IndexedReader(tmp_path / "x").get(299, 12344, 4).tolist() == [0, 77, 78, 0]
+    assert IndexedReader(tmp_path / "x").read(299, 12344, 4).tolist() == [0, 77, 78, 0]
     theirs = IndexedDataset(str(tmp_path / "x"))  # its sequences are views that end with it
     assert theirs.get(299, 12344, 4).tolist() == [0, 77, 78, 0]
 
@@ -379,3 +382,13 @@ def test_one_dataset_is_found_by_folder_prefix_or_file(tmp_path: Path) -> None:
     write(tmp_path / "other")
     with pytest.raises(DataError, match=r"2 \.idx files in this folder, expected one; give a prefix"):
         find_prefix(tmp_path)
+
+
+def test_a_file_that_is_cut_while_it_is_open_is_an_error(tmp_path: Path) -> None:
+    rows = write(tmp_path / "x")
+    reader = IndexedReader(tmp_path / "x")
+    with (tmp_path / "x.bin").open("r+b") as file:
+        file.truncate(100)
+    assert reader.read(3, 0, 10).tolist() == rows[3][:10].tolist()
+    with pytest.raises(DataError, match=r"x\.bin: was cut while it was read"):
+        reader.read(3)

@@ -77,8 +77,8 @@ def test_the_shares_of_all_ranks_are_the_sample(made, seed: int, index: int, cp_
 def test_a_share_reads_only_its_own_tokens(made, monkeypatch: pytest.MonkeyPatch) -> None:
     samples = PackedSamples(made[0][0])
     read: list[tuple[int, int]] = []
-    get = samples._tokens.get
-    monkeypatch.setattr(samples._tokens, "get", lambda i, at, n: read.append((at, n)) or get(i, at, n))
+    tokens = samples._tokens.read
+    monkeypatch.setattr(samples._tokens, "read", lambda i, at, n: read.append((at, n)) or tokens(i, at, n))
     samples.cp_slice(1, 4, 1)
     assert read == [(6, 7), (36, 7)]  # two chunks of 6 and the token behind each
 

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from array import array
 from pathlib import Path
 from types import TracebackType
@@ -167,6 +168,9 @@ class IndexedReader:
             raise DataError(fault, where=path, fix="the file is damaged: rebuild it")
         # numpy refuses to map an empty file
         self._tokens: npt.NDArray[Any] = np.memmap(path, self.dtype, "r") if size else np.zeros(0, self.dtype)
+        self._path, self._file = path, os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._file)
+        os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_RANDOM)  # what is asked for and nothing ahead of it
 
     def __len__(self) -> int:
         """Number of sequences."""
@@ -177,12 +181,34 @@ class IndexedReader:
         return self.get(index)
 
     def get(self, index: int, offset: int = 0, length: int | None = None) -> npt.NDArray[Any]:
-        """`length` tokens of sequence `index` from `offset` on (to its end if None). Touches only those pages."""
+        """`length` tokens of sequence `index` from `offset` on (to its end if None): a read-only view of the map."""
+        start, length = self._span(index, offset, length)
+        return self._tokens[start : start + length]
+
+    def read(self, index: int, offset: int = 0, length: int | None = None) -> npt.NDArray[Any]:
+        """The same tokens as a copy, read and not mapped.
+
+        Around a page of a map that is touched the kernel may fetch megabytes from the disk; here it fetches what is asked for.
+
+        Raises:
+            DataError: `.bin` has become shorter.
+        """
+        start, length = self._span(index, offset, length)
+        tokens = np.empty(length, self.dtype)
+        missing, at = tokens.data.cast("B") if length else memoryview(b""), start * self.dtype.itemsize
+        while missing:
+            count = os.preadv(self._file, [missing], at)
+            if not count:
+                raise DataError("was cut while it was read", where=self._path, fix="the file is damaged: rebuild it")
+            missing, at = missing[count:], at + count
+        return tokens
+
+    def _span(self, index: int, offset: int, length: int | None) -> tuple[int, int]:
+        """First token in `.bin`, and how many."""
         if not 0 <= index < len(self):
             raise IndexError(f"sequence {index} of {len(self)}")
         total = int(self.sequence_lengths[index])
         length = total - offset if length is None else length
         if offset < 0 or length < 0 or offset + length > total:
             raise IndexError(f"tokens {offset} to {offset + length} of a sequence of {total}")
-        start = int(self.sequence_pointers[index]) // self.dtype.itemsize + offset
-        return self._tokens[start : start + length]
+        return int(self.sequence_pointers[index]) // self.dtype.itemsize + offset, length
