@@ -23,8 +23,10 @@ from mcore_longctx.errors import CheckpointError, ConfigError
 __all__ = [
     "MANIFEST",
     "fsync_folder",
+    "is_alive",
     "partial_path",
     "read_manifest",
+    "read_sealed",
     "readable_bytes",
     "sha256_file",
     "staged_folder",
@@ -32,6 +34,7 @@ __all__ = [
     "versions",
     "write_atomic",
     "write_manifest",
+    "write_sealed",
 ]
 
 MANIFEST = "manifest.json"
@@ -201,6 +204,26 @@ def verify_manifest(folder: Path, *kinds: str, hashes: bool = True) -> Mapping[s
     return manifest
 
 
+def write_sealed(path: Path, facts: Mapping[str, Any]) -> None:
+    """Write a JSON object with a checksum over itself, aside and renamed."""
+    write_atomic(path, _sealed(json.dumps(facts, indent=1)))
+
+
+def read_sealed(path: Path) -> dict[str, Any]:
+    """Read what `write_sealed` wrote.
+
+    Raises:
+        ValueError: a byte of it has changed, or it is no such file.
+        OSError: it cannot be read.
+    """
+    text = path.read_bytes().decode()
+    if _sealed(text[:-_SEAL_LENGTH] + _END) != text:
+        raise ValueError("its checksum differs")
+    facts: dict[str, Any] = json.loads(text)  # an object: the seal is its last key
+    del facts["sha256"]
+    return facts
+
+
 _END = "\n}"  # how json.dumps ends an object with an indent
 
 
@@ -228,16 +251,21 @@ def _remove_leftovers(final: Path) -> None:
         pid = path.name.removeprefix(prefix)
         if not pid.isdigit() or not path.is_dir():
             continue
-        if _is_alive(int(pid)):
+        if is_alive(int(pid)):
             raise ConfigError(f"process {pid} is writing this folder", where=final, fix="wait for it or stop it")
         shutil.rmtree(path)
 
 
-def _is_alive(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    """Whether a process of this host runs. One that has ended and that nobody has asked about (a zombie) does not."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
         return True
-    return True
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):  # gone since, or no /proc
+        return not Path("/proc/self").exists()
+    return state != "Z"

@@ -10,7 +10,6 @@ drift by one token a sample; this way it reads the very samples (except the last
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import zlib
@@ -29,15 +28,16 @@ from mcore_longctx.data.files.shards import DocumentTable
 from mcore_longctx.data.files.sidecar import LITERAL, RUN_COLUMNS, Runs
 from mcore_longctx.data.planning.plan import read_plan
 from mcore_longctx.data.tokens.job import TokenJob, open_job, read_documents_table
-from mcore_longctx.data.workspace import remove_leftovers, run_tasks
+from mcore_longctx.data.workspace import remove_aside, remove_leftovers, run_tasks
 from mcore_longctx.errors import ConfigError, DataError
-from mcore_longctx.manifest import MANIFEST, verify_manifest, versions, write_atomic, write_manifest
+from mcore_longctx.manifest import MANIFEST, read_sealed, verify_manifest, versions, write_manifest, write_sealed
 
 __all__ = ["PackReport", "pack"]
 
 IntArray = npt.NDArray[np.int64]
 
 _BLOCK_BYTES = 64 << 20  # of samples a task
+_SUFFIXES = ("runs", "bin", "idx")  # in the order in which they get their names
 _ROWS = 1 << 20  # runs or ids that are copied into the sidecar at once
 
 
@@ -133,7 +133,7 @@ def pack(
         sources=plan["lengths"],
         **(facts or {}),
     )
-    shutil.rmtree(work)
+    remove_aside(work)
     done = _done_before(out, name, plan)
     assert done is not None
     return PackReport(**(vars(done) | {"was_done": False}))
@@ -155,6 +155,7 @@ def _done_before(out: Path, name: str, plan: Mapping[str, Any]) -> PackReport | 
     if not (out / MANIFEST).is_file():
         return None
     manifest = verify_manifest(out, "data", hashes=False)
+    remove_aside(out / f"{manifest['name']}.packing")  # a kill may have come before that
     if manifest["name"] != name or manifest["plan_sha256"] != plan["plan_sha256"]:
         raise ConfigError(
             f"holds packed data {manifest['name']!r} of another name or plan", where=out, fix="use another output folder"
@@ -170,24 +171,46 @@ def _done_before(out: Path, name: str, plan: Mapping[str, Any]) -> PackReport | 
 
 
 def _work_folder(out: Path, name: str, job: TokenJob, plan: Mapping[str, Any]) -> Path:
-    """OUT/NAME.packing for this plan: begun before, or new. One of another plan, which is ours, is emptied."""
-    work, path = out / f"{name}.packing", out / f"{name}.packing" / "settings.json"
-    settings = {"plan_sha256": plan["plan_sha256"], "dtype": job.dtype.name, "block_bytes": _BLOCK_BYTES}
-    for suffix in ("bin", "idx", "runs"):
-        if (out / f"{name}.{suffix}").exists() and not path.is_file():
-            raise ConfigError("is already there, and not from this plan", where=out / f"{name}.{suffix}", fix="use another name")
-    if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != settings:
-        shutil.rmtree(work)
-    if not path.is_file():
+    """OUT/NAME.packing for this plan: begun before, or new. What an unfinished pack of another plan or name left is removed."""
+    work = out / f"{name}.packing"
+    settings = {"kind": "packing", "plan_sha256": plan["plan_sha256"], "dtype": job.dtype.name, "block_bytes": _BLOCK_BYTES}
+    for other in sorted(out.glob("*.packing")):
+        found = _packing_settings(other)
+        if found is None or (other == work and found == settings):
+            continue
+        remove_aside(other)  # first: as long as it is there, its files of a final name are known for ours
+        for suffix in _SUFFIXES:
+            (out / f"{other.name.removesuffix('.packing')}.{suffix}").unlink(missing_ok=True)
+    remove_leftovers(out)
+    if _packing_settings(work) is None:
+        for suffix in _SUFFIXES:
+            if (out / f"{name}.{suffix}").exists():
+                raise ConfigError(
+                    "is already there, and not from this plan", where=out / f"{name}.{suffix}", fix="use another name"
+                )
+        if work.exists() and any(work.iterdir()):
+            raise ConfigError("is no folder of an unfinished pack", where=work, fix="remove it or use another name")
         work.mkdir(exist_ok=True)
-        write_atomic(path, json.dumps(settings) + "\n")
+        write_sealed(work / "settings.json", settings)
     remove_leftovers(work)
     return work
 
 
+def _packing_settings(work: Path) -> dict[str, Any] | None:
+    """What an unfinished pack was begun with; None if it is no such folder. Damaged settings fit no plan."""
+    path = work / "settings.json"
+    if not path.is_file():
+        return None
+    try:
+        settings = read_sealed(path)
+    except (ValueError, OSError):
+        return {}
+    return settings if settings.get("kind") == "packing" else None
+
+
 def _publish(out: Path, name: str, work: Path) -> None:
     """The files get their names, the index last. What an earlier start has renamed is already there."""
-    for suffix in ("runs", "bin", "idx"):
+    for suffix in _SUFFIXES:
         source = work / ("tokens.bin" if suffix == "bin" else f"samples.{suffix}")
         if source.exists():
             source.replace(out / f"{name}.{suffix}")
@@ -220,6 +243,8 @@ class _Packer:
         self._shard_tokens = lru_cache(512)(lambda shard: table.shards[shard].tokens())
         published = work.parent / f"{work.name.removesuffix('.packing')}.bin"
         if not self.path.exists() and not published.exists():
+            for mark in work.glob("*.crc"):  # of a file that is gone
+                mark.unlink()
             _reserve(self.path, len(runs) * sample_bytes)
 
     def mark(self, block: int) -> Path:
@@ -241,10 +266,10 @@ class _Packer:
                 file.seek(first * sample.nbytes)
                 for index in range(first, stop):
                     self._fill(sample, index)
-                    raw = sample.data.cast("B")
+                    raw: memoryview = sample.data.cast("B")
                     crc32[index - first] = zlib.crc32(raw)
-                    if file.write(raw) != len(raw):
-                        raise DataError("a short write: is the disk full?", where=self.path)
+                    while raw:  # one call writes at most 2 GiB
+                        raw = raw[file.write(raw) :]
                 os.fsync(file.fileno())
         except OSError as error:
             raise DataError(f"cannot be written ({error.strerror})", where=self.path, fix="make room and start again") from None

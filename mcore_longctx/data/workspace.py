@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import shutil
 import socket
 import sys
 import threading
@@ -22,56 +23,85 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from mcore_longctx.errors import DataError, InUseError
+from mcore_longctx.manifest import is_alive, partial_path
 
-__all__ = ["lock_folder", "remove_leftovers", "run_tasks", "usable_cores"]
+__all__ = ["lock_folder", "remove_aside", "remove_leftovers", "run_tasks", "usable_cores"]
 
 T = TypeVar("T")
 
+_LOCKED = (errno.EWOULDBLOCK, errno.EACCES)
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _held: list[IO[str]] = []  # locks of this process
 
 
 @contextmanager
 def lock_folder(folder: Path) -> Iterator[None]:
-    """Hold a folder while it is filled; the kernel gives the lock back when the process ends, however it ends.
+    """Make a folder if it is not there, and hold it while it is filled.
+
+    The kernel gives the lock back when the process ends, however it ends.
 
     Raises:
         InUseError: another process holds it.
-        DataError: no room was left while the block wrote.
+        DataError: the folder cannot be made, written or locked, or no room was left while the block wrote.
     """
-    path = folder / ".lock"
-    with path.open("a+", encoding="utf-8") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("a+", encoding="utf-8")
+    except OSError as error:
+        raise _unwritable(error, folder) from None
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except OSError as error:
+            if error.errno not in _LOCKED:
+                raise DataError(
+                    f"cannot be locked ({error.strerror})",
+                    where=folder,
+                    fix="use a file system with flock (Lustre: mount -o flock)",
+                ) from None
             file.seek(0)
             raise InUseError(
                 f"another run works on this folder ({file.read().strip()})", where=folder, fix="wait for it or use another output"
             ) from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {os.uname().nodename}")
-        file.flush()
         _held.append(file)
         try:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {os.uname().nodename}")
+            file.flush()
             yield
         except OSError as error:
             if error.errno not in _NO_ROOM:
                 raise
-            raise DataError(
-                f"cannot be written ({error.strerror})",
-                where=error.filename or folder,
-                fix="make room and start the same command again; it goes on where it was",
-            ) from None
+            raise _unwritable(error, folder) from None
         finally:
             _held.remove(file)
 
 
+def _unwritable(error: OSError, folder: Path) -> DataError:
+    fix = "make room and start the same command again; it goes on where it was"
+    if error.errno not in _NO_ROOM or error.errno == errno.EROFS:
+        fix = "choose another output folder"
+    return DataError(f"cannot be written ({error.strerror})", where=error.filename or folder, fix=fix)
+
+
+def remove_aside(folder: Path) -> None:
+    """Remove a folder of ours. A kill in the middle leaves it under a partial name, never half of it under its own."""
+    if folder.is_dir():
+        aside = partial_path(folder)
+        folder.rename(aside)
+        shutil.rmtree(aside)
+
+
 def remove_leftovers(folder: Path) -> None:
-    """Remove partial files whose writer, a process of this host, is dead. Others are left alone."""
+    """Remove partial files and folders whose writer, a process of this host, is dead. Others are left alone."""
     mark = f".partial-{socket.gethostname()}-"
     for path in folder.glob(f"*{mark}*"):
         pid = path.name.rpartition(mark)[2]
-        if pid.isdigit() and not _is_alive(int(pid)):
+        if not pid.isdigit() or is_alive(int(pid)):
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
             path.unlink(missing_ok=True)
 
 
@@ -133,13 +163,3 @@ def _begin_worker(do: Callable[[int], Any]) -> None:
 def _do_task(task: int) -> Any:
     assert _do is not None
     return _do(task)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

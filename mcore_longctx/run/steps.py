@@ -152,7 +152,8 @@ def _data_step(recipe: Recipe, resolved: Resolved, folder: Path, stage: Stage) -
     keys = (
         f"data.{stage.data}",
         f"stages.{stage.name}.seq_length",
-        f"stages.{stage.name}.train",
+        f"stages.{stage.name}.train_iters",
+        f"stages.{stage.name}.train_tokens",
         f"stages.{stage.name}.global_batch_size",
         "tokenizer",
         "seed",

@@ -142,8 +142,13 @@ def test_only_leftovers_of_the_dead_of_this_host_are_removed(tmp_path: Path) -> 
     dead = FORK.Process(target=lambda: None)
     dead.start()
     dead.join()
+    zombie = os.fork()
+    if not zombie:
+        os._exit(0)
+    wait_until(lambda: not is_alive(zombie))  # it has ended, and this process has not asked how
     host = socket.gethostname()
     names = {
+        f"b.tokens.partial-{host}-{zombie}": False,
         f"a.tokens.partial-{host}-{dead.pid}": False,
         f"a.tokens.partial-{host}-{os.getpid()}": True,
         f"a.tokens.partial-elsewhere-{dead.pid}": True,
@@ -154,4 +159,5 @@ def test_only_leftovers_of_the_dead_of_this_host_are_removed(tmp_path: Path) -> 
         (tmp_path / name).touch()
     assert partial_path(tmp_path / "a.tokens").name in names
     remove_leftovers(tmp_path)
+    os.waitpid(zombie, 0)
     assert {path.name for path in tmp_path.iterdir()} == {name for name, stays in names.items() if stays}

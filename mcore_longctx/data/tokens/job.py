@@ -5,9 +5,9 @@ Every later start, and every machine that takes part, compares it with what it i
 
 from __future__ import annotations
 
-import json
+import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,9 @@ import numpy as np
 from mcore_longctx.data.documents.inputs import InputTask, check_unchanged, plan_inputs
 from mcore_longctx.data.files.indexed import token_dtype
 from mcore_longctx.data.files.shards import DocumentTable, read_table
+from mcore_longctx.data.workspace import remove_leftovers
 from mcore_longctx.errors import ConfigError, DataError
-from mcore_longctx.manifest import MANIFEST, versions, write_atomic
+from mcore_longctx.manifest import MANIFEST, read_sealed, versions, write_sealed
 from mcore_longctx.recipe.schema import DocumentSource
 
 if TYPE_CHECKING:  # plan and pack need no tokenizer library
@@ -42,11 +43,13 @@ class TokenJob:
     vocab_size: int  # of the model that the tokens are for
     tokenizer: Path
     tokenizer_sha256: str
+    template_sha256: str  # of the chat template
     ids: Mapping[str, Sequence[int]]  # of the default separator and of bos, eos and pad: a plan with them needs no tokenizer
 
     def is_done(self, task: int) -> bool:
         """Whether a task's shard is there."""
-        return (self.folder / f"{task:06d}.docs").is_file()
+        stem = self.folder / f"{task:06d}"
+        return stem.with_suffix(".docs").is_file() and stem.with_suffix(".tokens").is_file()
 
     @property
     def is_whole(self) -> bool:
@@ -93,16 +96,19 @@ def prepare_job(
         vocab_size=vocab_size,
         tokenizer=tokenizer.path.absolute(),
         tokenizer_sha256=tokenizer.sha256,
+        template_sha256=hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest(),
         ids=_known_ids(tokenizer),
     )
     path = job.folder / _SETTINGS
+    if write:
+        remove_leftovers(job.folder)
     if path.is_file():
         _refuse_changes(_read_settings(path), job, path)
     elif write:
         if job.folder.exists() and any(job.folder.iterdir()):
             raise ConfigError(f"the folder is not empty and has no {_SETTINGS}", where=job.folder, fix="choose another output")
         job.folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, json.dumps(_as_settings(job), indent=1) + "\n")
+        write_sealed(path, _as_settings(job))
     return job
 
 
@@ -124,6 +130,7 @@ def open_job(out: Path) -> TokenJob:
             vocab_size=int(settings["vocab_size"]),
             tokenizer=Path(settings["tokenizer"]["path"]),
             tokenizer_sha256=str(settings["tokenizer"]["sha256"]),
+            template_sha256=str(settings["tokenizer"]["template_sha256"]),
             ids={str(name): [int(token) for token in ids] for name, ids in settings["ids"].items()},
         )
     except (KeyError, TypeError, ValueError, AttributeError):
@@ -164,7 +171,7 @@ def _as_settings(job: TokenJob) -> dict[str, Any]:
         "chats": job.chats,
         "dtype": job.dtype.name,
         "vocab_size": job.vocab_size,
-        "tokenizer": {"path": str(job.tokenizer), "sha256": job.tokenizer_sha256},
+        "tokenizer": {"path": str(job.tokenizer), "sha256": job.tokenizer_sha256, "template_sha256": job.template_sha256},
         "ids": job.ids,
         "sources": sources,
         "tasks": [task.as_dict() for task in job.tasks],
@@ -174,12 +181,12 @@ def _as_settings(job: TokenJob) -> dict[str, Any]:
 
 def _read_settings(path: Path) -> dict[str, Any]:
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
+        settings = read_sealed(path)
     except FileNotFoundError:
         raise DataError("nothing was tokenized here", where=path.parent, fix="run `data tokenize` first") from None
-    except (ValueError, OSError):
-        settings = None
-    if not isinstance(settings, dict) or settings.get("format") != 1:
+    except (ValueError, KeyError, OSError):
+        settings = {}
+    if settings.get("format") != 1:
         raise DataError("damaged", where=path, fix="tokenize into another folder")
     return settings
 
@@ -189,6 +196,10 @@ def _refuse_changes(old: dict[str, Any], job: TokenJob, path: Path) -> None:
     fix = "set it back, or use another output folder"
     if old.get("tokenizer", {}).get("sha256") != job.tokenizer_sha256:
         raise ConfigError("the tokenizer is another one than when this folder was begun", where=path, fix=fix)
+    if old.get("ids") != new["ids"]:
+        raise ConfigError("BOS, EOS or pad of the tokenizer are others than when this folder was begun", where=path, fix=fix)
+    if job.chats and old["tokenizer"].get("template_sha256") != job.template_sha256:
+        raise ConfigError("the chat template is another one than when this folder was begun", where=path, fix=fix)
     for name in ("chats", "dtype", "vocab_size"):
         if old.get(name) != new[name]:
             raise ConfigError(
@@ -201,7 +212,7 @@ def _refuse_changes(old: dict[str, Any], job: TokenJob, path: Path) -> None:
         )
     tasks = _tasks_of(old, path)
     check_unchanged(tasks, job.tasks, job.sources)
-    if tasks != job.tasks:
+    if [replace(task, ignored=0) for task in tasks] != [replace(task, ignored=0) for task in job.tasks]:
         raise ConfigError("--range was another one when this folder was begun", where=path, fix=fix)
 
 

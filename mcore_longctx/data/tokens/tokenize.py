@@ -162,7 +162,16 @@ def _run_task(job: TokenJob, number: int, tokenizer: Tokenizer, encode: Encode, 
                 if len(bad) > max_bad:  # nothing is published
                     return _Result(number, 0, bad)
                 continue
-            empty += not shard.add(record.id, encode(record))
+            try:
+                segments = encode(record)
+            except DataError as error:  # a chat without an answer, or one that its template refuses
+                if not job.chats:
+                    raise
+                bad.append(str(error))
+                if len(bad) > max_bad:
+                    return _Result(number, 0, bad)
+                continue
+            empty += not shard.add(record.id, segments)
             if verify_fraction and not job.chats and zlib.crc32(record.id.encode()) < verify_fraction * 2**32:
                 for part in record.parts:  # type: ignore[union-attr]
                     check_against_reference(tokenizer, part.text, record.place)
