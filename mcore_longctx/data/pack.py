@@ -189,7 +189,7 @@ def _work_folder(out: Path, name: str, job: TokenJob, plan: Mapping[str, Any]) -
                     "is already there, and not from this plan", where=out / f"{name}.{suffix}", fix="use another name"
                 )
         if work.exists() and any(work.iterdir()):
-            raise ConfigError("is no folder of an unfinished pack", where=work, fix="remove it or use another name")
+            raise ConfigError("is no folder of an unfinished pack, or a damaged one", where=work, fix="remove it or use another name")
         work.mkdir(exist_ok=True)
         write_sealed(work / "settings.json", settings)
     remove_leftovers(work)
@@ -197,14 +197,11 @@ def _work_folder(out: Path, name: str, job: TokenJob, plan: Mapping[str, Any]) -
 
 
 def _packing_settings(work: Path) -> dict[str, Any] | None:
-    """What an unfinished pack was begun with; None if it is no such folder. Damaged settings fit no plan."""
-    path = work / "settings.json"
-    if not path.is_file():
-        return None
+    """What an unfinished pack was begun with; None if it is not sure that this is such a folder."""
     try:
-        settings = read_sealed(path)
-    except (ValueError, OSError):
-        return {}
+        settings = read_sealed(work / "settings.json")
+    except (ValueError, KeyError, OSError):
+        return None
     return settings if settings.get("kind") == "packing" else None
 
 

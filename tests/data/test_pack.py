@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mcore_longctx.data import IndexedReader, read_runs
+from mcore_longctx.data import IndexedReader, PackedSamples, read_runs
 from mcore_longctx.data.files.sidecar import LITERAL, PADDING
 from mcore_longctx.data.pack import pack
 from mcore_longctx.data.planning.plan import make_plan, read_plan
@@ -108,21 +108,7 @@ def test_a_block_size_that_does_not_divide_and_a_plan_made_again(
     expected = (out / "x.bin").read_bytes()
     other = tokenize(tmp_path, tokenizer_folder, "other")
     plan(other, seed=6)
-    monkeypatch.setattr("mcore_longctx.data.pack._BLOCK_BYTES", 3 * SEQ_LENGTH * 2)
-
-    class Stop(Exception):
-        pass
-
-    blocks = 0
-
-    def stop(tokens: int) -> None:
-        nonlocal blocks
-        blocks += 1
-        if blocks == 3:
-            raise Stop
-
-    with pytest.raises(Stop):
-        pack(other, "x", on_block=stop)
+    begin_pack(other, "x", 3, monkeypatch)
     assert len(list((other / "x.packing").glob("*.crc"))) == 3
     plan(other, seed=5)
     pack(other, "x")
@@ -164,3 +150,97 @@ def test_a_damaged_shard_is_named(texts, tokenizer_folder: Path, tmp_path: Path)
     with pytest.raises(DataError, match=r"000001\.docs: "):
         read_documents_table(open_job(out))
     assert read_plan(out / "plan")[1]["samples"] > 0
+
+
+class Stop(Exception):
+    pass
+
+
+def begin_pack(out: Path, name: str, blocks: int, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A pack that stops after some blocks. Its work folder."""
+    monkeypatch.setattr("mcore_longctx.data.pack._BLOCK_BYTES", 3 * SEQ_LENGTH * 2)
+    seen = 0
+
+    def stop(tokens: int) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == blocks:
+            raise Stop
+
+    with pytest.raises(Stop):
+        pack(out, name, on_block=stop)
+    return out / f"{name}.packing"
+
+
+def test_marks_of_a_file_that_is_gone_are_not_believed(
+    texts, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tokenize(tmp_path, tokenizer_folder)
+    plan(out)
+    work = begin_pack(out, "x", 3, monkeypatch)
+    (work / "tokens.bin").unlink()
+    pack(out, "x")
+    check = PackedSamples(out / "x")
+    for index in range(len(check)):
+        check.check_sample(index)
+        assert np.asarray(check.tokens(index)).any()
+
+
+def test_what_another_plan_had_published_is_removed_and_not_kept(
+    texts, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the renames, then planned anew: the files of the first plan are ours and unfinished."""
+    out = tokenize(tmp_path, tokenizer_folder)
+    plan(out, seed=5)
+    pack(out, "x")
+    expected = (out / "x.bin").read_bytes()
+    other = tokenize(tmp_path, tokenizer_folder, "other")
+    plan(other, seed=6)
+
+    def stop(*args: object, **kwargs: object) -> None:
+        raise Stop
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mcore_longctx.data.pack.write_manifest", stop)
+        with pytest.raises(Stop):
+            pack(other, "x")
+    assert (other / "x.idx").exists()
+    plan(other, seed=5)
+    pack(other, "x")
+    assert (other / "x.bin").read_bytes() == expected
+    assert not list(other.glob("*.packing"))
+
+
+def test_an_unfinished_pack_of_another_name_is_removed(
+    texts, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tokenize(tmp_path, tokenizer_folder)
+    plan(out)
+    begin_pack(out, "x", 2, monkeypatch)
+    (out / "theses.packing").mkdir()
+    (out / "theses.packing" / "settings.json").write_text('{"of": "somebody else"}')
+    pack(out, "y")
+    assert sorted(path.name for path in out.glob("*.packing")) == ["theses.packing"]
+
+
+def test_a_work_folder_with_damaged_settings_is_refused(
+    texts, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tokenize(tmp_path, tokenizer_folder)
+    plan(out)
+    work = begin_pack(out, "x", 2, monkeypatch)
+    text = (work / "settings.json").read_text()
+    (work / "settings.json").write_text(text.replace('"plan_sha256": "', '"plan_sha256": "0'))
+    with pytest.raises(ConfigError, match=r"x\.packing: is no folder of an unfinished pack, or a damaged one"):
+        pack(out, "x")
+    assert (work / "tokens.bin").exists()
+
+
+def test_a_work_folder_that_outlived_its_pack_is_removed(texts, tokenizer_folder: Path, tmp_path: Path) -> None:
+    out = tokenize(tmp_path, tokenizer_folder)
+    plan(out)
+    pack(out, "x")
+    (out / "x.packing").mkdir()
+    (out / "x.packing" / "000000.crc").touch()
+    assert pack(out, "x").was_done
+    assert not (out / "x.packing").exists()

@@ -1,6 +1,8 @@
 """Documents to shards: tasks in any order and any number of starts, bad records over all tasks, the reference asked now and then."""
 
 import json
+import os
+import socket
 import zlib
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from mcore_longctx.data.tokens.tokenize import run_job
 from mcore_longctx.errors import ConfigError, DataError, DifferenceFound
 from mcore_longctx.manifest import verify_manifest
 from mcore_longctx.recipe.schema import DocumentSource
-from tests.data.conftest import words
+from tests.data.conftest import make_tokenizer, words
 
 
 @pytest.fixture
@@ -140,9 +142,80 @@ def test_damaged_settings_are_one_line(sources, tokenizer, tmp_path: Path) -> No
     job = prepare_job(tmp_path / "out", sources, tokenizer)
     path = job.folder / "settings.json"
     text = path.read_text()
-    for damaged in ("", "{", "[]", '{"format": 2}', text.replace('"tasks"', '"tusks"'), text.replace('"uint16"', '"uint17"')):
+    assert '"<s>": [' in text
+    for damaged in ("", "{", "[]", '{"format": 2}', text.replace('"tasks"', '"tusks"'), text.replace('"<s>": [', '"<s>": [1')):
         path.write_text(damaged)
-        with pytest.raises((DataError, ConfigError), match=r"settings\.json: (damaged|dtype was 'uint17')"):
+        with pytest.raises(DataError, match=r"settings\.json: damaged"):
             prepare_job(tmp_path / "out", sources, tokenizer)
         with pytest.raises(DataError, match=r"settings\.json: damaged"):
             open_job(tmp_path / "out")
+
+
+def test_a_start_that_was_killed_before_its_settings_goes_on(sources, tokenizer, tmp_path: Path) -> None:
+    folder = tmp_path / "out" / "tokens"
+    folder.mkdir(parents=True)
+    dead = os.fork()
+    if not dead:
+        os._exit(0)
+    os.waitpid(dead, 0)
+    (folder / f"settings.json.partial-{socket.gethostname()}-{dead}").touch()
+    run_job(prepare_job(tmp_path / "out", sources, tokenizer), tokenizer)
+    assert [path.name for path in folder.iterdir() if "partial" in path.name] == []
+
+
+def test_a_file_that_is_not_read_may_come_to_a_source(tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text(words(1, 50))
+    source = [DocumentSource(name="texts", path=tmp_path / "texts")]
+    run_job(prepare_job(tmp_path / "out", source, tokenizer), tokenizer)
+    (tmp_path / "texts" / "notes.pdf").touch()
+    (tmp_path / "texts" / ".lock").touch()
+    report = run_job(prepare_job(tmp_path / "out", source, tokenizer), tokenizer)
+    assert report is not None
+    assert report.tasks_done_before == 1
+    (tmp_path / "texts" / "b.txt").write_text("more")
+    with pytest.raises(DataError, match=r"b\.txt: is new since the run began"):
+        prepare_job(tmp_path / "out", source, tokenizer)
+
+
+def test_lost_tokens_are_made_again(sources, tokenizer, tmp_path: Path) -> None:
+    job = prepare_job(tmp_path / "out", sources, tokenizer, range_bytes=700)
+    run_job(job, tokenizer)
+    before = files(job.folder)
+    (job.folder / "000002.tokens").unlink()
+    (job.folder / "000004.docs").unlink()
+    report = run_job(job, tokenizer)
+    assert report is not None
+    assert report.tasks_done_before == len(job.tasks) - 2
+    assert files(job.folder) == before
+
+
+@pytest.fixture
+def chats(tmp_path: Path) -> list[DocumentSource]:
+    chats = [[{"role": "user", "content": words(i, 4)}, {"role": "assistant", "content": words(i + 50, 6)}] for i in range(9)]
+    chats[4] = chats[4][:1]  # no answer
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    return [DocumentSource(name="chats", path=tmp_path / "chats.jsonl")]
+
+
+def test_a_chat_that_cannot_be_used_is_a_bad_record(chats, tokenizer, tmp_path: Path) -> None:
+    job = prepare_job(tmp_path / "out", chats, tokenizer, chats=True)
+    with pytest.raises(DataError, match=r"chats\.jsonl:5: no message of role 'assistant'"):
+        run_job(job, tokenizer)
+    report = run_job(job, tokenizer, max_bad=1)
+    assert report is not None
+    assert [(source.documents, source.bad) for source in report.sources] == [(8, 1)]
+
+
+def test_another_chat_template_or_other_special_tokens_are_refused(chats, tmp_path: Path) -> None:
+    make_tokenizer(tmp_path / "model")
+    config = tmp_path / "model" / "tokenizer_config.json"
+    job = prepare_job(tmp_path / "out", chats, load_tokenizer(tmp_path / "model"), chats=True, range_bytes=300)
+    run_job(job, load_tokenizer(tmp_path / "model"), max_bad=1, tasks=[0])
+    text = config.read_text()
+    config.write_text(text.replace("| trim", "| upper"))
+    with pytest.raises(ConfigError, match="the chat template is another one than when this folder was begun"):
+        prepare_job(tmp_path / "out", chats, load_tokenizer(tmp_path / "model"), chats=True, range_bytes=300)
+    config.write_text(text.replace('"pad_token": "<|pad|>"', '"pad_token": "<|end_of_text|>"'))
+    with pytest.raises(ConfigError, match="BOS, EOS or pad of the tokenizer are others"):
+        prepare_job(tmp_path / "out", chats, load_tokenizer(tmp_path / "model"), chats=True, range_bytes=300)

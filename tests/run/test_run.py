@@ -91,6 +91,8 @@ def test_changed_inputs_are_refused_by_name(folder: Path, done: list[str]) -> No
         ConfigError, match=r"stages.extend.optimizer.lr was 0.0001 when step train-extend ran, it is 0.0002 now; set it back"
     ):
         runner.run_recipe(recipe_of(folder, "stages.extend.optimizer.lr=2e-4"))
+    with pytest.raises(ConfigError, match=r"stages.extend.train_iters was \d+ when step data-extend ran, it is 50 now"):
+        runner.run_recipe(recipe_of(folder, "stages.extend.train_iters=50"))
     with pytest.raises(ConfigError, match=r"data.long.separator was '<s>' when step data-extend ran, it is '<doc>' now"):
         runner.run_recipe(recipe_of(folder, "data.long.separator=<doc>"))
     (folder / "books.txt").write_text("other text")
