@@ -2,6 +2,10 @@
 
 import json
 import math
+import os
+import socket
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from fractions import Fraction
@@ -22,7 +26,8 @@ from mcore_longctx.data.planning.draw import document_copies, draw, hash_order
 from mcore_longctx.data.planning.layout import Separator
 from mcore_longctx.data.planning.plan import make_chat_plan, make_plan, plan_text, read_plan
 from mcore_longctx.data.planning.shares import apportion
-from mcore_longctx.errors import DataError
+from mcore_longctx.errors import ConfigError, DataError
+from mcore_longctx.manifest import write_manifest
 from mcore_longctx.recipe.schema import ChunkSet, DataSection, DocumentSource, LengthSampling, TokenCount
 from tests.data.reference_plan import (
     CHATS,
@@ -544,6 +549,105 @@ def test_a_plan_is_read_back_and_the_same_twice(tmp_path: Path) -> None:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
     make(tmp_path / "two", seed=2)  # replaced
     assert read_plan(tmp_path / "two")[1]["seed"] == 2
+
+
+def pack_by(folder: Path, facts: dict) -> None:
+    """A manifest of packed data beside the plan."""
+    write_manifest(folder.parent, "data", files=(), name="long", plan_sha256=facts["plan_sha256"])
+
+
+OTHER_SETTINGS = [
+    {"seed": 2},
+    {"seq_length": 8},
+    {"separator": Separator(after=(8,))},
+    {"token_budget": 64},
+    {"max_samples": 3},
+    {"section": section_of([None], packing="best_fit")},
+    {"section": section_of([1.0])},
+    {"table": make_table(make_docs([40] * 19 + [41]))},
+]
+
+
+def test_the_same_plan_is_not_made_twice_and_another_one_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "plan"
+    how = {"table": make_table(make_docs([40] * 20)), "section": section_of([None]), "name": "x", "seed": 1, "seq_length": 16}
+    how |= {"separator": Separator(after=(9,))}
+    facts = make_plan(folder, **how)
+    made: list[Path] = []
+    lay_out = plan_module.lay_out
+    monkeypatch.setattr(plan_module, "lay_out", lambda path, *args, **named: (made.append(path), lay_out(path, *args, **named)))
+    other_place = DataSection(sources=(DocumentSource(name="source0", path=Path("y")),), max_bad=3)
+    for same in ({}, {"name": "y"}, {"max_samples": facts["samples"]}, {"section": other_place}):
+        assert make_plan(folder, **how | same) == facts
+    assert not made
+    for number, other in enumerate(OTHER_SETTINGS):
+        assert make_plan(folder, **how | other) != facts
+        assert len(made) == 2 * number + 1
+        assert make_plan(folder, **how)["plan_sha256"] == facts["plan_sha256"]
+    assert make_chat_plan(folder, how["table"], name="x", seed=1, seq_length=64)["method"] == "sft"
+    made.clear()
+    chats = make_chat_plan(folder, how["table"], name="x", seed=1, seq_length=64)
+    assert not made
+    assert make_chat_plan(folder, how["table"], name="x", seed=2, seq_length=64) != chats
+    (folder / "lengths.png").unlink()
+    make_chat_plan(folder, how["table"], name="x", seed=2, seq_length=64)
+    assert (folder / "lengths.png").exists()
+
+
+def test_a_plan_that_was_cut_at_its_limit_is_another_one_without_it(tmp_path: Path) -> None:
+    how = {"table": make_table(make_docs([40] * 20)), "section": section_of([None]), "name": "x", "seed": 1, "seq_length": 16}
+    how |= {"separator": Separator()}
+    assert make_plan(tmp_path / "plan", **how, max_samples=3)["samples"] == 3
+    assert make_plan(tmp_path / "plan", **how, max_samples=4)["samples"] == 4
+    assert make_plan(tmp_path / "plan", **how)["samples"] == 50
+    assert make_plan(tmp_path / "plan", **how, max_samples=4)["samples"] == 4
+
+
+@pytest.mark.parametrize("other", OTHER_SETTINGS, ids=lambda other: next(iter(other)))
+def test_the_plan_of_packed_data_stays_as_it_is(tmp_path: Path, other: dict) -> None:
+    folder = tmp_path / "plan"
+    how = {"table": make_table(make_docs([40] * 20)), "section": section_of([None]), "name": "x", "seed": 1, "seq_length": 16}
+    how |= {"separator": Separator(after=(9,))}
+    facts = make_plan(folder, **how)
+    pack_by(folder, facts)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(
+        ConfigError, match="holds packed data 'long', made by a plan with other settings; use another output folder"
+    ):
+        make_plan(folder, **how | other)
+    with pytest.raises(ConfigError, match="holds packed data 'long'"):
+        make_chat_plan(folder, how["table"], name="x", seed=1, seq_length=64)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert make_plan(folder, **how) == facts
+
+
+def test_a_plan_that_the_packed_data_was_not_made_by_is_replaced(tmp_path: Path) -> None:
+    pack_by(tmp_path / "plan", make(tmp_path / "plan"))
+    packed_by = read_plan(tmp_path / "plan")[1]["plan_sha256"]
+    (tmp_path / "plan" / "plan.json").unlink()
+    make(tmp_path / "plan", seed=2)
+    assert make(tmp_path / "plan")["plan_sha256"] == packed_by
+
+
+def test_what_a_killed_plan_left_is_removed_and_what_others_write_is_not(tmp_path: Path) -> None:
+    dead = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], check=True, capture_output=True, text=True)
+    pid = int(dead.stdout)
+    mine = [tmp_path / f"{name}.partial-{socket.gethostname()}-{pid}" for name in ("plan.runs", "lengths.png")]
+    others = [tmp_path / f"plan.runs.partial-{host}" for host in (f"elsewhere-{pid}", f"{socket.gethostname()}-{os.getppid()}")]
+    for path in (*mine, *others):
+        path.write_bytes(b"x")
+    make(tmp_path)
+    assert [path.exists() for path in (*mine, *others)] == [False, False, True, True]
+
+
+@pytest.mark.parametrize("seq_length", [0, -1, 2**31])
+def test_a_length_that_the_index_cannot_hold_is_refused(tmp_path: Path, seq_length: int) -> None:
+    table = make_table(make_docs([40] * 20))
+    with pytest.raises(ConfigError, match=r"seq_length is [\d,-]+, expected 1 to 2,147,483,647"):
+        make_plan(tmp_path, table, section_of([None]), name="x", seed=1, seq_length=seq_length, separator=Separator())
+    with pytest.raises(ConfigError, match=r"seq_length is [\d,-]+, expected 1 to 2,147,483,647"):
+        make_chat_plan(tmp_path, table, name="x", seed=1, seq_length=seq_length)
+    assert not files(tmp_path)
 
 
 def test_a_plan_that_is_not_whole_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

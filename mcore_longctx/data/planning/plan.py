@@ -25,9 +25,11 @@ from mcore_longctx.data.files.sidecar import LITERAL, PADDING, Runs, open_runs
 from mcore_longctx.data.planning.draw import draw, hash_order
 from mcore_longctx.data.planning.layout import Pieces, Separator, Stream, lay_out, run_blocks, stream_of
 from mcore_longctx.data.planning.lengths import SourceLengths, measure_lengths, plot_lengths, tokens_used
+from mcore_longctx.data.planning.plan_file import Asked, plan_there, read_plan, stored_crc32, write_plan_json
 from mcore_longctx.data.planning.plan_text import many, plan_text
 from mcore_longctx.data.planning.shares import Group, shares_got
-from mcore_longctx.errors import DataError
+from mcore_longctx.data.workspace import remove_leftovers
+from mcore_longctx.errors import ConfigError, DataError
 from mcore_longctx.manifest import partial_path, versions, write_atomic
 from mcore_longctx.recipe.schema import DataSection
 
@@ -37,6 +39,7 @@ IntArray = npt.NDArray[np.int64]
 
 _CHATS, _SAMPLES = 4, 5  # salts, beside those of `data/planning/draw.py`
 _ROWS = 1 << 18  # runs or documents at once
+_LONGEST = 2**31 - 1  # tokens of a sample
 
 
 def make_plan(
@@ -54,7 +57,8 @@ def make_plan(
     """Decide and write `folder`/plan.runs, lengths.json, lengths.png and, last, plan.json, whose contents are returned.
 
     Args:
-        folder: OUT/plan; made if missing. A plan that is there is replaced (plan.json goes first).
+        folder: OUT/plan; made if missing. A plan that is there is returned if it is the one that is asked for, else replaced
+            (plan.json goes first).
         table: of the documents; its sources are those of `section`.
         section: mode, shares, length sampling, packing.
         name: of the data set, for titles.
@@ -65,9 +69,24 @@ def make_plan(
         max_samples: samples that are kept at most.
 
     Raises:
+        ConfigError: a seq_length that no index can hold, or OUT holds data that was packed by another plan; nothing is touched.
         DataError: a source too small for its share, chunk lengths that do not divide seq_length, or not a single sample.
     """
     assert table.sources == tuple(source.name for source in section.sources)
+    _check_seq_length(seq_length)
+    settings = json.loads(json.dumps(dataclasses.asdict(section), default=str))
+    facts = {
+        "method": "pretrain",
+        "name": name,
+        "settings": settings,
+        "seed": seed,
+        "token_budget": token_budget,
+        "max_samples": max_samples,
+        "separator": {"text": section.separator_text, **dataclasses.asdict(separator)},
+    }
+    there = plan_there(folder, Asked(facts, seq_length, table))
+    if there is not None:
+        return there
     if section.packing == "intact" and separator.wrapping - separator.between >= seq_length:
         raise DataError(f"BOS and EOS leave no room in samples of {seq_length:,} tokens", where=name, fix="raise seq_length")
     groups, sources, tokens_of_group = _draw_and_lay_out(
@@ -89,16 +108,10 @@ def make_plan(
     low, high = spans
     cells = {each.name: [each.between(0, low), each.between(low, high), each.between(high, None)] for each in lengths}
     tokens = [tokens_of_group.get(number, lengths[group.source].between(0, None)[3]) for number, group in enumerate(groups)]
-    return _finish(
+    return write_plan_json(
         folder,
         {
-            "method": "pretrain",
-            "name": name,
-            "settings": json.loads(json.dumps(dataclasses.asdict(section), default=str)),
-            "seed": seed,
-            "token_budget": token_budget,
-            "max_samples": max_samples,
-            "separator": {"text": section.separator_text, **dataclasses.asdict(separator)},
+            **facts,
             **found,
             "length_sampling": {"borders": spans, "sources": cells},
             "shares": shares_got(groups, tokens),
@@ -113,6 +126,12 @@ def make_chat_plan(folder: Path, table: DocumentTable, *, name: str, seed: int, 
     One that is longer than `seq_length` is left out and counted. Nothing stands between the chats of a sample. Arguments, files and
     errors as in `make_plan`.
     """
+    _check_seq_length(seq_length)
+    settings = {"packing": "first_fit"}
+    facts = {"method": "sft", "name": name, "settings": settings, "seed": seed, "token_budget": None, "max_samples": None}
+    there = plan_there(folder, Asked(facts, seq_length, table))
+    if there is not None:
+        return there
     fits = np.flatnonzero(table.length <= seq_length)
     if not len(fits):
         raise DataError(f"no conversation of at most {seq_length:,} tokens", where=name, fix="add chats or raise seq_length")
@@ -124,36 +143,17 @@ def make_chat_plan(folder: Path, table: DocumentTable, *, name: str, seed: int, 
     for index, source in enumerate(table.sources):
         mine = table.length[(table.length > seq_length) & (table.source == index)]
         left_out[source] = {"too_long": {"documents": len(mine), "tokens": int(mine.sum())}}
-    settings = {"packing": "first_fit"}
-    facts = {"method": "sft", "name": name, "settings": settings, "seed": seed, "token_budget": None, "max_samples": None}
-    return _finish(folder, {**facts, **found, "left_out": left_out})
-
-
-def read_plan(folder: Path) -> tuple[Runs, dict[str, Any]]:
-    """Map plan.runs and read plan.json of OUT/plan. `document` of the runs is a row of the table (LITERAL, PADDING below 0).
-
-    Raises:
-        DataError: no plan, not finished, or damaged.
-    """
-    path = folder / "plan.json"
-    damaged = DataError("damaged, or not written by mcore-longctx", where=path, fix="run `data plan` again")
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-        if facts.pop("checksum") != _checksum(facts) or facts["kind"] != "plan":
-            raise damaged
-    except FileNotFoundError:
-        raise DataError("no finished plan here", where=folder, fix="run `data plan`") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise damaged from None
-    runs = open_runs(folder / "plan.runs", kind="plan")
-    if _stored_crc32(folder / "plan.runs") != facts["runs_crc32"]:
-        raise DataError(
-            "is not the file that plan.json was written with", where=folder / "plan.runs", fix="run `data plan` again"
-        )
-    return runs, facts
+    return write_plan_json(folder, {**facts, **found, "left_out": left_out})
 
 
 # ------------------------------------------------------------------ deciding
+def _check_seq_length(seq_length: int) -> None:
+    if not 1 <= seq_length <= _LONGEST:
+        raise ConfigError(
+            f"seq_length is {seq_length:,}, expected 1 to {_LONGEST:,}: the index holds lengths in 32 bits", where="plan"
+        )
+
+
 def _draw_and_lay_out(
     folder: Path,
     table: DocumentTable,
@@ -228,6 +228,7 @@ def _write_runs(
     limit: int | None = None,
 ) -> None:
     folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
     (folder / "plan.json").unlink(missing_ok=True)
     metadata = {"format": 1, "kind": "plan", "seq_length": streams[0].seq_length, "sources": table.sources}
     metadata |= {"documents": len(table), "begin_tokens": len(separator.before)}
@@ -260,7 +261,7 @@ def _measure(
         "documents_sha256": table.sha256(),
         "lengths_sha256": _lengths_sha256(table),
         "plan_sha256": _plan_sha256(table, runs),
-        "runs_crc32": _stored_crc32(folder / "plan.runs"),
+        "runs_crc32": stored_crc32(folder / "plan.runs"),
         "versions": versions(),
         "lengths": {source.name: source.as_dict() for source in lengths},
     }
@@ -277,16 +278,6 @@ def _measure(
     finally:
         aside.unlink(missing_ok=True)
     return lengths, facts
-
-
-def _finish(folder: Path, facts: dict[str, Any]) -> dict[str, Any]:
-    """Write plan.json, the sign that the plan is whole."""
-    facts = json.loads(json.dumps({"format": 1, "kind": "plan", **facts}))
-    try:
-        write_atomic(folder / "plan.json", json.dumps(facts | {"checksum": _checksum(facts)}, indent=1) + "\n")
-    except OSError as error:
-        raise DataError(f"cannot be written ({error.strerror})", where=folder, fix="make room") from None
-    return facts
 
 
 def _count(runs: Runs) -> dict[str, int]:
@@ -347,14 +338,3 @@ def _lengths_sha256(table: DocumentTable) -> str:
     rows = np.lexsort((table.loss_stop, key))
     flags = key[rows].tobytes() + table.loss_stop[rows].tobytes() + table.loss_flag[rows].tobytes()
     return hashlib.sha256(b"".join(digest.digest() for digest in columns) + flags).hexdigest()
-
-
-def _stored_crc32(path: Path) -> int:
-    """The checksum at the end of a file of columns, which covers every byte before it."""
-    with path.open("rb") as file:
-        file.seek(-4, 2)
-        return int.from_bytes(file.read(4), "little")
-
-
-def _checksum(facts: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
