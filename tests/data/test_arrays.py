@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mcore_longctx.data.files.arrays import file_crc32, map_arrays, new_arrays, write_arrays
+from mcore_longctx.data.files import arrays
+from mcore_longctx.data.files.arrays import file_crc32, map_arrays, map_file, new_arrays, write_arrays
 from mcore_longctx.errors import DataError, LongctxError
 from tests.data.mutations import mutations
 
@@ -181,3 +182,37 @@ def test_the_checksum_of_a_file_is_read_in_blocks(tmp_path: Path, monkeypatch: p
     assert file_crc32(tmp_path / "x") == crc32(raw)
     with pytest.raises(DataError, match="cannot be read"):
         file_crc32(tmp_path / "y")
+
+
+def descriptors() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
+def test_columns_outlive_any_number_of_files_without_a_descriptor(tmp_path: Path) -> None:
+    """A few hundred tables are open at once in a plan: each descriptor that one kept would count against the limit of the process."""
+    made = {name: column for name, column in columns().items() if name != "empty"} | {"long": np.arange(5000)}
+    write_arrays(tmp_path / "a", made, {})
+    before = descriptors()
+    opened = [map_arrays(tmp_path / "a")[0] for _ in range(300)]
+    assert descriptors() == before
+    mapped = Path("/proc/self/maps").read_text().count(str(tmp_path / "a"))
+    assert mapped == 300  # one map a file, whatever its columns
+    kept = opened[7]["long"][10:20]
+    del opened
+    (tmp_path / "a").unlink()
+    assert kept.tolist() == list(range(10, 20))  # a slice of a column keeps its map
+    assert Path("/proc/self/maps").read_text().count(str(tmp_path / "a")) == 1
+    del kept
+    assert Path("/proc/self/maps").read_text().count(str(tmp_path / "a")) == 0
+
+
+def test_a_whole_file_is_mapped_read_only(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    assert map_file(tmp_path / "a").tobytes() == b"abc"
+    assert not map_file(tmp_path / "a").flags.writeable
+    with pytest.raises(ValueError, match="cannot set WRITEABLE"):
+        map_file(tmp_path / "a").setflags(write=True)
+    (tmp_path / "none").touch()
+    assert len(map_file(tmp_path / "none")) == 0
+    with Path("/proc/self/stat").open("rb") as file, pytest.raises(OSError, match=r"\[Errno"):  # not address -1
+        arrays._map(file.fileno(), 1)

@@ -1,5 +1,6 @@
 """Token shards: tables that come back as written, documents of one id told apart by content, hashes that do not move."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mcore_longctx.data.files.shards import ShardWriter, hash64, read_shard, read_table
+from mcore_longctx.data.inspect.verify import verify_data
+from mcore_longctx.data.pack import pack
+from mcore_longctx.data.planning.plan import make_plan
+from mcore_longctx.data.planning.separator import make_separator
+from mcore_longctx.data.tokenizers import load_tokenizer
+from mcore_longctx.data.tokens.job import prepare_job, read_documents_table
+from mcore_longctx.data.tokens.tokenize import run_job
 from mcore_longctx.errors import DataError
+from mcore_longctx.recipe.schema import DataSection, DocumentSource
+from tests.data.limits import few_descriptors
 
 Document = tuple[str, list[tuple[int, bool]]]  # id, segments: length and loss
 
@@ -98,3 +108,40 @@ def test_an_exception_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         write(tmp_path, 0, [("a", [(5, True)]), ("b", None)])  # type: ignore[list-item]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_more_shards_than_a_process_may_open_files(tmp_path: Path, tokenizer_folder: Path) -> None:
+    """600 shards and 128 descriptors: a large corpus has more of both. Planned, packed and verified, the tokens of every shard read."""
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"id": f"{i}", "text": f"{i} the whale"}) + "\n" for i in range(600)))
+    out, tools = tmp_path / "out", load_tokenizer(tokenizer_folder)
+    section = DataSection(sources=(DocumentSource(name="a", path=tmp_path / "a.jsonl"),), separator_kind="none")
+    job = prepare_job(out, section.sources, tools, vocab_size=512, range_bytes=30)
+    run_job(job, tools)
+    assert len(job.tasks) >= 600
+    with few_descriptors(128):
+        table = read_documents_table(job)
+        make_plan(out / "plan", table, section, name="x", seed=1, seq_length=96, separator=make_separator(section, job))
+        report = pack(out, "x")
+        verify_data(out)
+    length = sum(len(tools.encode(f"{i} the whale")) for i in range(600))
+    assert len(table) == 600
+    assert report.samples == length // 96
+
+
+def test_documents_that_differ_only_in_the_middle_are_told_apart_too(tmp_path: Path) -> None:
+    """The digest in the table covers the ends; where that is not enough the tokens are read."""
+    rng = np.random.default_rng(0)
+    ends = rng.integers(0, 99, 64, dtype=np.int32)
+    contents = [np.concatenate([ends, rng.integers(0, 99, 50, dtype=np.int32), ends]) for _ in range(5)]
+    keys = []
+    for order in ([0, 1, 2, 3, 4], [3, 1, 4, 0, 2]):
+        folder = tmp_path / "".join(map(str, order))
+        folder.mkdir()
+        with ShardWriter(folder, 0, np.dtype("<i4"), "s") as shard:
+            for index in order:
+                shard.add("one", [(contents[index], True)])
+            shard.publish({})
+        table = read_table(folder, ["s"], [0])
+        keys.append(dict(zip(order, table.key.tolist(), strict=True)))
+    assert keys[0] == keys[1]
+    assert len(set(keys[0].values())) == 5

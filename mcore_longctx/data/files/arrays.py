@@ -6,13 +6,17 @@ Tables of documents, plans and sidecars are such files. Any safetensors reader o
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
 import os
+import weakref
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,7 +24,7 @@ import numpy.typing as npt
 from mcore_longctx.errors import DataError
 from mcore_longctx.manifest import fsync_folder, partial_path
 
-__all__ = ["Column", "file_crc32", "map_arrays", "new_arrays", "write_arrays"]
+__all__ = ["Column", "file_crc32", "map_arrays", "map_file", "new_arrays", "write_arrays"]
 
 Column = tuple[npt.DTypeLike, int]  # type and number of elements
 
@@ -75,7 +79,9 @@ def new_arrays(path: Path, columns: Mapping[str, Column], metadata: Mapping[str,
                 os.posix_fallocate(file.fileno(), 0, len(header) + at + 4)
                 file.write(header)
                 file.flush()
-                arrays = {name: _map(file, columns[name], len(header) + layout[name]["data_offsets"][0]) for name in ordered}
+                arrays = {
+                    name: _new_column(file, columns[name], len(header) + layout[name]["data_offsets"][0]) for name in ordered
+                }
             yield arrays
             with _refused(path):
                 for array in arrays.values():
@@ -111,7 +117,7 @@ def write_arrays(path: Path, arrays: Mapping[str, npt.NDArray[Any]], metadata: M
 
 
 def map_arrays(path: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]:
-    """Columns of a file, mapped read-only, and its metadata. Every byte is compared with the checksum first.
+    """Columns of a file, mapped read-only as in `map_file`, and its metadata. Every byte is compared with the checksum first.
 
     Raises:
         DataError: missing, cut, damaged, or no file of this kind.
@@ -132,7 +138,8 @@ def map_arrays(path: Path) -> tuple[dict[str, npt.NDArray[Any]], dict[str, Any]]
             layout = json.loads(file.read(length))
             metadata = json.loads(layout.pop("__metadata__")[_KEY])
             layout.pop(_CHECKSUM)
-            arrays = {name: _mapped_row(file, row, 8 + length, size - 4) for name, row in layout.items()}
+            columns = _map(file.fileno(), size)[8 + length : size - 4]
+            arrays = {name: _column(columns, row) for name, row in layout.items()}
     except FileNotFoundError:
         raise DataError("no such file", where=path) from None
     except OSError as error:
@@ -155,23 +162,64 @@ def file_crc32(path: Path) -> int:
         raise DataError(f"cannot be read ({error})", where=path) from None
 
 
-def _mapped_row(file: Any, row: Any, begin: int, end: int) -> npt.NDArray[Any]:
-    """One column of the layout. Its bytes must lie in `begin` to `end` of the file.
+def map_file(path: Path) -> npt.NDArray[np.uint8]:
+    """A whole file, mapped read-only, uint8 [bytes]. No descriptor stays open, so there may be as many of them as there are files.
+
+    `mmap.mmap`, on which `np.memmap` rests, keeps a descriptor as long as its map (until Python 3.13 and its `trackfd`): one of each
+    column of a few hundred shards is more than a process may have.
 
     Raises:
-        ValueError, KeyError, TypeError: they do not, or the row says something else than a column does.
+        OSError: it cannot be opened or mapped.
+    """
+    with path.open("rb", buffering=0) as file:
+        return _map(file.fileno(), os.fstat(file.fileno()).st_size)
+
+
+class _Map:
+    """Pages of a file as numpy sees them. They are given back when the last array over them is gone."""
+
+    def __init__(self, descriptor: int, size: int) -> None:
+        libc = _libc()
+        address = libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
+        if address == ctypes.c_void_p(-1).value:  # MAP_FAILED
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+        self.__array_interface__ = {"version": 3, "typestr": "|u1", "shape": (size,), "data": (address, True)}  # True: read-only
+        finalizer = weakref.finalize(self, libc.munmap, address, size)
+        finalizer.atexit = False  # a thread may still read; the kernel cleans up behind the process
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None, use_errno=True)
+    number, size = ctypes.c_int, ctypes.c_size_t
+    libc.mmap.argtypes = (ctypes.c_void_p, size, number, number, number, ctypes.c_longlong)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.munmap.argtypes = (ctypes.c_void_p, size)
+    return libc
+
+
+def _map(descriptor: int, size: int) -> npt.NDArray[np.uint8]:
+    return np.asarray(_Map(descriptor, size)) if size else np.zeros(0, np.uint8)  # nothing cannot be mapped
+
+
+def _column(columns: npt.NDArray[np.uint8], row: Any) -> npt.NDArray[Any]:
+    """One column of the layout.
+
+    Raises:
+        ValueError, KeyError, TypeError: it lies outside of `columns`, or the row says something else than a column does.
     """
     dtype, (count,), (start, stop) = _DTYPES[row["dtype"]], row["shape"], row["data_offsets"]
-    if not 0 <= start <= stop <= end - begin or stop - start != count * dtype.itemsize:
+    if not 0 <= start <= stop <= len(columns) or stop - start != count * dtype.itemsize:
         raise ValueError("a column outside of the file")
-    return _map(file, (dtype, count), begin + start, mode="r")
+    return columns[start:stop].view(dtype).reshape(count)
 
 
-def _map(file: Any, column: Column, offset: int, mode: Literal["r", "r+"] = "r+") -> npt.NDArray[Any]:
+def _new_column(file: Any, column: Column, offset: int) -> npt.NDArray[Any]:
     dtype, count = np.dtype(column[0]), column[1]
     if not count:  # numpy refuses to map nothing
         return np.zeros(0, dtype)
-    return np.memmap(file, dtype, mode, offset, (count,))
+    return np.memmap(file, dtype, "r+", offset, (count,))
 
 
 def _crc32(file: Any, count: int) -> int:

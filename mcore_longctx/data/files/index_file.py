@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from mcore_longctx.data.files.arrays import map_file
 from mcore_longctx.errors import DataError
 
 __all__ = ["TOKEN_TYPES", "Index", "IndexColumns", "read_index", "write_index"]
@@ -144,7 +145,7 @@ def read_index(path: Path) -> Index:
     size = path.stat().st_size
     if size < _HEADER.size:
         raise DataError("too short for an index", where=path, fix="rebuild it")
-    raw = np.memmap(path, np.uint8, "r")
+    raw = map_file(path)
     magic, version, code, sequences, boundaries = _HEADER.unpack_from(raw[: _HEADER.size].tobytes())
     if magic != _MAGIC:
         raise DataError("not an index of Megatron's indexed dataset (wrong first bytes)", where=path)

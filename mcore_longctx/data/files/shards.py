@@ -23,7 +23,7 @@ from typing import Any, Self
 import numpy as np
 import numpy.typing as npt
 
-from mcore_longctx.data.files.arrays import map_arrays, write_arrays
+from mcore_longctx.data.files.arrays import map_arrays, map_file, write_arrays
 from mcore_longctx.errors import DataError
 from mcore_longctx.manifest import partial_path
 
@@ -174,7 +174,7 @@ class Shard:
             raise DataError(
                 f"{size:,} bytes, its table says {count * self.dtype.itemsize:,}", where=self.path, fix="tokenize again"
             )
-        return np.memmap(self.path, self.dtype, "r") if count else np.zeros(0, self.dtype)
+        return map_file(self.path).view(self.dtype)
 
 
 def read_shard(folder: Path, number: int) -> Shard:
