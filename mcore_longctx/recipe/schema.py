@@ -35,6 +35,7 @@ __all__ = [
 ]
 
 
+_MOST_COPIES = 1_000_000  # of a document: each is drawn by itself, in memory
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 
 
@@ -128,6 +129,8 @@ class DocumentSource:
     chunks: tuple[ChunkSet, ...] = ()  # mode prolong: its documents in chunks; a document goes to the longest that it fills
 
     def __post_init__(self) -> None:
+        if not self.name or not self.name.isprintable():  # bytes that are no UTF-8 are not printable either
+            raise ValueError(f"{self.name!r} cannot be the name of a source; use letters, digits and the like")
         lengths = [chunk.length for chunk in self.chunks]
         if len(set(lengths)) < len(lengths):
             raise ValueError("two chunks have the same length")
@@ -149,8 +152,11 @@ class LengthSampling:
     def __post_init__(self) -> None:
         if not 0.0 <= self.keep_probability <= 1.0:
             raise ValueError(f"keep_probability is {self.keep_probability}, expected 0 to 1")
-        if self.repetition < 1.0:
-            raise ValueError(f"repetition is {self.repetition}, expected 1 or more")
+        if not 1.0 <= self.repetition <= _MOST_COPIES:  # not for nan either
+            raise ValueError(f"repetition is {self.repetition}, expected 1 to {_MOST_COPIES:,}")
+        for name in ("short_below", "long_above", "min_length"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name):,}, expected 0 or more")
         if self.short_below > self.long_above:
             raise ValueError(f"short_below {self.short_below:,} is larger than long_above {self.long_above:,}")
         if self.max_length is not None and self.max_length < self.min_length:
@@ -183,10 +189,12 @@ class DataSection:
         if len(set(names)) < len(names):
             raise ValueError(f"two sources share the name {next(n for n in names if names.count(n) > 1)!r}")
         shares = [chunk.share for source in self.sources for chunk in source.chunks or (source,)]
-        if shares.count(None) not in (0, len(shares)) or any(share is not None and share <= 0 for share in shares):
+        if shares.count(None) not in (0, len(shares)) or not all(share is None or 0 < share < math.inf for share in shares):
             raise ValueError("give every source a positive share, or none")
         if self.mode != "prolong" and any(source.chunks for source in self.sources):
             raise ValueError("chunks belong to mode prolong")
+        if self.separator_kind in ("text", "token") and not self.separator:
+            raise ValueError("separator is empty; for nothing between documents use separator_kind none")
         if self.max_bad < 0:
             raise ValueError(f"max_bad is {self.max_bad}, expected 0 or more")
 

@@ -1,0 +1,56 @@
+"""Data sections that cannot be planned are refused where they are written, from a recipe and from the command line alike."""
+
+import math
+from pathlib import Path
+
+import pytest
+
+from mcore_longctx.recipe.schema import DataSection, DocumentSource, LengthSampling, TokenCount
+
+
+def source(name: str = "books", share: float | None = None) -> DocumentSource:
+    return DocumentSource(name=name, path=Path("books"), share=share)
+
+
+@pytest.mark.parametrize("share", [math.nan, math.inf, -math.inf, 0.0, -1.0])
+def test_a_share_is_a_positive_number(share: float) -> None:
+    with pytest.raises(ValueError, match="give every source a positive share, or none"):
+        DataSection(sources=(source(share=share),))
+
+
+@pytest.mark.parametrize("repetition", [math.nan, math.inf, 1e10, 3e9, 1_000_001, 0.5, 0.0, -1.0])
+def test_a_repetition_is_a_number_of_copies_that_can_be_held(repetition: float) -> None:
+    with pytest.raises(ValueError, match=r"repetition is .*, expected 1 to 1,000,000"):
+        LengthSampling(repetition=repetition)
+    assert LengthSampling(repetition=1_000_000).repetition == 1_000_000
+
+
+@pytest.mark.parametrize("name", ["short_below", "long_above", "min_length"])
+def test_a_length_is_not_negative(name: str) -> None:
+    lengths = {"short_below": TokenCount(-2), "long_above": TokenCount(9)} if name == "short_below" else {}
+    if name == "long_above":
+        lengths = {"short_below": TokenCount(-2), "long_above": TokenCount(-1)}
+    if name == "min_length":
+        lengths = {"min_length": TokenCount(-1)}
+    with pytest.raises(ValueError, match=r"is -[12], expected 0 or more"):
+        LengthSampling(**lengths)
+
+
+@pytest.mark.parametrize("probability", [math.nan, -0.1, 1.1])
+def test_a_probability_is_one(probability: float) -> None:
+    with pytest.raises(ValueError, match=r"keep_probability is .*, expected 0 to 1"):
+        LengthSampling(keep_probability=probability)
+
+
+@pytest.mark.parametrize("name", ["", "b\udcff", "a\nb", "a\x1bb"])
+def test_a_source_has_a_name_that_can_be_written(name: str) -> None:
+    with pytest.raises(ValueError, match="cannot be the name of a source"):
+        source(name)
+    assert source("théses 2/a$").name == "théses 2/a$"
+
+
+@pytest.mark.parametrize("kind", ["text", "token"])
+def test_an_empty_separator_is_called_none(kind: str) -> None:
+    with pytest.raises(ValueError, match="separator is empty; for nothing between documents use separator_kind none"):
+        DataSection(sources=(source(),), separator="", separator_kind=kind)
+    assert DataSection(sources=(source(),), separator="", separator_kind="none").separator_text == "nothing"
