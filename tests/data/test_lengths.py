@@ -81,3 +81,12 @@ def test_the_picture_shows_what_was_read_and_what_is_in_the_samples(tmp_path: Pa
     assert (tmp_path / "other.png").read_bytes() != raw
     make_plan(tmp_path, table, section, name="$x_1$", seed=1, seq_length=128, separator=Separator(after=(1,)))
     assert (tmp_path / "lengths.png").read_bytes() == raw
+
+
+def test_a_border_of_nothing_is_not_drawn(tmp_path: Path) -> None:
+    table = make_table(make_docs([50] * 40))
+    how = LengthSampling(short_below=TokenCount(0), keep_probability=0.5, long_above=TokenCount(0), repetition=2.0)
+    section = DataSection(sources=(DocumentSource(name="source0", path=Path("x")),), length_sampling=how)
+    facts = make_plan(tmp_path, table, section, name="x", seed=1, seq_length=128, separator=Separator())
+    assert facts["left_out"]["source0"]["drawn"] == {"documents": 80, "tokens": 4000}  # every one is long
+    assert (tmp_path / "lengths.png").read_bytes()[:4] == b"\x89PNG"

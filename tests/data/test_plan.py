@@ -265,6 +265,7 @@ def test_the_account_of_what_was_left_out_adds_up(rows, budget, repeat, packing)
         assert (
             drawn_tokens
             - row["remainder"]["tokens"]
+            - row["cut"]["tokens"]
             - row["over_budget"]["tokens"]
             + row["repeated"]["tokens"]
             - row["tail"]["tokens"]
@@ -686,6 +687,25 @@ def test_a_plan_of_other_runs_or_changed_by_hand_is_refused(tmp_path: Path) -> N
     runs.write_bytes(runs.read_bytes()[:-9])
     with pytest.raises(DataError, match=r"plan\.runs: damaged"):
         read_plan(tmp_path)
+
+
+def test_what_intact_cuts_off_has_a_reason_of_its_own(tmp_path: Path) -> None:
+    table = make_table(make_docs([50] * 3 + [5] * 8))
+    how = {"name": "demo", "seed": 1, "seq_length": 20}
+    intact = make_plan(tmp_path / "a", table, section_of([None], packing="intact"), separator=Separator(), **how)
+    assert {reason: intact["left_out"]["source0"][reason]["tokens"] for reason in ("cut", "remainder")} == {
+        "cut": 3 * (50 - 20),
+        "remainder": 0,
+    }
+    assert "left out: 90 tokens cut off documents longer than a sample" in plan_text(intact)
+    pieces = make_plan(tmp_path / "b", table, section_of([None], packing="single"), separator=Separator(), **how)
+    assert {reason: pieces["left_out"]["source0"][reason]["tokens"] for reason in ("cut", "remainder")} == {
+        "cut": 0,
+        "remainder": 3 * 10 + 8 * 5,
+    }
+    chunked = section_of([None], {0: [(10, None)]}, packing="intact", mode="prolong")
+    chunks = make_plan(tmp_path / "c", table, chunked, separator=Separator(), **how)
+    assert chunks["left_out"]["source0"]["remainder"] == {"tokens": 8 * 5}
 
 
 def test_what_is_left_out_is_read_in_plan_json_and_on_the_screen(tmp_path: Path) -> None:

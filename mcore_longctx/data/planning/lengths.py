@@ -146,7 +146,7 @@ def plot_lengths(
         panel.bar(
             at + 0.2, after, 0.38, color=_AFTER, hatch="///", edgecolor="white", linewidth=0, label=f"{words[1]}: {sum(after):,}"
         )
-        for border in borders:
+        for border in filter(None, borders):  # 0 has no place on an axis of powers of two
             panel.axvline(math.log2(border), color="black", linewidth=0.8, linestyle=":")
         panel.set_title(source.name, loc="left", fontsize=10, parse_math=False)  # a name may hold a $
         panel.set_ylabel("tokens")

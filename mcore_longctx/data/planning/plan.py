@@ -115,7 +115,10 @@ def make_plan(
             **found,
             "length_sampling": {"borders": spans, "sources": cells},
             "shares": shares_got(groups, tokens),
-            "left_out": {each.name: _left_out(row, each) for row, each in zip(sources, lengths, strict=True)},
+            "left_out": {
+                each.name: _left_out(row, each, cuts=section.packing == "intact" and not source.chunks)
+                for row, each, source in zip(sources, lengths, section.sources, strict=True)
+            },
         },
     )
 
@@ -290,10 +293,13 @@ def _count(runs: Runs) -> dict[str, int]:
     return found
 
 
-def _left_out(row: dict[str, int], lengths: SourceLengths) -> dict[str, dict[str, int]]:
+def _left_out(row: dict[str, int], lengths: SourceLengths, *, cuts: bool) -> dict[str, dict[str, int]]:
     """Where the tokens of a source went.
 
-    read - too_short - too_long - not_drawn, times the copies = drawn; drawn - remainder - over_budget + repeated - tail = in_samples.
+    read - too_short - too_long - not_drawn, times the copies = drawn;
+    drawn - remainder - cut - over_budget + repeated - tail = in_samples.
+
+    cuts: packing takes the beginning of a document that is longer than a sample, and no pieces.
     """
     used = lengths.between(0, None)[3]
     taken, usable = row["taken_tokens"], row["usable_tokens"]
@@ -303,7 +309,8 @@ def _left_out(row: dict[str, int], lengths: SourceLengths) -> dict[str, dict[str
         "too_long": {"documents": row["long"], "tokens": row["long_tokens"]},
         "not_drawn": {"documents": row["not_drawn"], "tokens": row["not_drawn_tokens"]},
         "drawn": {"documents": row["drawn"], "tokens": row["drawn_tokens"]},  # every copy counts
-        "remainder": {"tokens": row["drawn_tokens"] - usable},  # of documents that are cut in whole pieces
+        "remainder": {"tokens": 0 if cuts else row["drawn_tokens"] - usable},  # of documents that are cut in whole pieces
+        "cut": {"tokens": row["drawn_tokens"] - usable if cuts else 0},  # of documents longer than a sample
         "over_budget": {"tokens": max(0, usable - taken)},
         "repeated": {"tokens": max(0, taken - usable)},  # taken again to fill the share
         "tail": {"tokens": taken - used},  # drawn, but in no whole sample that was wanted

@@ -12,6 +12,7 @@ _REASONS = {
     "too_short": "shorter than min_length",
     "too_long": "longer than max_length",
     "remainder": "too few for a whole piece",
+    "cut": "cut off documents longer than a sample",
     "over_budget": "not needed for the share",
     "tail": "that fill no sample",
 }
