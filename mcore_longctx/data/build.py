@@ -26,7 +26,7 @@ from mcore_longctx.data.tokens.sft import ChatEncoder
 from mcore_longctx.data.tokens.tokenize import TokenReport, run_job
 from mcore_longctx.data.workspace import lock_folder
 from mcore_longctx.errors import ConfigError, DataError
-from mcore_longctx.manifest import MANIFEST, readable_bytes
+from mcore_longctx.manifest import readable_bytes
 from mcore_longctx.recipe.schema import DataSection, DocumentSource
 
 __all__ = ["BuildReport", "Expected", "Progress", "build", "check_output", "expect"]
@@ -138,7 +138,7 @@ def check_output(out: Path) -> None:
     """Raise ConfigError if `out` is there and is not a run folder of this room."""
     if out.is_file():
         raise ConfigError("is a file", where=out, fix="give a folder")
-    ours = (out / "tokens" / "settings.json").is_file() or (out / MANIFEST).is_file()
+    ours = (out / "tokens" / "settings.json").is_file()
     if out.is_dir() and not ours and any(entry.name not in (".lock", "tokens") for entry in out.iterdir()):
         raise ConfigError(
             "the folder is not empty, and nothing was tokenized here", where=out, fix="choose another output folder"

@@ -243,7 +243,7 @@ def test_other_settings_in_a_folder_that_was_begun_are_refused(corpus, tokenizer
             {"model_vocab_size": 70_000},
             "dtype was 'uint16' when this folder was begun, it is 'int32'",
         ),
-        (section(short, long), tokenizer_folder, {"seed": 8}, "holds packed data 'text' of another name or plan"),
+        (section(short, long), tokenizer_folder, {"seed": 8}, "holds packed data 'text', made by a plan with other settings"),
     ]
     for data, tokenizer, changes, message in changed:
         with pytest.raises(ConfigError, match=message):

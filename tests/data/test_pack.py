@@ -144,7 +144,7 @@ def test_a_damaged_shard_is_named(texts, tokenizer_folder: Path, tmp_path: Path)
     plan(out)
     shard = out / "tokens" / "000001.tokens"
     shard.write_bytes(shard.read_bytes()[:-2])
-    with pytest.raises(DataError, match=r"000001\.tokens: [\d,]+ bytes, its table says [\d,]+; tokenize again"):
+    with pytest.raises(DataError, match=r"000001\.tokens: [\d,]+ bytes, its table says [\d,]+; remove it and start"):
         pack(out, "x")
     (out / "tokens" / "000001.docs").write_bytes(b"")
     with pytest.raises(DataError, match=r"000001\.docs: "):

@@ -191,13 +191,16 @@ class IndexedReader:
         Around a page of a map that is touched the kernel may fetch megabytes from the disk; here it fetches what is asked for.
 
         Raises:
-            DataError: `.bin` has become shorter.
+            DataError: `.bin` has become shorter, or cannot be read any more.
         """
         start, length = self._span(index, offset, length)
         tokens = np.empty(length, self.dtype)
         missing, at = tokens.data.cast("B") if length else memoryview(b""), start * self.dtype.itemsize
         while missing:
-            count = os.preadv(self._file, [missing], at)
+            try:
+                count = os.preadv(self._file, [missing], at)
+            except OSError as error:
+                raise DataError(f"cannot be read ({error.strerror})", where=self._path) from None
             if not count:
                 raise DataError("was cut while it was read", where=self._path, fix="the file is damaged: rebuild it")
             missing, at = missing[count:], at + count

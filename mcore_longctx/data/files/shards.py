@@ -175,10 +175,14 @@ class Shard:
         try:
             size = self.path.stat().st_size
         except FileNotFoundError:
-            raise DataError("no such file, though its table is there", where=self.path, fix="tokenize again") from None
+            raise DataError(
+                "no such file, though its table is there", where=self.path, fix="start `data tokenize` again"
+            ) from None
         if size != count * self.dtype.itemsize:
             raise DataError(
-                f"{size:,} bytes, its table says {count * self.dtype.itemsize:,}", where=self.path, fix="tokenize again"
+                f"{size:,} bytes, its table says {count * self.dtype.itemsize:,}",
+                where=self.path,
+                fix="remove it and start `data tokenize` again",
             )
         return map_file(self.path).view(self.dtype)
 
@@ -190,7 +194,11 @@ def read_shard(folder: Path, number: int) -> Shard:
         DataError: not there, or damaged.
     """
     path = folder / f"{number:06d}.docs"
-    arrays, facts = map_arrays(path)
+    fix = "remove it and start `data tokenize` again, which makes this shard anew"
+    try:
+        arrays, facts = map_arrays(path)
+    except DataError as error:
+        raise DataError(error.what, where=path, fix=fix) from None
     try:
         shard = Shard(path=path.with_suffix(".tokens"), facts=facts, **arrays)
         rows, segments = len(shard.length), len(shard.loss_stop)
@@ -204,7 +212,7 @@ def read_shard(folder: Path, number: int) -> Shard:
     except (TypeError, KeyError, ValueError):
         sound = False
     if not sound:
-        raise DataError("not a table of documents", where=path, fix="tokenize again")
+        raise DataError("not a table of documents", where=path, fix=fix)
     return shard
 
 
