@@ -178,7 +178,7 @@ def test_order_of_lines_and_split_into_files_change_nothing(tokenizer_folder: Pa
 def test_segments_keep_their_loss_flags(tokenizer_folder: Path, tmp_path: Path, jsonl) -> None:
     question, answer = words(1, 30), words(2, 10)
     records = [{"segments": [{"text": question, "loss": False}, {"text": answer, "loss": True}]}] * 8
-    report = build(section(jsonl("a.jsonl", records), separator=""), tokenizer_folder, tmp_path / "out")
+    report = build(section(jsonl("a.jsonl", records), separator_kind="none"), tokenizer_folder, tmp_path / "out")
     tokenizer, samples = load_tokenizer(tokenizer_folder), PackedSamples(report.prefix)
     asked, answered = len(tokenizer.encode(question)), len(tokenizer.encode(answer))
     pattern = np.tile(np.repeat([False, True], [asked, answered]), 8)
