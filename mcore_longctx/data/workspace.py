@@ -13,7 +13,7 @@ import shutil
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -92,12 +92,15 @@ def remove_aside(folder: Path) -> None:
         shutil.rmtree(aside)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove partial files and folders whose writer, a process of this host, is dead. Others are left alone."""
+def remove_leftovers(folder: Path, *, of: Collection[str] = ()) -> None:
+    """Remove partial files and folders whose writer, a process of this host, is dead. Others are left alone.
+
+    of: names whose partial files are meant, where the folder is not ours alone; empty: of every name.
+    """
     mark = f".partial-{socket.gethostname()}-"
     for path in folder.glob(f"*{mark}*"):
-        pid = path.name.rpartition(mark)[2]
-        if not pid.isdigit() or is_alive(int(pid)):
+        name, pid = path.name.partition(mark)[0], path.name.rpartition(mark)[2]
+        if not pid.isdigit() or is_alive(int(pid)) or (of and name not in of):
             continue
         if path.is_dir():
             shutil.rmtree(path)

@@ -18,6 +18,8 @@ from mcore_longctx.data.inspect.merge import merge_in_words, merge_indexed
 from mcore_longctx.data.inspect.verify import verify_data
 from mcore_longctx.data.samples import PackedSamples
 from mcore_longctx.errors import DataError
+from mcore_longctx.manifest import partial_path
+from tests.data.limits import died_at, few_descriptors
 from tests.data.packed import make_packed
 
 
@@ -111,7 +113,7 @@ def test_what_is_there_is_kept(tmp_path: Path, suffix: str, monkeypatch: pytest.
     (tmp_path / f"out.{suffix}").write_text("mine")
     before, copy = files(tmp_path), merge._copy_tokens
     monkeypatch.setattr(merge, "_copy_tokens", None)  # refused before anything is copied
-    with pytest.raises(DataError, match=rf"out\.{suffix}: file is already there; choose another name or remove it"):
+    with pytest.raises(DataError, match=rf"out\.{suffix}: file is already there.*; choose another name or remove"):
         merge_indexed([tmp_path / "a"], tmp_path / "out")
     assert files(tmp_path) == before
 
@@ -299,3 +301,64 @@ def test_a_sidecar_of_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.runs").write_bytes(raw)
     with pytest.raises(DataError, match=r"a\.runs: damaged"):
         merge_indexed([tmp_path / "a"], tmp_path / "out")
+
+
+def test_a_merge_that_was_killed_says_what_to_remove_and_leaves_no_partial_files(tmp_path: Path) -> None:
+    """A child dies at each of its renames and unlinks. What may be somebody else's is never removed."""
+    make_packed(tmp_path / "a")
+    merge_indexed([tmp_path / "a"], tmp_path / "whole")
+    whole = {name.removeprefix("whole"): raw for name, raw in files(tmp_path).items() if name.startswith("whole.")}
+    others = {"out.txt": b"", "out.bin.partial-elsewhere-1": b"", f"out2.bin{partial_path(Path('x')).name[1:-1]}999999": b""}
+    messages = []
+    for number in range(1, 20):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for name in others:
+            (folder / name).touch()
+        killed = died_at(number, lambda out=folder / "out": merge_indexed([tmp_path / "a"], out))
+        left = {name for name in files(folder) if name.startswith("out.") and "partial" not in name} - {"out.txt"}
+        assert ("out.idx" in left) <= (left == {"out.bin", "out.idx", "out.runs"})
+        if left and "out.idx" not in left:
+            with pytest.raises(DataError, match="an earlier merge was killed") as raised:
+                merge_indexed([tmp_path / "a"], folder / "out")
+            messages.append(str(raised.value))
+            for name in left:
+                assert name in str(raised.value)
+                (folder / name).unlink()
+        if "out.idx" not in left:
+            merge_indexed([tmp_path / "a"], folder / "out")
+        made = {name: raw for name, raw in files(folder).items() if name not in others}
+        if not killed:
+            break
+        assert {name.removeprefix("out"): raw for name, raw in made.items() if "partial" not in name} == whole
+        assert set(others) <= set(files(folder))
+        if "out.idx" not in left:
+            assert len(made) == 3
+    assert len(messages) >= 2
+    assert messages[0].endswith("choose another name or remove out.runs")
+    assert messages[1].endswith("choose another name or remove out.runs and out.bin")
+
+
+@pytest.mark.parametrize("given", ["out", "out.bin", "out.idx", "out.runs"])
+def test_a_suffix_of_the_output_is_not_doubled(tmp_path: Path, given: str) -> None:
+    make_packed(tmp_path / "a")
+    assert merge_indexed([tmp_path / "a"], tmp_path / given)["prefix"] == str(tmp_path / "out")
+    assert set(files(tmp_path)) == {f"{name}.{suffix}" for name in ("a", "out") for suffix in ("bin", "idx", "runs")}
+
+
+@pytest.mark.parametrize("given", ["", ".", "..", ".bin", "/"])
+def test_an_output_without_a_name_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    write(tmp_path / "a", [[5]])
+    monkeypatch.chdir(tmp_path)
+    for out in (given, Path(given)):
+        with pytest.raises(DataError, match="names no file"):
+            merge_indexed([tmp_path / "a"], out)
+    assert set(files(tmp_path)) == {"a.bin", "a.idx"}
+
+
+def test_more_pairs_than_a_process_may_open_files(tmp_path: Path) -> None:
+    one = make_packed(tmp_path / "a", samples=2)
+    with few_descriptors(64):
+        facts = merge_indexed([tmp_path / "a"] * 300, tmp_path / "out")
+    assert (facts["sequences"], facts["runs"]) == (600, True)
+    assert [PackedSamples(tmp_path / "out").tokens(index).tolist() for index in (0, 599)] == one.samples

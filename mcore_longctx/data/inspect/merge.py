@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from mcore_longctx.data.files.arrays import new_arrays
-from mcore_longctx.data.files.index_file import write_index
+from mcore_longctx.data.files.index_file import Index, write_index
 from mcore_longctx.data.files.indexed import IndexedReader
 from mcore_longctx.data.files.sidecar import LITERAL, RUN_COLUMNS, SIDECAR_COLUMNS, Runs, check_index, read_runs
+from mcore_longctx.data.workspace import remove_leftovers
 from mcore_longctx.errors import DataError
 from mcore_longctx.manifest import fsync_folder, partial_path, readable_bytes, versions
 
@@ -32,16 +34,22 @@ _MAX_SOURCES = 2**16
 _NOT_HERE = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 
 
+@dataclass(frozen=True)
+class _Input:
+    prefix: Path
+    index: Index
+
+
 def merge_indexed(prefixes: Sequence[Path | str], out: Path | str) -> dict[str, Any]:
     """Write OUT.bin and OUT.idx: the sequences of all inputs, in the order given. Documents stay documents.
 
     If every input has a sidecar of the same seq_length, OUT.runs is written too: sources by name, documents renumbered, checksums
     kept. The inputs are only read. Nothing appears under a final name before all is written, the index appears last, and what is
-    there is never replaced.
+    there is never replaced. What a killed merge into OUT left under partial names is removed.
 
     Args:
-        prefixes: paths without suffix, or of a .bin or .idx file.
-        out: path without suffix.
+        prefixes: paths without suffix, or of one of the files.
+        out: path without suffix, or of one of the files.
 
     Returns:
         facts for `merge_in_words` and JSON: prefix, inputs, sequences, documents, tokens, bytes, dtype, runs, note.
@@ -52,35 +60,41 @@ def merge_indexed(prefixes: Sequence[Path | str], out: Path | str) -> dict[str, 
     """
     if not prefixes:
         raise DataError("nothing to merge", where=out, fix="name at least one input")
-    files = {suffix: Path(f"{out}.{suffix}") for suffix in ("runs", "bin", "idx")}  # in the order in which they appear
+    out = _without_suffix(Path(out))
+    if out.name.startswith(".") or not out.name:
+        raise DataError(f"{str(out)!r} names no file", where="merge", fix="name what is to be written: FOLDER/NAME")
+    files = {suffix: out.with_name(f"{out.name}.{suffix}") for suffix in ("runs", "bin", "idx")}  # the order in which they appear
     _refuse_existing(files)
-    readers = [IndexedReader(_without_suffix(Path(prefix))) for prefix in prefixes]
-    _check_agree(readers)
-    runs, note = _read_all_runs(readers)
-    partial_bin, partial_idx = partial_path(files["bin"]), partial_path(files["idx"])
+    remove_leftovers(out.parent, of=[path.name for path in files.values()])
+    # opened and closed one by one: their maps are kept, and no descriptor
+    inputs = [_Input(prefix, IndexedReader(prefix).index) for prefix in (_without_suffix(Path(prefix)) for prefix in prefixes)]
+    _check_agree(inputs)
+    runs, note = _read_all_runs(inputs)
+    partial = {suffix: partial_path(path) for suffix, path in files.items()}
     try:
-        _copy_tokens(readers, partial_bin)
-        checksum = write_index(partial_idx, readers[0].dtype, [reader.index.columns for reader in readers])
-        _refuse_existing(files)
+        _copy_tokens(inputs, partial["bin"])
+        checksum = write_index(partial["idx"], inputs[0].index.dtype, [given.index.columns for given in inputs])
         if runs:
-            _write_runs(files["runs"], runs, [reader.prefix.name for reader in readers], checksum)
-        partial_bin.rename(files["bin"])
-        partial_idx.rename(files["idx"])
-        fsync_folder(files["idx"].parent)
+            _write_runs(partial["runs"], runs, [given.prefix.name for given in inputs], checksum)
+        _refuse_existing(files)
+        for suffix, path in files.items():
+            if suffix != "runs" or runs:
+                partial[suffix].rename(path)
+        fsync_folder(out.parent)
     except OSError as error:
         raise DataError(f"cannot be written ({error.strerror})", where=out, fix="make room or choose another folder") from None
     finally:
-        partial_bin.unlink(missing_ok=True)
-        partial_idx.unlink(missing_ok=True)
-    size = sum(reader.index.bytes for reader in readers)
+        for path in partial.values():
+            path.unlink(missing_ok=True)
+    size = sum(given.index.bytes for given in inputs)
     return {
         "prefix": str(out),
-        "inputs": [str(reader.prefix) for reader in readers],
-        "sequences": sum(len(reader) for reader in readers),
-        "documents": sum(len(reader.document_indices) - 1 for reader in readers),
-        "tokens": size // readers[0].dtype.itemsize,
+        "inputs": [str(given.prefix) for given in inputs],
+        "sequences": sum(len(given.index) for given in inputs),
+        "documents": sum(len(given.index.document_indices) - 1 for given in inputs),
+        "tokens": size // inputs[0].index.dtype.itemsize,
         "bytes": size,
-        "dtype": readers[0].dtype.name,
+        "dtype": inputs[0].index.dtype.name,
         "runs": bool(runs),
         "note": note,
     }
@@ -96,33 +110,41 @@ def merge_in_words(facts: dict[str, Any]) -> str:
 
 
 def _without_suffix(path: Path) -> Path:
-    return path.with_suffix("") if path.suffix in (".bin", ".idx") else path
+    return path.with_suffix("") if path.suffix in (".bin", ".idx", ".runs") else path
 
 
 def _refuse_existing(files: dict[str, Path]) -> None:
-    for path in files.values():
-        if path.exists():
-            raise DataError("file is already there", where=path, fix="choose another name or remove it")
+    there = [path for path in files.values() if path.exists()]
+    if not there:
+        return
+    if files["idx"] in there:
+        raise DataError("file is already there", where=there[0], fix="choose another name or remove it")
+    # the index appears last; but that they were ours is nowhere written
+    raise DataError(
+        f"file is already there, but no {files['idx'].name}: an earlier merge was killed, if it was one that wrote it",
+        where=there[0],
+        fix=f"choose another name or remove {' and '.join(path.name for path in there)}",
+    )
 
 
-def _check_agree(readers: Sequence[IndexedReader]) -> None:
-    first = readers[0]
-    for reader in readers[1:]:
-        if reader.dtype != first.dtype:
+def _check_agree(inputs: Sequence[_Input]) -> None:
+    first = inputs[0]
+    for given in inputs[1:]:
+        if given.index.dtype != first.index.dtype:
             raise DataError(
-                f"holds {reader.dtype} tokens, {first.prefix} holds {first.dtype}",
-                where=reader.prefix,
+                f"holds {given.index.dtype} tokens, {first.prefix} holds {first.index.dtype}",
+                where=given.prefix,
                 fix="merge what one tokenizer made, or tokenize again",
             )
-        if (reader.index.sequence_modes is None) != (first.index.sequence_modes is None) and len(reader) and len(first):
-            raise DataError(f"one of this and {first.prefix} is multimodal, the other is not", where=reader.prefix)
+        if (given.index.sequence_modes is None) != (first.index.sequence_modes is None) and len(given.index) and len(first.index):
+            raise DataError(f"one of this and {first.prefix} is multimodal, the other is not", where=given.prefix)
 
 
-def _copy_tokens(readers: Sequence[IndexedReader], path: Path) -> None:
+def _copy_tokens(inputs: Sequence[_Input], path: Path) -> None:
     with path.open("wb", buffering=0) as target:
-        for reader in readers:
-            source = Path(f"{reader.prefix}.bin")
-            if _copy(source, target.fileno(), reader.index.bytes) != reader.index.bytes:
+        for given in inputs:
+            source = Path(f"{given.prefix}.bin")
+            if _copy(source, target.fileno(), given.index.bytes) != given.index.bytes:
                 raise DataError("became shorter while it was copied", where=source, fix="merge what nobody writes to")
         os.fsync(target.fileno())
 
@@ -148,20 +170,20 @@ def _copy(source: Path, target: int, size: int) -> int:
 
 
 # ------------------------------------------------------------------ sidecars
-def _read_all_runs(readers: Sequence[IndexedReader]) -> tuple[list[Runs], str | None]:
+def _read_all_runs(inputs: Sequence[_Input]) -> tuple[list[Runs], str | None]:
     """Sidecars of all inputs, checked; or none, and why."""
-    without = [reader.prefix for reader in readers if not Path(f"{reader.prefix}.runs").is_file()]
+    without = [given.prefix for given in inputs if not Path(f"{given.prefix}.runs").is_file()]
     if without:
-        return [], f"{len(without)} of {len(readers)} inputs have none, first {without[0]}"
-    runs = [read_runs(reader.prefix) for reader in readers]
-    for reader, part in zip(readers, runs, strict=True):
-        check_index(reader.prefix, part)
-        if len(part) != len(reader):
+        return [], f"{len(without)} of {len(inputs)} inputs have none, first {without[0]}"
+    runs = [read_runs(given.prefix) for given in inputs]
+    for given, part in zip(inputs, runs, strict=True):
+        check_index(given.prefix, part)
+        if len(part) != len(given.index):
             raise DataError(
-                f"{len(reader):,} sequences, its sidecar says {len(part):,}", where=reader.prefix, fix="build it again"
+                f"{len(given.index):,} sequences, its sidecar says {len(part):,}", where=given.prefix, fix="build it again"
             )
     first = runs[0]
-    for reader, part in zip(readers, runs, strict=True):
+    for given, part in zip(inputs, runs, strict=True):
         if part.seq_length != first.seq_length:
             return [], f"samples of {first.seq_length:,} and of {part.seq_length:,} tokens"
         for name in _MUST_AGREE:
@@ -169,12 +191,12 @@ def _read_all_runs(readers: Sequence[IndexedReader]) -> tuple[list[Runs], str | 
             if mine is not None and mine != known:
                 raise DataError(
                     f"has {name} {mine!r}, an input before it has {known!r}",
-                    where=reader.prefix,
+                    where=given.prefix,
                     fix="merge what was made in one way",
                 )
         if _first_known(runs, "begin_tokens") and not np.array_equal(part.literals, first.literals):
             raise DataError(
-                f"has other separators than {readers[0].prefix}", where=reader.prefix, fix="merge what was made in one way"
+                f"has other separators than {inputs[0].prefix}", where=given.prefix, fix="merge what was made in one way"
             )
     return runs, None
 
