@@ -100,8 +100,9 @@ def small_reference(spec: dict[str, Any], texts: list[str]) -> Any:
     kept.update(row["content"] for row in spec["added_tokens"] if row["content"] in vocabulary)
     if model.get("unk_token") in vocabulary:
         kept.add(model["unk_token"])
-    merges = [pair for pair in model["merges"] if (pair.replace(" ", "", 1) if isinstance(pair, str) else "".join(pair)) in kept]
-    merges = [pair for pair in merges if all(half in kept for half in (pair.split(" ", 1) if isinstance(pair, str) else pair))]
+    halves = {(text[:i], text[i:]) for text in kept for i in range(1, len(text)) if text[:i] in kept and text[i:] in kept}
+    wanted = halves | {" ".join(pair) for pair in halves}  # files have merges as pairs or, older ones, as text
+    merges = [pair for pair in model["merges"] if (pair if isinstance(pair, str) else tuple(pair)) in wanted]
     added = [row for row in spec["added_tokens"] if row["content"] in vocabulary or not row["special"]]
     small = {text: vocabulary[text] for text in kept}
     small.update((row["content"], row["id"]) for row in added)
