@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
+from threading import Thread
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -162,22 +163,34 @@ class PackedSamples:
 class ReadAhead(Generic[K, V]):
     """Reads in a thread what will be asked for next, so that a step does not wait for a disk.
 
-    One value is held ahead: as much memory again as one value takes.
+    One value is held ahead: as much memory again as one value takes. The process may end in the middle of a read: nobody waits.
 
     Args:
-        read: makes the value of a key; a pure function of it.
+        read: makes the value of a key; a pure function of it. Called in two threads.
     """
 
     def __init__(self, read: Callable[[K], V]) -> None:
         self._read = read
-        self._thread = ThreadPoolExecutor(1, "read-ahead")
         self._ahead: tuple[K, Future[V]] | None = None
 
-    def get(self, key: K, following: K) -> V:
-        """The value of `key`; that of `following` is begun. An error in reading ahead is raised when that value is asked for."""
+    def get(self, key: K, following: K | None) -> V:
+        """The value of `key`; that of `following` is begun, if there is one. An error there is raised when that value is asked for."""
         if self._ahead is not None and self._ahead[0] == key:
             value = self._ahead[1].result()
         else:
             value = self._read(key)
-        self._ahead = (following, self._thread.submit(self._read, following))
+        self._ahead = None if following is None else (following, self._begin(following))
         return value
+
+    def _begin(self, key: K) -> Future[V]:
+        future: Future[V] = Future()
+
+        def read() -> None:
+            try:
+                future.set_result(self._read(key))
+            except BaseException as error:
+                future.set_exception(error)
+
+        # a pool's thread is joined when the interpreter ends, a daemon is not: no half minute of reading after the last step
+        Thread(target=read, name="read-ahead", daemon=True).start()
+        return future

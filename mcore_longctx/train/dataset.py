@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,6 +24,8 @@ from mcore_longctx.recipe import Stage
 __all__ = ["MicroBatch", "SampleOrder", "Samples", "StepData"]
 
 IntArray = npt.NDArray[np.int64]
+
+_PASSES = 4  # whose order is kept: the end of one and the beginning of the next, for a step and the one that is read ahead
 
 
 class Samples(Protocol):
@@ -57,15 +60,13 @@ class SampleOrder:
 
     def __init__(self, num_samples: int, *, seed: int) -> None:
         self.num_samples, self.seed = num_samples, seed
-        self._passes: dict[int, IntArray] = {}
+        # asked by the training loop and by the thread that reads ahead: safe in both, and a value is a pure function of its number
+        self._order_of_pass = lru_cache(_PASSES)(self._permutation)
 
     def __getitem__(self, index: int) -> int:
         """Id of the sample at a place (0 is the first of the first step)."""
         number, place = divmod(index, self.num_samples)
-        if number not in self._passes:
-            self._passes = {k: v for k, v in self._passes.items() if k == number - 1}  # a step may touch two passes
-            self._passes[number] = self._permutation(number)
-        return int(self._passes[number][place])
+        return int(self._order_of_pass(number)[place])
 
     def _permutation(self, number: int) -> IntArray:
         # raw Philox bits are the same in every numpy; Generator.permutation promises no such thing
@@ -149,10 +150,12 @@ class StepData:
         return ((iteration + 1) * self.stage.global_batch_size - 1) // len(self.samples) + 1
 
     def micro_batches(self, iteration: int) -> Iterator[MicroBatch]:
-        """This rank's micro-batches of a step. Each is read from disk while the one before it is trained on."""
+        """This rank's micro-batches of a step. Each is read from disk while the one before it is trained on, to the stage's last."""
         count = self.stage.num_microbatches
         for number in range(count):
-            following = (iteration, number + 1) if number + 1 < count else (iteration + 1, 0)
+            following: tuple[int, int] | None = (iteration, number + 1)
+            if number + 1 == count:
+                following = (iteration + 1, 0) if iteration + 1 < self.stage.iterations else None
             rows = self._ahead.get((iteration, number), following)
             yield self._as_tensors(rows)
 

@@ -1,5 +1,7 @@
 """A packed sample: shifted labels, a mask that follows the predicted token, and context-parallel shares that add up."""
 
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
@@ -187,3 +189,21 @@ def test_what_comes_next_is_read_in_a_thread() -> None:
     assert ahead.get(5, 6) == 25
     assert calls[:4] == [(0, True), (1, False), (2, False), (3, False)]
     assert {(9, True), (13, False)} <= set(calls)
+
+
+def test_nothing_is_read_behind_the_last_value() -> None:
+    calls: list[int] = []
+    ahead: ReadAhead[int, int] = ReadAhead(lambda key: calls.append(key) or key)
+    assert [ahead.get(1, 2), ahead.get(2, None)] == [1, 2]
+    assert calls == [1, 2]
+    assert ahead._ahead is None
+
+
+def test_the_end_of_the_process_does_not_wait_for_what_is_read_ahead() -> None:
+    """A run that is stopped between two steps leaves in the middle of a read that may take minutes."""
+    code = (
+        "import time\nfrom mcore_longctx.data.samples import ReadAhead\n"
+        "ahead = ReadAhead(lambda key: time.sleep(60 * key))\nahead.get(0, 1)\nprint('done')"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20, check=True)
+    assert (ended.stdout, ended.stderr) == ("done\n", "")

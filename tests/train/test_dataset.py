@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +126,8 @@ def test_samples_of_another_length_and_no_samples_are_refused(samples: Any, tmp_
         step_data(Nothing())
 
 
-def test_the_file_is_read_one_batch_ahead(samples: Any) -> None:
+@pytest.mark.parametrize(("iteration", "ahead"), [(0, 1), (7, 1), (8, 0)])  # of 9 steps
+def test_the_file_is_read_one_batch_ahead_and_not_beyond_the_last_step(samples: Any, iteration: int, ahead: int) -> None:
     asked: list[int] = []
 
     class Watched:
@@ -138,7 +141,46 @@ def test_the_file_is_read_one_batch_ahead(samples: Any) -> None:
             return samples.cp_slice(index, cp_size, cp_rank)
 
     data = step_data(Watched())
-    size = data.stage.micro_batch_size
-    next(data.micro_batches(0))
-    data._ahead._thread.shutdown()
-    assert asked == data.sample_ids(0)[: 2 * size]  # the first, and the second while the first is trained on
+    count, size = data.stage.num_microbatches, data.stage.micro_batch_size
+    steps = data.micro_batches(iteration)
+    next(steps)
+    wait_for_the_thread(data)
+    assert asked == data.sample_ids(iteration)[: 2 * size]  # the first, and the second while the first is trained on
+    assert len(list(steps)) == count - 1
+    wait_for_the_thread(data)
+    assert asked == [*data.sample_ids(iteration), *data.sample_ids(iteration + 1)[: ahead * size]]
+
+
+def wait_for_the_thread(data: StepData) -> None:
+    if data._ahead._ahead is not None:
+        data._ahead._ahead[1].result(timeout=10)
+
+
+def test_two_threads_may_ask_for_the_order_at_once() -> None:
+    """5 samples and 64 a step: each step touches 13 passes. The training loop asks while the next step is read."""
+    alone = [SampleOrder(5, seed=1)[index] for index in range(64 * 40)]
+    order = SampleOrder(5, seed=1)
+    assert all(sorted(alone[first : first + 5]) == list(range(5)) for first in range(0, len(alone), 5))
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            asked = [
+                threads.submit(lambda first=first: [order[first + i] for i in range(64)]) for first in range(0, len(alone), 64)
+            ]
+            found = [index for step in asked for index in step.result()]
+    finally:
+        sys.setswitchinterval(interval)
+    assert found == alone
+
+
+def test_an_order_makes_each_pass_once_and_keeps_few(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+    whole = SampleOrder._permutation
+    monkeypatch.setattr(SampleOrder, "_permutation", lambda self, number: made.append(number) or whole(self, number))
+    order = SampleOrder(10, seed=1)
+    for step in range(0, 60, 6):
+        for first in (step, step + 6, step):  # the step, what is read ahead, and the step again
+            _ = [order[index] for index in range(first, first + 6)]
+    assert made == list(range(7))
+    assert order._order_of_pass.cache_info().currsize == 4
