@@ -319,6 +319,8 @@ def test_whole_shards_pass(tmp_path: Path) -> None:
         "is_whole": True,
         "plan": False,
         "vocab_size": 60,
+        "faults": [],
+        "fault_count": 0,
     }
     (tmp_path / "tokens" / "manifest.json").unlink()
     (tmp_path / "tokens" / "000001.docs").unlink()

@@ -22,7 +22,7 @@ from mcore_longctx.data.inspect.scan import DatasetScan, Faults, Locate, highest
 from mcore_longctx.errors import DataError, DifferenceFound, LongctxError
 from mcore_longctx.manifest import MANIFEST, read_manifest, sha256_file
 
-__all__ = ["check_data", "find_prefix", "raise_for_faults", "verify_data", "verify_tokens"]
+__all__ = ["check_data", "check_tokens", "find_prefix", "raise_for_faults", "verify_data", "verify_tokens"]
 
 
 def verify_data(
@@ -96,7 +96,7 @@ def check_data(
 
 
 def raise_for_faults(facts: Mapping[str, Any]) -> None:
-    """Raise DifferenceFound if `check_data` found anything."""
+    """Raise DifferenceFound if `check_data` or `check_tokens` found anything."""
     if not facts["fault_count"]:
         return
     more = facts["fault_count"] - len(facts["faults"])
@@ -184,6 +184,18 @@ def _check_counts(folder: Path, manifest: Mapping[str, Any], facts: Mapping[str,
 
 # ------------------------------------------------------------------ shards and plan
 def verify_tokens(folder: Path | str, *, vocab_size: int | None = None, max_faults: int = 10) -> dict[str, Any]:
+    """`check_tokens`, with an error if anything is wrong.
+
+    Raises:
+        DifferenceFound: something is damaged.
+        CheckpointError, DataError: there is nothing to check, as in `check_tokens`.
+    """
+    facts = check_tokens(folder, vocab_size=vocab_size, max_faults=max_faults)
+    raise_for_faults(facts)
+    return facts
+
+
+def check_tokens(folder: Path | str, *, vocab_size: int | None = None, max_faults: int = 10) -> dict[str, Any]:
     """Compare the token shards of OUT/tokens with their tables, and settings and plan with their checksums.
 
     Args:
@@ -192,10 +204,10 @@ def verify_tokens(folder: Path | str, *, vocab_size: int | None = None, max_faul
         max_faults: how many places are named.
 
     Returns:
-        facts for JSON: shards, documents, tokens, is_whole (whether every shard is there), plan (whether there is one).
+        facts for JSON: shards, documents, tokens, is_whole (whether every shard is there), plan (whether there is one),
+        faults (in words), fault_count.
 
     Raises:
-        DifferenceFound: something is damaged.
         CheckpointError: the manifest of the shards is damaged.
         DataError: there are no shards.
     """
@@ -234,8 +246,8 @@ def verify_tokens(folder: Path | str, *, vocab_size: int | None = None, max_faul
                 read()
             except DataError as error:
                 faults.add(error.where, error.what)
-    raise_for_faults({"faults": faults.words, "fault_count": faults.count})
-    return {**counts, "is_whole": expected is not None, "plan": plan.is_file(), "vocab_size": vocab_size}
+    facts = {**counts, "is_whole": expected is not None, "plan": plan.is_file(), "vocab_size": vocab_size}
+    return facts | {"faults": faults.words, "fault_count": faults.count}
 
 
 def _check_shard(shard: Shard, vocab_size: int | None, faults: Faults) -> tuple[int, int]:
