@@ -33,7 +33,7 @@ __all__ = ["BuildReport", "Expected", "Progress", "build", "check_output", "expe
 
 _PROBE = 1 << 20  # bytes of each source that a dry run encodes
 
-# called with what is done (`tokenize`, `pack`), bytes of input, tokens
+# called with what is done (`tokenize`, `pack`), bytes of input, tokens; before all with `to tokenize` and the bytes that are left to read
 Progress = Callable[[str, int, int], None]
 
 
@@ -104,6 +104,7 @@ def build(
     out.mkdir(parents=True, exist_ok=True)
     with lock_folder(out):
         job = prepare_job(out, section.sources, tools, vocab_size=model_vocab_size, chats=chats)
+        progress("to tokenize", job.size_missing, 0)
         tokens = run_job(
             job,
             tools,

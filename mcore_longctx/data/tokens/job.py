@@ -52,6 +52,11 @@ class TokenJob:
         return stem.with_suffix(".docs").is_file() and stem.with_suffix(".tokens").is_file()
 
     @property
+    def size_missing(self) -> int:
+        """Bytes of input of the tasks that are not done."""
+        return sum(task.size for number, task in enumerate(self.tasks) if not self.is_done(number))
+
+    @property
     def is_whole(self) -> bool:
         """Whether every shard and the manifest over them are there."""
         return (self.folder / MANIFEST).is_file()
