@@ -31,6 +31,25 @@ Started again, each goes on where it was; the result is the same for any number 
 """
 
 
+_DOCUMENTS_ONLY = (  # options of `data plan` that say nothing about chats
+    "mode",
+    "share",
+    "chunks",
+    "short_below",
+    "keep",
+    "long_above",
+    "repeat",
+    "min_length",
+    "max_length",
+    "tokens",
+    "repeat_to_fill",
+    "separator",
+    "separator_kind",
+    "no_separator_loss",
+    "packing",
+)
+
+
 def add_parser(subparsers: Any) -> None:
     """Add the verb to the command line."""
     parser = subparsers.add_parser(
@@ -48,6 +67,7 @@ def add_parser(subparsers: Any) -> None:
     packing.add_argument("out", metavar="OUT", type=Path)
     packing.add_argument("--name", default="samples", help="of the files (default: samples)")
     _add_workers(packing)
+    packing.add_argument("--json", action="store_true", help="print JSON")
 
     show = verbs.add_parser("show", help="a sample as text, with the borders of its documents")
     show.add_argument("path", metavar="FOLDER|PREFIX", type=Path)
@@ -136,7 +156,7 @@ def _add_plan(verbs: Any) -> None:
     plan.add_argument("--max-length", metavar="N", help="drop longer documents")
     plan.add_argument("--tokens", metavar="N", help="token budget, for example 1B (default: all there is)")
     plan.add_argument("--repeat-to-fill", action="store_true", help="repeat documents where a source is too small for its share")
-    plan.add_argument("--separator", default="<s>", metavar="TEXT", help="between documents (default: <s>)")
+    plan.add_argument("--separator", metavar="TEXT", help="between documents (default: <s>)")
     plan.add_argument(
         "--separator-kind",
         choices=("text", "token", "bos_eos", "none"),
@@ -147,6 +167,8 @@ def _add_plan(verbs: Any) -> None:
     plan.add_argument(
         "--packing", choices=("concatenate", "single", "best_fit", "intact"), default="concatenate", help="(default: concatenate)"
     )
+    documents_only = {name: plan.get_default(name) for name in _DOCUMENTS_ONLY}
+    plan.set_defaults(documents_only=documents_only)
     plan.add_argument("--seed", type=int, default=1234, help="(default: 1234)")
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
 
@@ -183,6 +205,7 @@ def _build(args: argparse.Namespace) -> int:
         there = ", ".join(stage.name for stage in recipe.stages)
         raise ConfigError(f"no stage {args.stage!r}", where=file.where("stages"), fix=f"there are {there}")
     section, chats = recipe.data[stage.data], stage.kind == "sft"
+    _check_verify_fraction(args.verify_fraction, chats)
     needed = None if args.all or chats else stage.iterations * stage.global_batch_size
     out = args.out if args.out is not None else recipe.run_folder / "data" / stage.name
     if args.dry_run:
@@ -208,7 +231,7 @@ def _build(args: argparse.Namespace) -> int:
     if args.engine is not None:
         return run_engine(args, arguments, _workers(args))
     refuse_without_engine(args)
-    with _progress(sum(source.path.stat().st_size for source in section.sources if source.path.is_file())) as progress:
+    with _progress() as progress:
         report = build(**arguments, workers=_workers(args), progress=progress)
     print(json.dumps(report.as_dict(), indent=1) if args.json else report)
     return 0
@@ -222,6 +245,9 @@ def _tokenize(args: argparse.Namespace) -> int:
     from mcore_longctx.data.workspace import lock_folder
 
     sources, workers, range_bytes = _sources(args), _workers(args), _count(args.range, "--range")
+    _check_verify_fraction(args.verify_fraction, args.chats)
+    if args.max_bad < 0:
+        raise ConfigError(f"--max-bad {args.max_bad}: expected 0 or more")
     if args.dry_run:
         expected = expect(sources, args.tokenizer, chats=args.chats, vocab_size=args.vocab_size)
         print(json.dumps(expected.as_dict(), indent=1) if args.json else expected)
@@ -238,7 +264,8 @@ def _tokenize(args: argparse.Namespace) -> int:
             chats=args.chats,
             range_bytes=range_bytes,
         )
-        with _progress(sum(task.size for task in job.tasks)) as progress:
+        with _progress() as progress:
+            progress("to tokenize", job.size_missing, 0)
             report = run_job(
                 job,
                 tokenizer,
@@ -262,8 +289,15 @@ def _plan(args: argparse.Namespace) -> int:
     from mcore_longctx.recipe.schema import ChunkSet, DataSection, LengthSampling, TokenCount
 
     job = open_job(args.out)
+    if job.chats:
+        _refuse_for_chats(args)
+    separator = _separator(args)
     seq_length = _count(args.seq_length, "--seq-length")
-    shares = {name: _number(value, f"--share {name}") for name, value in _pairs(args.share, "--share", job.sources)}
+    shares: dict[str, float] = {}
+    for name, value in _pairs(args.share, "--share", job.sources):
+        if name in shares:
+            raise ConfigError(f"--share {name} is given twice", fix="give it once")
+        shares[name] = _number(value, f"--share {name}")
     chunks: dict[str, list[ChunkSet]] = {}
     for name, value in _pairs(args.chunks, "--chunks", job.sources):
         length, _, share = value.partition(":")
@@ -287,7 +321,7 @@ def _plan(args: argparse.Namespace) -> int:
                 min_length=TokenCount(_count(args.min_length, "--min-length")),
                 max_length=max_length,
             ),
-            separator=args.separator,
+            separator=separator,
             separator_kind=args.separator_kind,
             separator_loss=not args.no_separator_loss,
             packing=args.packing,
@@ -316,12 +350,16 @@ def _plan(args: argparse.Namespace) -> int:
 
 def _pack(args: argparse.Namespace) -> int:
     from mcore_longctx.data.pack import pack
+    from mcore_longctx.data.tokens.job import open_job
     from mcore_longctx.data.workspace import lock_folder
 
     if not args.out.is_dir():
         raise ConfigError("no such folder", where=args.out, fix="run `data tokenize` and `data plan` first")
-    with lock_folder(args.out), _progress(0) as progress:
-        print(pack(args.out, args.name, workers=_workers(args), on_block=lambda tokens: progress("pack", 0, tokens)))
+    workers = _workers(args)
+    open_job(args.out)  # nothing is written into a folder that is not ours, not even a lock
+    with lock_folder(args.out), _progress() as progress:
+        report = pack(args.out, args.name, workers=workers, on_block=lambda tokens: progress("pack", 0, tokens))
+    print(json.dumps(report.as_dict(), indent=1) if args.json else report)
     return 0
 
 
@@ -356,23 +394,24 @@ def _stats(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from mcore_longctx.data.inspect.verify import check_data, raise_for_faults, verify_tokens
+    from mcore_longctx.data.inspect.verify import check_data, check_tokens, raise_for_faults
+    from mcore_longctx.manifest import MANIFEST
 
     facts: dict[str, Any] = {}
     if (args.path / "tokens").is_dir():  # the shards that the samples were copied from
-        facts["tokens_folder"] = verify_tokens(args.path, vocab_size=args.vocab_size)
-        shards = f"{facts['tokens_folder']['shards']:,} shards, {facts['tokens_folder']['tokens']:,} tokens: whole"
+        tokens = facts["tokens_folder"] = check_tokens(args.path, vocab_size=args.vocab_size)
         if not args.json:
-            print(f"{args.path / 'tokens'}: {shards}")
-        if not list(args.path.glob("*.idx")):
-            if args.json:
-                print(json.dumps(facts, indent=1))
-            else:
-                print(f"{args.path}: not packed yet")
+            raise_for_faults(tokens)
+            print(f"{args.path / 'tokens'}: {tokens['shards']:,} shards, {tokens['tokens']:,} tokens: whole")
+        # a manifest is written last: with it, files that are not there are missing
+        if not (args.path / MANIFEST).is_file() and not list(args.path.glob("*.idx")):
+            print(json.dumps(facts, indent=1) if args.json else f"{args.path}: not packed yet")
+            raise_for_faults(tokens)
             return 0
     facts |= check_data(args.path, vocab_size=args.vocab_size)
     if args.json:
         print(json.dumps(facts, indent=1))
+        raise_for_faults(facts.get("tokens_folder", facts))
     raise_for_faults(facts)
     if not args.json:
         counts = (
@@ -413,15 +452,17 @@ def _sources(args: argparse.Namespace) -> list[Any]:
             raise ConfigError(
                 f"{text!r} is not NAME=PATH", where="data tokenize", fix="give each source a name: books=books.jsonl"
             )
-        sources.append(
-            DocumentSource(
+        try:
+            source = DocumentSource(
                 name=name,
                 path=Path(path),
                 text_field=args.text_field,
                 id_field=args.id_field,
                 document="folder" if name in args.folders else "record",
             )
-        )
+        except ValueError as error:
+            raise ConfigError(str(error), where="data tokenize") from None
+        sources.append(source)
     unknown = set(args.folders) - {source.name for source in sources}
     if unknown:
         raise ConfigError(f"--folders {unknown.pop()}: no such source", where="data tokenize", fix="give NAME=PATH for it")
@@ -439,6 +480,30 @@ def _pairs(texts: list[str], option: str, sources: tuple[Any, ...]) -> Iterator[
         if not equals or name not in names:
             raise ConfigError(f"{option} {text}: expected NAME=VALUE of a source", fix=f"sources: {', '.join(names)}")
         yield name, value
+
+
+def _refuse_for_chats(args: argparse.Namespace) -> None:
+    for name, default in args.documents_only.items():
+        if getattr(args, name) != default:
+            raise ConfigError(f"--{name.replace('_', '-')} has no meaning for chats, which are taken whole", fix="remove it")
+
+
+def _separator(args: argparse.Namespace) -> str:
+    """The separator's text; UltraLong's if none is given."""
+    if args.separator is None:
+        return "<s>"
+    if args.separator_kind in ("bos_eos", "none"):
+        raise ConfigError(f"--separator has no meaning with --separator-kind {args.separator_kind}", fix="remove it")
+    if not args.separator:
+        raise ConfigError("--separator is empty", fix="say --separator-kind none")
+    return str(args.separator)
+
+
+def _check_verify_fraction(fraction: float, chats: bool) -> None:
+    if not 0 <= fraction <= 1:  # nan neither
+        raise ConfigError(f"--verify-fraction {fraction}: expected 0 to 1")
+    if fraction and chats:
+        raise ConfigError("--verify-fraction has no meaning for chats", fix="remove it")
 
 
 def _count(text: str, option: str) -> int:
@@ -466,25 +531,24 @@ def _workers(args: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _progress(total_bytes: int) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar with tokens per second on a terminal, nothing in the log of a job."""
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar with tokens per second on a terminal, nothing in the log of a job. What is called: `Progress` of `data/build.py`."""
     if not sys.stderr.isatty():  # even a disabled bar would start a thread
         yield lambda step, size, tokens: None
         return
     from tqdm import tqdm
 
     bars: dict[str, Any] = {}
+    total_bytes: int | None = None
 
     def show(step: str, size: int, tokens: int) -> None:
+        nonlocal total_bytes
+        if step == "to tokenize":
+            total_bytes = size
+            return
         if step not in bars:
-            in_bytes = step == "tokenize" and total_bytes
-            bars[step] = tqdm(
-                desc=step,
-                total=total_bytes if in_bytes else None,
-                unit="B" if in_bytes else " tokens",
-                unit_scale=True,
-                leave=False,
-            )
+            total, unit = (total_bytes, "B") if step == "tokenize" else (None, " tokens")
+            bars[step] = tqdm(desc=step, total=total, unit=unit, unit_scale=True, leave=False)
             bars[step].tokens = 0
         bar = bars[step]
         bar.tokens += tokens

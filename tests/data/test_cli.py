@@ -2,9 +2,12 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 
@@ -144,6 +147,151 @@ def test_verify_of_a_damaged_file_is_exit_code_1(built: Path, tmp_path: Path, ca
     assert "sample 1" in said or "sequence 1" in said
 
 
+def test_verify_misses_the_index_of_finished_data(built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(built, out)
+    (out / "books.idx").unlink()
+    assert main(["data", "verify", str(out)]) == 2
+    printed = capsys.readouterr()
+    assert "not packed" not in printed.out
+    assert (
+        printed.err
+        == f"mcore-longctx: {out}/books.idx: no such file; give a folder or the path of .bin and .idx without suffix\n"
+    )
+    (out / "manifest.json").unlink()  # as while it is packed
+    assert main(["data", "verify", str(out)]) == 0
+    assert capsys.readouterr().out.endswith(f"{out}: not packed yet\n")
+
+
+def test_verify_prints_json_of_damaged_shards_too(built: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(built, out)
+    raw = bytearray((out / "tokens" / "000000.tokens").read_bytes())
+    raw[0] ^= 1
+    (out / "tokens" / "000000.tokens").write_bytes(raw)
+    for packed in (True, False):
+        assert main(["data", "verify", str(out), "--json"]) == 1
+        printed = capsys.readouterr()
+        facts = json.loads(printed.out)
+        assert facts["tokens_folder"]["fault_count"] == 2  # against its table, and against the manifest
+        assert "000000.tokens: its checksum differs" in facts["tokens_folder"]["faults"][0]
+        assert facts.get("faults") == ([] if packed else None)
+        assert "000000.tokens: its checksum differs" in printed.err
+        for path in (out / "manifest.json", *out.glob("books.*")):
+            path.unlink(missing_ok=True)
+
+
+def test_pack_prints_json(built: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "pack", str(built), "--name", "books", "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["samples"], facts["was_done"]) == (7, True)
+    assert facts["folder"] == str(built)
+
+
+def test_pack_leaves_a_folder_that_is_not_ours_as_it_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "letters.txt").write_text("mine")
+    assert main(["data", "pack", str(tmp_path)]) == 2
+    assert "nothing was tokenized here" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["letters.txt"]
+
+
+class Bar:
+    """What is told to a bar of tqdm."""
+
+    made: ClassVar[list["Bar"]] = []
+    format_dict: ClassVar[dict[str, float]] = {"elapsed": 1.0}
+
+    def __init__(self, desc: str, total: int | None, unit: str, **_: bool) -> None:
+        self.desc, self.total, self.unit, self.sum = desc, total, unit, 0
+        self.made.append(self)
+
+    def update(self, count: int) -> None:
+        self.sum += count
+
+    def set_postfix_str(self, text: str, **_: bool) -> None:
+        assert text.endswith("Mtok/s")
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("verb", ["build", "tokenize"])
+def test_the_bar_ends_at_its_total_from_the_start_and_on_a_restart(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    """Sources that are folders count, and what was done before does not."""
+    folder, out = recipe.parent, tmp_path / "out"
+    monkeypatch.setattr("tqdm.tqdm", Bar)
+    monkeypatch.setattr("sys.stderr", SimpleNamespace(isatty=lambda: True, write=lambda text: None, flush=lambda: None))
+    overrides = ["data.books.sources.books.path=" + str(folder / "books")]
+    command = ["data", "build", str(recipe), "--stage", "extend", "--out", str(out), *overrides]
+    if verb == "tokenize":
+        command = ["data", "tokenize", str(out), "--tokenizer", f"{folder}/model", "--range", "1000", f"a={folder}/books"]
+        command += [f"b={folder}/books/0.txt"]
+    for start in range(2):
+        Bar.made.clear()
+        assert main(command) == 0
+        bar = Bar.made[0]
+        tasks = json.loads((out / "tokens" / "settings.json").read_text())["tasks"]
+        size = sum(file.stat().st_size for file in (folder / "books").iterdir())
+        expected = (size if start == 0 or verb == "build" else 0) + (
+            (folder / "books" / "0.txt").stat().st_size if verb == "tokenize" else 0
+        )
+        assert (bar.desc, bar.unit, bar.total, bar.sum) == ("tokenize", "B", expected, expected)
+        (out / "tokens" / f"{len(tasks) - 1:06d}.docs").unlink()
+        (out / "tokens" / "manifest.json").unlink()
+
+
+def chats(folder: Path, out: Path) -> list[str]:
+    assert main(["data", "tokenize", str(out), "--tokenizer", f"{folder}/model", "--chats", f"c={folder}/chats.jsonl"]) == 0
+    return ["data", "plan", str(out), "--seq-length", "128"]
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ["--mode", "fu"],
+        ["--share", "c=1"],
+        ["--chunks", "c=64"],
+        ["--short-below", "5"],
+        ["--keep", "0.5"],
+        ["--long-above", "100000"],
+        ["--repeat", "2"],
+        ["--min-length", "3"],
+        ["--max-length", "70"],
+        ["--tokens", "1B"],
+        ["--repeat-to-fill"],
+        ["--separator", "x"],
+        ["--separator-kind", "none"],
+        ["--no-separator-loss"],
+        ["--packing", "intact"],
+    ],
+    ids=lambda option: option[0],
+)
+def test_an_option_that_means_nothing_for_chats_is_refused(
+    recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: list[str]
+) -> None:
+    command = chats(recipe.parent, tmp_path / "out")
+    capsys.readouterr()
+    assert main([*command, *option]) == 2
+    said = capsys.readouterr().err
+    assert said == f"mcore-longctx: {option[0]} has no meaning for chats, which are taken whole; remove it\n"
+    assert not (tmp_path / "out" / "plan").exists()
+    assert main([*command, "--seed", "5"]) == 0
+
+
+def test_chats_are_not_encoded_again(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, out = recipe.parent, str(tmp_path / "out")
+    for command in (
+        ["tokenize", out, "--tokenizer", f"{folder}/model", "--chats", f"c={folder}/chats.jsonl"],
+        ["build", str(recipe), "--stage", "instruct", "--out", out],
+    ):
+        assert main(["data", *command, "--verify-fraction", "0.5"]) == 2
+        assert "--verify-fraction has no meaning for chats; remove it" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+SLURM = ["--engine", "slurm", "--ranks", "2", "--partition", "cpu", "--time", "1"]
 BAD = [
     (["build", "{recipe}", "--stage", "extent"], "no stage 'extent'; there are extend, instruct"),
     (["build", "{recipe}", "--stage", "extend", "stages.extend.seq_length=100k"], "102,400 tokens, but the rope reaches 4,096"),
@@ -185,6 +333,58 @@ BAD = [
     ),
     (["pack", "{folder}/nothing"], "no such folder"),
     (["merge", "{folder}/m", "{folder}/x"], "x.idx: no such file"),
+    (["plan", "{built}", "--seq-length", "0"], "seq_length is 0, expected 1 to 2,147,483,647"),
+    (["plan", "{built}", "--seq-length", "2G"], "seq_length is 2,147,483,648, expected 1 to 2,147,483,647"),
+    (["plan", "{built}", "--seq-length", "512"], "holds packed data 'books', made by a plan with other settings"),
+    *((["plan", "{built}", "--seq-length", "4k", "--share", f"books={x}"], "positive share") for x in ("nan", "inf", "0", "-1")),
+    *((["plan", "{built}", "--seq-length", "4k", "--repeat", x], "repetition is") for x in ("nan", "inf", "1e10", "3e9", "0.5")),
+    (["plan", "{built}", "--seq-length", "4k", "--share", "books=1", "--share", "books=2"], "--share books is given twice"),
+    (
+        ["plan", "{built}", "--seq-length", "4k", "--mode", "prolong", "--chunks", "books=64", "--chunks", "books=64"],
+        "two chunks have the same length",
+    ),
+    (
+        ["plan", "{built}", "--seq-length", "4k", "--separator-kind", "none", "--separator", "x"],
+        "--separator has no meaning with --separator-kind none; remove it",
+    ),
+    (
+        ["plan", "{built}", "--seq-length", "4k", "--separator-kind", "bos_eos", "--separator", "<s>"],
+        "--separator has no meaning with --separator-kind bos_eos; remove it",
+    ),
+    (["plan", "{built}", "--seq-length", "4k", "--separator", ""], "--separator is empty; say --separator-kind none"),
+    (
+        ["tokenize", "{folder}/t", "--tokenizer", "{folder}/model", "b={folder}/books", "--max-bad", "-1"],
+        "--max-bad -1: expected 0 or more",
+    ),
+    *(
+        (
+            ["tokenize", "{folder}/t", "--tokenizer", "{folder}/model", f"{name}={{folder}}/books"],
+            "cannot be the name of a source",
+        )
+        for name in ("b\udcff", "b\n", " \t")
+    ),
+    *(
+        (
+            ["tokenize", "{folder}/t", "--tokenizer", "{folder}/model", "b={folder}/books", "--verify-fraction", x],
+            "expected 0 to 1",
+        )
+        for x in ("nan", "inf", "-0.1", "1.5")
+    ),
+    (["build", "{recipe}", "--stage", "extend", "--verify-fraction", "2"], "--verify-fraction 2.0: expected 0 to 1"),
+    *(
+        (["build", "{recipe}", "--stage", "extend", *SLURM, *options], message)
+        for options, message in (
+            (["--sbatch", "cpus-per-task=abc"], "--sbatch cpus-per-task=abc: expected a whole number, 1 or more"),
+            (["--sbatch", "cpus-per-task"], "--sbatch cpus-per-task=: expected a whole number, 1 or more"),
+            (["--finish-sbatch=--cpus-per-task=0"], "--finish-sbatch cpus-per-task=0: expected a whole number, 1 or more"),
+            (["--sbatch", "=x"], "--sbatch '=x': expected KEY=VALUE, or KEY for a flag"),
+            (["--sbatch", ""], "--sbatch '': expected KEY=VALUE, or KEY for a flag"),
+            (["--sbatch", "a b=x"], "--sbatch 'a b=x': expected KEY=VALUE, or KEY for a flag"),
+            (["--sbatch", "comment=a\nb"], "expected KEY=VALUE, or KEY for a flag"),
+            (["--cpus-per-task", "0"], "--cpus-per-task 0: expected 1 or more"),
+            (["--mem-per-cpu", "-1"], "--mem-per-cpu -1: expected 1 or more"),
+        )
+    ),
 ]
 
 
