@@ -249,7 +249,7 @@ def _tokenize(args: argparse.Namespace) -> int:
     if args.max_bad < 0:
         raise ConfigError(f"--max-bad {args.max_bad}: expected 0 or more")
     if args.dry_run:
-        expected = expect(sources, args.tokenizer, chats=args.chats, vocab_size=args.vocab_size)
+        expected = expect(sources, args.tokenizer, chats=args.chats, vocab_size=args.vocab_size, range_bytes=range_bytes)
         print(json.dumps(expected.as_dict(), indent=1) if args.json else expected)
         return 0
     check_output(args.out)

@@ -9,18 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mcore_longctx.data.documents.inputs import InputTask, plan_inputs
+from mcore_longctx.data.documents.inputs import InputTask, input_path, plan_inputs
+from mcore_longctx.data.documents.parquet import row_count
 from mcore_longctx.data.documents.readers import BadRecord, Chat, Document, read_task
 from mcore_longctx.data.files.indexed import token_dtype
 from mcore_longctx.data.pack import PackReport, check_name, pack
 from mcore_longctx.data.planning.plan import make_chat_plan, make_plan, plan_text
 from mcore_longctx.data.planning.separator import make_separator
-from mcore_longctx.data.tokenizers import Tokenizer, load_tokenizer
+from mcore_longctx.data.tokenizers import Tokenizer, check_vocabulary, load_tokenizer
 from mcore_longctx.data.tokens.job import RANGE_BYTES, prepare_job, read_documents_table
 from mcore_longctx.data.tokens.sft import ChatEncoder
 from mcore_longctx.data.tokens.tokenize import TokenReport, run_job
@@ -31,7 +33,9 @@ from mcore_longctx.recipe.schema import DataSection, DocumentSource
 
 __all__ = ["BuildReport", "Expected", "Progress", "build", "check_output", "expect"]
 
-_PROBE = 1 << 20  # bytes of each source that a dry run encodes
+_PROBE = 1 << 20  # characters of each kind of file of a source that a dry run encodes,
+_PACKED = 1 << 24  # and how many bytes of a compressed file it unpacks to see how much they hold
+_WHOLE = 1 << 62  # a range that no file exceeds
 
 # called with what is done (`tokenize`, `pack`), bytes of input, tokens; before all with `to tokenize` and the bytes that are left to read
 Progress = Callable[[str, int, int], None]
@@ -180,44 +184,110 @@ class Expected:
         return "\n".join(lines)
 
 
-def expect(sources: Sequence[DocumentSource], tokenizer: Path, *, chats: bool, vocab_size: int | None) -> Expected:
+def expect(
+    sources: Sequence[DocumentSource], tokenizer: Path, *, chats: bool, vocab_size: int | None, range_bytes: int | None = None
+) -> Expected:
     """What tokenizing would give, estimated from the beginning of every source. Writes nothing.
 
     Raises:
-        DataError: an input is missing, or the first records of a source are bad.
+        DataError: an input is missing, the first records of a source are bad, or the vocabulary does not fit.
     """
     tools = load_tokenizer(tokenizer)
-    tasks = plan_inputs(sources, range_bytes=_PROBE, chats=chats)
-    rows, files = [], set()
+    if vocab_size is not None:
+        check_vocabulary(tools, vocab_size)
+    tasks = plan_inputs(sources, range_bytes=RANGE_BYTES if range_bytes is None else range_bytes, chats=chats)
+    whole_files = plan_inputs(sources, range_bytes=_WHOLE, chats=chats)
+    rows = []
     for index, source in enumerate(sources):
-        mine = [task for task in tasks if task.source == index]
-        files |= {(index, file.name) for task in mine for file in task.files}
-        size = sum(task.size for task in mine)
-        read, tokens = _probe(mine[0], source, tools, chats)
-        rows.append((source.name, size, round(size * tokens / max(1, read))))
-    whole = plan_inputs(sources, range_bytes=RANGE_BYTES, chats=chats)
+        mine = [task for task in whole_files if task.source == index]
+        tokens = 0.0
+        for kind in dict.fromkeys(task.kind for task in mine):  # a compressed byte holds more than a plain one
+            alike = [task for task in mine if task.kind == kind]
+            tokens += sum(task.size for task in alike) * _tokens_per_byte(alike, source, tools, chats)
+        rows.append((source.name, sum(task.size for task in mine), round(tokens)))
+    files = {(task.source, file.name) for task in whole_files for file in task.files}
     dtype = token_dtype(tools.vocab_size if vocab_size is None else vocab_size)
-    return Expected(sources=tuple(rows), dtype=dtype.name, files=len(files), tasks=len(whole))
+    return Expected(sources=tuple(rows), dtype=dtype.name, files=len(files), tasks=len(tasks))
 
 
-def _probe(task: InputTask, source: DocumentSource, tokenizer: Tokenizer, chats: bool) -> tuple[int, float]:
-    """Bytes of input that were read, and the tokens in them."""
-    encoder = ChatEncoder(tokenizer) if chats else None
-    tokens, encoded = 0.0, 0
-    records = read_task(task, source, chats=chats)
-    for record in records:
-        if isinstance(record, BadRecord):
-            raise DataError(record.what, where=record.place)
-        if encoder is not None:
-            assert isinstance(record, Chat)
-            found = sum(len(part) for part, _ in encoder.encode(record))
-            tokens, encoded = tokens + found, encoded + found
-        else:
-            assert isinstance(record, Document)
-            text = "".join(part.text for part in record.parts)
-            part = text[:_PROBE]
-            tokens += len(tokenizer.encode(part)) * len(text) / max(1, len(part))
-            encoded += len(part)
-        if encoded >= _PROBE:
+def _tokens_per_byte(tasks: Sequence[InputTask], source: DocumentSource, tokenizer: Tokenizer, chats: bool) -> float:
+    """Tokens in a byte of the input as it lies on the disk, from the beginning of the first files of one kind."""
+    encoder, probe = ChatEncoder(tokenizer) if chats else None, _Probe()
+    for task in tasks:
+        if probe.encoded >= _PROBE:
             break
-    return records.bytes_read, tokens
+        probe.begin(task, source)
+        records = read_task(task, source, chats=chats)
+        for record in records:
+            if isinstance(record, BadRecord):
+                raise DataError(record.what, where=record.place)
+            text = "".join(map(str, record.messages) if isinstance(record, Chat) else (part.text for part in record.parts))
+            probe.reach(record, len(text), records.bytes_read)
+            if probe.is_enough:
+                break
+            if probe.encoded >= _PROBE:
+                pass  # only to see how much a compressed file holds
+            elif isinstance(record, Chat):
+                assert encoder is not None
+                probe.take(len(text), sum(len(part) for part, _ in encoder.encode(record)))
+            else:
+                probe.take(len(text[:_PROBE]), len(tokenizer.encode(text[:_PROBE])))
+            probe.size += len(text)
+        else:
+            probe.end()
+    return probe.tokens_per_byte
+
+
+class _Probe:
+    """How much of the input some records are: the bytes between their places, and not what was read ahead to find them."""
+
+    def __init__(self) -> None:
+        self.encoded = self.tokens = 0  # characters that were encoded, and the tokens in them
+        self.size = 0  # characters of all records of this file so far
+        self.is_enough = False
+        self._sizes, self._bytes = 0.0, 0.0  # characters of the files, in how many bytes
+
+    def begin(self, task: InputTask, source: DocumentSource) -> None:
+        """A task of whole files comes next."""
+        self._task, self.size, self._read, self._known = task, 0, 0, (0.0, 0.0)
+        self._rows = row_count(input_path(source, task.files[0].name)) if task.kind == "parquet" else 0
+        self._stops = dict(zip((file.name for file in task.files), accumulate(file.size for file in task.files), strict=True))
+        self._stop = 0  # of the files before this record, where a file is a record
+
+    def reach(self, record: Document | Chat, size: int, bytes_read: int) -> None:
+        """The records so far lie before this one of `size` characters: note how many bytes they are, and whether that is enough."""
+        place, kind = record.place, self._task.kind
+        if kind in ("gzip", "zstd"):
+            # a block is read when those before it are unpacked: they ended somewhere in this record
+            if bytes_read != self._read:
+                self._known, self._read = (self.size + size / 2, self._read), bytes_read
+            self.is_enough = self.encoded >= _PROBE and self._known[1] >= _PACKED
+        else:
+            if kind == "parquet":
+                assert place.row is not None
+                begin = self._task.size * (place.row - 1) / self._rows
+            elif kind == "jsonl":
+                assert place.offset is not None
+                begin = place.offset
+            else:
+                begin, self._stop = self._stop, self._stops[record.id]
+            self._known = (self.size, begin)
+            self.is_enough = self.encoded >= _PROBE
+        if self.is_enough:
+            self._add(*self._known)
+
+    def take(self, size: int, tokens: int) -> None:
+        """So many characters have so many tokens."""
+        self.encoded, self.tokens = self.encoded + size, self.tokens + tokens
+
+    def end(self) -> None:
+        """The task has no more records."""
+        self._add(self.size, self._task.size)
+
+    def _add(self, size: float, count: float) -> None:
+        self._sizes, self._bytes = self._sizes + size, self._bytes + count
+
+    @property
+    def tokens_per_byte(self) -> float:
+        """Over all that was looked at."""
+        return self.tokens / max(1, self.encoded) * self._sizes / max(1.0, self._bytes)

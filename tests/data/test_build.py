@@ -1,5 +1,6 @@
 """Folders of packed samples: read by Megatron as intended, equal for any order of files, whole or not there at all."""
 
+import gzip
 import json
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
 from megatron.core.datasets.indexed_dataset import IndexedDataset
@@ -273,6 +275,80 @@ def test_a_dry_run_estimates_and_writes_nothing(corpus, tokenizer_folder: Path, 
         assert name == source.name
         assert size == source.bytes
         assert abs(tokens / source.tokens - 1) < 0.02
+
+
+def long_documents() -> list[dict]:
+    return [{"id": f"{i}", "text": (words(i, 9000) + "\n") * 90} for i in range(6)]  # 5 MB each
+
+
+def many_documents() -> list[dict]:
+    return [{"id": f"{i}", "meta": "x" * (i % 50), "text": words(i, 40 + i % 300)} for i in range(12_000)]
+
+
+def write_lines(path: Path, records: list[dict]) -> None:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+def write_gzip(path: Path, records: list[dict]) -> None:
+    path.write_bytes(gzip.compress("".join(json.dumps(record) + "\n" for record in records).encode(), 6))
+
+
+def write_parquet(path: Path, records: list[dict]) -> None:
+    rows = {name: [record[name] for record in records] for name in ("id", "text")}
+    pyarrow.parquet.write_table(pyarrow.table(rows), path, compression="zstd", row_group_size=1000)
+
+
+def write_folder(path: Path, records: list[dict]) -> None:
+    """All of the kinds beside each other: a byte of one holds more than one of another."""
+    path.mkdir()
+    write_lines(path / "a.jsonl", records[::4])
+    write_gzip(path / "b.jsonl.gz", records[1::4])
+    write_parquet(path / "c.parquet", records[2::4])
+    for record in records[3::4]:
+        (path / f"{record['id']}.txt").write_text(record["text"])
+
+
+@pytest.mark.parametrize(
+    ("suffix", "write", "made", "packed"),
+    [
+        (".jsonl", write_lines, long_documents, None),
+        (".jsonl", write_lines, many_documents, None),
+        (".jsonl.gz", write_gzip, long_documents, None),
+        (".jsonl.gz", write_gzip, many_documents, 1 << 21),  # the first two thirds are unpacked
+        (".parquet", write_parquet, many_documents, None),
+        ("", write_folder, many_documents, None),
+    ],
+)
+def test_a_dry_run_is_within_a_tenth(
+    tokenizer_folder: Path, tmp_path: Path, monkeypatch, made, suffix: str, write, packed
+) -> None:
+    """Documents that are longer than a range, and packed files, of which a byte is many characters."""
+    records = made()
+    write(tmp_path / f"a{suffix}", records)
+    monkeypatch.setattr(build_module, "_PACKED", packed or build_module._PACKED)
+    encode = load_tokenizer(tokenizer_folder).encode
+    tokens = sum(len(encode(record["text"])) for record in records)
+    sources = section(tmp_path / f"a{suffix}").sources
+    ((_, _, expected),) = expect(sources, tokenizer_folder, chats=False, vocab_size=None).sources
+    assert abs(expected / tokens - 1) < 0.1, expected / tokens
+
+
+def test_a_dry_run_counts_the_tasks_of_its_range_and_refuses_what_the_run_would(corpus, tokenizer_folder: Path) -> None:
+    sources = section(*corpus).sources
+    sizes = [file.stat().st_size for file in corpus if file.is_file()]
+    few = expect(sources, tokenizer_folder, chats=False, vocab_size=512)
+    many = expect(sources, tokenizer_folder, chats=False, vocab_size=512, range_bytes=1000)
+    assert (few.sources, few.files) == (many.sources, many.files)
+    assert many.tasks >= few.tasks + sum(size // 1000 - 1 for size in sizes)
+    with pytest.raises(DataError, match=r"vocabulary of the tokenizer \(350\) is larger than the model's \(200\)"):
+        expect(sources, tokenizer_folder, chats=False, vocab_size=200)
+
+
+def test_a_dry_run_of_chats(tokenizer_folder: Path, tmp_path: Path, jsonl) -> None:
+    path = jsonl("chats.jsonl", [conversation(i, 2 + i % 9) for i in range(300)])
+    expected = expect(section(path).sources, tokenizer_folder, chats=True, vocab_size=512)
+    report = build(section(path), tokenizer_folder, tmp_path / "out", chats=True)
+    assert expected.sources[0][2] == report.tokens.sources[0].tokens
 
 
 # ------------------------------------------------------------------ chats

@@ -10,7 +10,7 @@ from typing import Any
 from mcore_longctx.data.documents.lines import BLOCK, Tally, optional_module
 from mcore_longctx.errors import DataError
 
-__all__ = ["BadText", "column_names", "read_rows", "row_group_ranges"]
+__all__ = ["BadText", "column_names", "read_rows", "row_count", "row_group_ranges"]
 
 _BATCH_BYTES = 1 << 23  # of values that are unpacked at once, by the mean of the file
 _BATCH_ROWS = 1024
@@ -45,6 +45,12 @@ def column_names(path: Path) -> list[str]:
     """Names of the columns. Errors as in `row_group_ranges`."""
     with _opened(path) as file:
         return list(file.schema_arrow.names)
+
+
+def row_count(path: Path) -> int:
+    """Rows of the file. Errors as in `row_group_ranges`."""
+    with _opened(path) as file:
+        return int(file.metadata.num_rows)
 
 
 def read_rows(path: Path, start: int, stop: int, columns: Sequence[str], tally: Tally) -> Iterator[tuple[int, dict[str, Any]]]:
