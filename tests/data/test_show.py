@@ -10,10 +10,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mcore_longctx.data.build import build
 from mcore_longctx.data.files.index_file import IndexColumns, write_index
 from mcore_longctx.data.files.indexed import IndexedWriter
 from mcore_longctx.data.inspect.show import sample_in_words, show_sample, stats, stats_in_words
+from mcore_longctx.data.tokenizers import load_tokenizer
 from mcore_longctx.errors import DataError
+from mcore_longctx.recipe.schema import DataSection, DocumentSource
+from tests.data.conftest import words
 from tests.data.packed import make_packed
 
 
@@ -133,12 +137,25 @@ def test_lengths_by_source_with_a_sidecar(tmp_path: Path) -> None:
     for source in ("books", "wiki"):
         mine = [length for what, document, _, length in runs if what == "document" and packed.names[document][0] == source]
         assert_counted(rows["runs", source], mine)
-        assert_counted(rows["documents", source], mine)  # each is used once here
+        ends = [at + length for what, document, at, length in runs if what == "document" and packed.names[document][0] == source]
+        assert_counted(rows["documents", source], ends)  # each is used once here
     for name, what in (("separators", "separator"), ("padding", "padding")):
         assert_counted(rows[name, None], [row[3] for row in runs if row[0] == what])
     text = stats_in_words(facts)
     assert "documents of books" in text
     assert "padding" in text
+
+
+def test_a_document_that_is_taken_twice_does_not_count_as_a_longer_one(tmp_path: Path, tokenizer_folder: Path, jsonl) -> None:
+    """Whole documents, each repeated: their lengths are those of the texts."""
+    texts = {f"{i}": words(i, 5 + 7 * i) for i in range(12)}
+    path = jsonl("a.jsonl", [{"id": name, "text": text} for name, text in texts.items()])
+    section = DataSection(sources=(DocumentSource(name="a", path=path),), repeat_to_fill=True)
+    lengths = [len(load_tokenizer(tokenizer_folder).encode(text)) for text in texts.values()]
+    arguments = {"chats": False, "model_vocab_size": 512, "seq_length": 32, "seed": 1, "out": tmp_path / "out"}
+    build(section, "a", tokenizer=tokenizer_folder, num_samples=3 * sum(lengths) // 32, **arguments)
+    (row,) = [row for row in stats(tmp_path / "out")["lengths"] if row["what"] == "documents"]
+    assert_counted(row, lengths)
 
 
 def test_ten_million_sequences_are_counted_without_a_loop(tmp_path: Path) -> None:

@@ -139,6 +139,7 @@ def stats(path: Path | str) -> dict[str, Any]:
         facts for JSON and `stats_in_words`: prefix, dtype, has_runs, and `lengths`: rows of sequences and of documents (without a
         sidecar: those of the index), with a sidecar also the runs and the documents of each source, separators and padding. Each
         row has what, source, count, tokens, min, median, p90, max (nearest rank) and buckets: count and tokens by power of two.
+        A document counts once, with its tokens up to the last one that a sample holds: a sidecar knows no more of its length.
 
     Raises:
         DataError: the dataset is damaged.
@@ -160,15 +161,15 @@ def stats(path: Path | str) -> dict[str, Any]:
 
 def _rows_of_sources(runs: Runs) -> list[dict[str, Any]]:
     """Runs and documents of each source, separators, padding."""
-    used = np.zeros(len(runs.document_source), np.int64)  # tokens of each document in all samples
+    known_length = np.zeros(len(runs.document_source), np.int64)  # of each document, however often a sample holds it
     for low in range(0, len(runs.document), _ROWS):
-        document, length = runs.document[low : low + _ROWS], runs.length[low : low + _ROWS]
+        document, start, length = (column[low : low + _ROWS] for column in (runs.document, runs.start, runs.length))
         known = document >= 0
-        np.add.at(used, document[known], length[known].astype(np.int64))
+        np.maximum.at(known_length, document[known], start[known] + length[known])
     rows = []
     for number, source in enumerate(runs.sources):
         mine = runs.document_source == number
-        rows.append(_row("documents", source, used[mine]))
+        rows.append(_row("documents", source, known_length[mine]))
         is_run = np.zeros(len(runs.document), np.bool_)
         for low in range(0, len(is_run), _ROWS):
             document = runs.document[low : low + _ROWS]
