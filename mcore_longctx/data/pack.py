@@ -189,7 +189,9 @@ def _work_folder(out: Path, name: str, job: TokenJob, plan: Mapping[str, Any]) -
                     "is already there, and not from this plan", where=out / f"{name}.{suffix}", fix="use another name"
                 )
         if work.exists() and any(work.iterdir()):
-            raise ConfigError("is no folder of an unfinished pack, or a damaged one", where=work, fix="remove it or use another name")
+            raise ConfigError(
+                "is no folder of an unfinished pack, or a damaged one", where=work, fix="remove it or use another name"
+            )
         work.mkdir(exist_ok=True)
         write_sealed(work / "settings.json", settings)
     remove_leftovers(work)
