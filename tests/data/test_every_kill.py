@@ -83,6 +83,9 @@ def looks_finished(out: Path) -> bool:
         read_plan(out / "plan")
     if (out / MANIFEST).exists():
         verify_data(out)
+    if (out / f"{NAME}.idx").exists():  # Megatron finds a whole pair or nothing
+        assert (out / f"{NAME}.bin").exists()
+        assert (out / f"{NAME}.runs").exists()
     try:
         samples = PackedSamples(out / NAME)
     except LongctxError:
