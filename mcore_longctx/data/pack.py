@@ -178,9 +178,9 @@ def _work_folder(out: Path, name: str, job: TokenJob, plan: Mapping[str, Any]) -
         found = _packing_settings(other)
         if found is None or (other == work and found == settings):
             continue
-        remove_aside(other)  # first: as long as it is there, its files of a final name are known for ours
-        for suffix in _SUFFIXES:
+        for suffix in reversed(_SUFFIXES):  # the index first: it says that the rest is there
             (out / f"{other.name.removesuffix('.packing')}.{suffix}").unlink(missing_ok=True)
+        remove_aside(other)  # last: as long as it is there, its files of a final name are known for ours
     remove_leftovers(out)
     if _packing_settings(work) is None:
         for suffix in _SUFFIXES:
@@ -188,6 +188,7 @@ def _work_folder(out: Path, name: str, job: TokenJob, plan: Mapping[str, Any]) -
                 raise ConfigError(
                     "is already there, and not from this plan", where=out / f"{name}.{suffix}", fix="use another name"
                 )
+        remove_leftovers(work, of=("settings.json",))
         if work.exists() and any(work.iterdir()):
             raise ConfigError(
                 "is no folder of an unfinished pack, or a damaged one", where=work, fix="remove it or use another name"
