@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.debug:
             traceback.print_exc()
         print(f"mcore-longctx: {error}", file=sys.stderr)
-        _leave_note(error)
+        leave_note(error)
         return error.exit_code
     except KeyboardInterrupt:
         print("mcore-longctx: interrupted", file=sys.stderr)
@@ -84,11 +84,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _leave_note(error: LongctxError) -> None:
-    """Tell whoever started this rank (`launch.local`): torchrun makes 1 of every exit code."""
+def leave_note(error: LongctxError) -> None:
+    """Tell whoever started this rank (`launch.local`): torchrun makes 1 of every exit code, and stops the others at once."""
     note = os.environ.get("MCORE_LONGCTX_ERROR_NOTE")
     if note:
-        Path(note).write_text(f"failed {error.exit_code} {error}\n", encoding="utf-8")
+        aside = Path(f"{note}.{os.getpid()}")
+        aside.write_text(f"failed {error.exit_code} {error}\n", encoding="utf-8")
+        aside.replace(note)  # whole, also when this rank is stopped while it writes
 
 
 def _module(verb: str):  # type: ignore[no-untyped-def]

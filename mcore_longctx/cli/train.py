@@ -40,13 +40,15 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, and return the exit code of `train_stage`."""
+    from mcore_longctx.cli.main import leave_note
     from mcore_longctx.errors import LongctxError
 
     try:
         job = train_job(args.recipe, args.overrides, args.stage)
         from mcore_longctx.train.loop import train_stage
     except LongctxError as error:
-        if _rank() > 0:  # rank 0 meets the same and says it
+        if _rank() > 0:  # rank 0 meets the same and says it, if it gets that far before it is stopped
+            leave_note(error)
             return error.exit_code
         raise
     code = train_stage(job)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from mcore_longctx.cli.main import main
 from mcore_longctx.errors import LayoutError, LongctxError, StoppedBySignal, TrainingError
 from mcore_longctx.launch import local
 
@@ -15,6 +16,18 @@ def test_bad_input_keeps_its_line_and_its_exit_code(tmp_path: Path, ranks: int) 
         local.launch_ranks(["train", "tiny-cup"], ranks, log=tmp_path / "logs")
     assert caught.value.exit_code == 2
     assert "tiny-cup" in (tmp_path / "logs" / "stderr.log").read_text()
+
+
+def test_the_rank_that_fails_first_leaves_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """torchrun stops the other ranks at once: rank 0 may never come to say its line."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv(local.ERROR_NOTE, str(tmp_path / "error"))
+    assert main(["train", "tiny-cup"]) == 2
+    assert (tmp_path / "error").read_text().startswith("failed 2 tiny-cup: no such recipe file")
+    assert capsys.readouterr().err == ""
+    assert [path.name for path in tmp_path.iterdir()] == ["error"]
 
 
 @pytest.mark.parametrize(
