@@ -260,7 +260,7 @@ def is_alive(pid: int) -> bool:
     """Whether a process of this host runs. One that has ended and that nobody has asked about (a zombie) does not."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):  # gone, or no number of a process
         return False
     except PermissionError:
         return True

@@ -151,6 +151,7 @@ def test_only_leftovers_of_the_dead_of_this_host_are_removed(tmp_path: Path) -> 
         f"b.tokens.partial-{host}-{zombie}": False,
         f"a.tokens.partial-{host}-{dead.pid}": False,
         f"a.tokens.partial-{host}-{os.getpid()}": True,
+        f"a.tokens.partial-{host}-99999999999999": False,
         f"a.tokens.partial-elsewhere-{dead.pid}": True,
         f"a.tokens.partial-{host}-x": True,
         "a.tokens": True,
