@@ -254,7 +254,6 @@ def _tokenize(args: argparse.Namespace) -> int:
         return 0
     check_output(args.out)
     tokenizer = load_tokenizer(args.tokenizer)
-    args.out.mkdir(parents=True, exist_ok=True)
     with lock_folder(args.out):
         job = prepare_job(
             args.out,

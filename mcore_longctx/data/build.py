@@ -105,7 +105,6 @@ def build(
         _refuse_unused(section, name)
     check_output(out)
     tools = load_tokenizer(tokenizer)
-    out.mkdir(parents=True, exist_ok=True)
     with lock_folder(out):
         job = prepare_job(out, section.sources, tools, vocab_size=model_vocab_size, chats=chats)
         progress("to tokenize", job.size_missing, 0)

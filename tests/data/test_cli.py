@@ -409,3 +409,15 @@ def test_no_verb_of_data_imports_torch(recipe: Path, tmp_path: Path) -> None:
 def test_reading_samples_needs_numpy_only() -> None:
     code = "import sys, mcore_longctx.data; assert not {'torch', 'tokenizers', 'jinja2', 'matplotlib', 'yaml'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_an_output_that_cannot_be_made_is_one_line(recipe: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("years of work")
+    out = str(tmp_path / "file" / "out")
+    common = ["--tokenizer", str(recipe.parent / "model"), f"books={recipe.parent / 'books'}"]
+    for arguments in (["tokenize", out, *common], ["build", str(recipe), "--stage", "extend", "--out", out]):
+        assert main(["data", *arguments]) == 2
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert "cannot be written (Not a directory); choose another output folder" in said
+    assert (tmp_path / "file").read_text() == "years of work"

@@ -34,7 +34,7 @@ def keep_tokenizer(tokenizer: Tokenizer) -> None:
     _loaded[tokenizer.path.absolute()] = tokenizer
 
 
-class TokenizeShards(PipelineStep):  # type: ignore[misc]
+class TokenizeShards(PipelineStep):
     """Rank r of n does tasks r, r + n, r + 2n, ... of the job that was prepared in OUT, as far as they are not done.
 
     Args:
@@ -82,7 +82,7 @@ class TokenizeShards(PipelineStep):  # type: ignore[misc]
         return sorted({task % world_size for task in range(len(job.tasks)) if not job.is_done(task)})
 
 
-class FinishBuild(PipelineStep):  # type: ignore[misc]
+class FinishBuild(PipelineStep):
     """What comes after the shards, in one process: manifest, plan, pack. Shards that are missing all the same are made first.
 
     Args:
@@ -100,7 +100,7 @@ class FinishBuild(PipelineStep):  # type: ignore[misc]
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> Any:
         """Build, and print the report into the log of the job."""
         del rank, world_size
-        print(build(**self.arguments, workers=self.workers), flush=True)  # noqa: T201 (the job's log is where it is looked for)
+        print(build(**self.arguments, workers=self.workers), flush=True)  # into the log of the job
         return data
 
     def ranks_to_do(self, world_size: int) -> list[int]:
@@ -108,7 +108,7 @@ class FinishBuild(PipelineStep):  # type: ignore[misc]
         return list(range(world_size))
 
 
-class LocalExecutor(LocalPipelineExecutor):  # type: ignore[misc]
+class LocalExecutor(LocalPipelineExecutor):
     """datatrove's local executor with the processes of `run_tasks`.
 
     Its own pool waits for ever when a worker is killed (out of memory), and its manager process outlives a killed parent.
@@ -123,7 +123,7 @@ class LocalExecutor(LocalPipelineExecutor):  # type: ignore[misc]
         return sum(stats, start=PipelineStats())
 
 
-class SlurmExecutor(SlurmPipelineExecutor):  # type: ignore[misc]
+class SlurmExecutor(SlurmPipelineExecutor):
     """datatrove's SLURM executor: an array job of the ranks that have something to do."""
 
     def get_incomplete_ranks(self, ranks: Iterable[int] | None = None, skip_completed: bool | None = None) -> list[int]:

@@ -10,6 +10,7 @@ twice at any time; the same command again submits what is missing. OUT/jobs hold
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 import re
 import shlex
@@ -128,7 +129,7 @@ def _datatrove() -> Iterator[None]:
     try:
         from loguru import logger
 
-        import mcore_longctx.data.engines.datatrove_steps  # noqa: F401
+        importlib.import_module("mcore_longctx.data.engines.datatrove_steps")
     except ModuleNotFoundError as error:
         if error.name not in ("loguru", "datatrove"):
             raise
@@ -147,7 +148,6 @@ def _prepared(arguments: Mapping[str, Any]) -> Iterator[tuple[TokenJob, Tokenize
     check_name(arguments["name"])
     check_output(out)
     tokenizer = load_tokenizer(arguments["tokenizer"])
-    out.mkdir(parents=True, exist_ok=True)
     with lock_folder(out):
         job = prepare_job(out, section.sources, tokenizer, vocab_size=arguments["model_vocab_size"], chats=chats)
         if not chats:

@@ -16,6 +16,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -305,8 +306,7 @@ def _byte_characters() -> list[str]:
 def _own_memory() -> int | None:
     """Bytes of this process that no file backs, None where the system does not tell."""
     try:
-        with open("/proc/self/statm", "rb") as file:  # noqa: PTH123
-            _, resident, shared, *_ = map(int, file.read().split())
+        _, resident, shared, *_ = map(int, Path("/proc/self/statm").read_bytes().split())
     except OSError:
         return None
     return (resident - shared) * mmap.PAGESIZE

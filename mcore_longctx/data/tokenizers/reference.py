@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -269,9 +269,9 @@ class TiktokenReference:
         return frozenset(self.special.values())
 
 
-def words_stand_alone(vocabulary: object) -> bool:
+def words_stand_alone(vocabulary: Iterable[str]) -> bool:
     """Whether no token has a space (U+2581) behind another character: then the tokens of a word depend on that word alone."""
-    return not any(re.search("[^\u2581 ][\u2581 ]", text) for text in vocabulary)  # type: ignore[attr-defined]
+    return not any(re.search("[^\u2581 ][\u2581 ]", text) for text in vocabulary)
 
 
 def _read_ranks(path: Path, raw: bytes) -> dict[bytes, int]:

@@ -142,11 +142,16 @@ class _Result:
 
 
 def _encoder(job: TokenJob, tokenizer: Tokenizer) -> Encode:
-    if job.chats:
-        chats = ChatEncoder(tokenizer)
-        return chats.encode  # type: ignore[return-value]
-    # each part alone, so that its loss flag covers exactly its own characters
-    return lambda record: [(tokenizer.encode(part.text), part.loss) for part in record.parts]  # type: ignore[union-attr]
+    chats = ChatEncoder(tokenizer) if job.chats else None
+
+    def encode(record: Document | Chat) -> list[tuple[npt.NDArray[Any], bool]]:
+        if isinstance(record, Document):
+            # each part alone, so that its loss flag covers exactly its own characters
+            return [(tokenizer.encode(part.text), part.loss) for part in record.parts]
+        assert chats is not None
+        return [*chats.encode(record)]
+
+    return encode
 
 
 def _run_task(job: TokenJob, number: int, tokenizer: Tokenizer, encode: Encode, max_bad: int, verify_fraction: float) -> _Result:
@@ -172,8 +177,8 @@ def _run_task(job: TokenJob, number: int, tokenizer: Tokenizer, encode: Encode, 
                     return _Result(number, 0, bad)
                 continue
             empty += not shard.add(record.id, segments)
-            if verify_fraction and not job.chats and zlib.crc32(record.id.encode()) < verify_fraction * 2**32:
-                for part in record.parts:  # type: ignore[union-attr]
+            if verify_fraction and isinstance(record, Document) and zlib.crc32(record.id.encode()) < verify_fraction * 2**32:
+                for part in record.parts:
                     check_against_reference(tokenizer, part.text, record.place)
         facts = {name: getattr(records, name) for name in ("bytes_read", "crc32", "binary", "ignored")}
         shard.publish({"source": source.name, "backend": tokenizer.backend, "empty": empty + records.empty, "bad": bad, **facts})
