@@ -98,16 +98,21 @@ def test_documents_are_numbered_as_they_appear(texts, tokenizer_folder: Path, tm
     assert len(first) > 60
 
 
+def packed_and_planned_otherwise(tmp_path: Path, tokenizer: Path) -> tuple[bytes, Path]:
+    """The .bin of the plan with seed 5, and a folder of the same tokens that is planned with seed 6."""
+    out = tokenize(tmp_path, tokenizer)
+    plan(out, seed=5)
+    pack(out, "x")
+    other = tokenize(tmp_path, tokenizer, "other")
+    plan(other, seed=6)
+    return (out / "x.bin").read_bytes(), other
+
+
 def test_a_block_size_that_does_not_divide_and_a_plan_made_again(
     texts, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A pack that was begun by one plan is not finished by another."""
-    out = tokenize(tmp_path, tokenizer_folder)
-    plan(out, seed=5)
-    pack(out, "x")
-    expected = (out / "x.bin").read_bytes()
-    other = tokenize(tmp_path, tokenizer_folder, "other")
-    plan(other, seed=6)
+    expected, other = packed_and_planned_otherwise(tmp_path, tokenizer_folder)
     begin_pack(other, "x", 3, monkeypatch)
     assert len(list((other / "x.packing").glob("*.crc"))) == 3
     plan(other, seed=5)
@@ -190,12 +195,7 @@ def test_what_another_plan_had_published_is_removed_and_not_kept(
     texts, tokenizer_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed between the renames, then planned anew: the files of the first plan are ours and unfinished."""
-    out = tokenize(tmp_path, tokenizer_folder)
-    plan(out, seed=5)
-    pack(out, "x")
-    expected = (out / "x.bin").read_bytes()
-    other = tokenize(tmp_path, tokenizer_folder, "other")
-    plan(other, seed=6)
+    expected, other = packed_and_planned_otherwise(tmp_path, tokenizer_folder)
 
     def stop(*args: object, **kwargs: object) -> None:
         raise Stop
