@@ -1,10 +1,10 @@
 """Conversion between Hugging Face and Megatron torch_dist checkpoints by moving bytes: no torch, no model, nothing executed."""
 
-from mcore_longctx.convert.checkpoint_view import CheckpointView, open_checkpoint
+from mcore_longctx.convert.checks.inspect import describe_folder, inspect_folder
+from mcore_longctx.convert.checks.verify import Report, compare
 from mcore_longctx.convert.hf_export import export_hf
 from mcore_longctx.convert.hf_import import import_hf
-from mcore_longctx.convert.inspect import describe_folder, inspect_folder
-from mcore_longctx.convert.verify import Report, compare
+from mcore_longctx.convert.views import CheckpointView, open_checkpoint
 
 __all__ = [
     "CheckpointView",

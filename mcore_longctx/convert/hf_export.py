@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mcore_longctx.convert.checkpoint_view import CONFIG, HF_FOLDER, CheckpointView, open_torch_dist
-from mcore_longctx.convert.dcp_read import is_torch_dist
 from mcore_longctx.convert.disk import check_free_space, io_errors
-from mcore_longctx.convert.safetensors_io import INDEX, header_bytes, index_text, plan_shards, read_json
 from mcore_longctx.convert.sidecars import copy_sidecars, tokenizer_sha256
+from mcore_longctx.convert.views import CONFIG, HF_FOLDER, CheckpointView, open_torch_dist
 from mcore_longctx.errors import CheckpointError
+from mcore_longctx.formats.dcp_read import is_torch_dist
+from mcore_longctx.formats.safetensors_io import INDEX, header_bytes, index_text, plan_shards, read_json
 from mcore_longctx.manifest import MANIFEST, sha256_file, staged_folder, verify_manifest, write_manifest
 from mcore_longctx.recipe import CARD, CheckpointCard, write_card
 from mcore_longctx.rope import merge_hf_rope

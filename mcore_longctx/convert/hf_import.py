@@ -6,14 +6,14 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from mcore_longctx.convert.checkpoint_view import CONFIG, HF_FOLDER, CheckpointView, open_hf
-from mcore_longctx.convert.dcp_write import TorchDistWriter
 from mcore_longctx.convert.disk import check_free_space, io_errors
-from mcore_longctx.convert.dtypes import DType
-from mcore_longctx.convert.families import MappedTensor, extra_state_keys, llama_tensors
 from mcore_longctx.convert.sidecars import copy_sidecars, tokenizer_sha256
-from mcore_longctx.convert.tensor_rows import Piece, TensorRows
+from mcore_longctx.convert.views import CONFIG, HF_FOLDER, CheckpointView, open_hf
+from mcore_longctx.convert.views.rows import Piece, TensorRows
 from mcore_longctx.errors import ConversionError
+from mcore_longctx.families import MappedTensor, extra_state_keys, model_tensors
+from mcore_longctx.formats.dcp_write import TorchDistWriter
+from mcore_longctx.formats.dtypes import DType
 from mcore_longctx.manifest import MANIFEST, staged_folder, verify_manifest, write_manifest
 from mcore_longctx.recipe import CheckpointCard, write_card
 
@@ -42,7 +42,7 @@ def import_hf(hf: Path, out: Path) -> None:
         )
     if view.card is not None and (hf / MANIFEST).exists():  # an export of ours: nothing else notices a flipped bit
         verify_manifest(hf, "export")
-    mapped = llama_tensors(view.shape)
+    mapped = model_tensors(view.shape)
     dtypes = _megatron_dtypes(view, mapped)
     with staged_folder(out) as folder:
         check_free_space(folder, sum(tensor.nbytes for tensor in view.tensors.values()), out)

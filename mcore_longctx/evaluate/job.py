@@ -15,6 +15,7 @@ from mcore_longctx.evaluate.held_out import EvaluationTokenizer, Windows, cut_wi
 from mcore_longctx.evaluate.loss_by_position import score_windows
 from mcore_longctx.evaluate.rows import on_first_rank
 from mcore_longctx.evaluate.scoring import score_needles
+from mcore_longctx.families import ModelShape
 from mcore_longctx.layout import check_seq_length
 from mcore_longctx.manifest import MANIFEST, sha256_file, verify_manifest
 from mcore_longctx.megatron_compat import device_context
@@ -22,7 +23,6 @@ from mcore_longctx.model import build_gpt_model, destroy_process_groups, init_pr
 from mcore_longctx.model.te import check_backend
 from mcore_longctx.model.weights import load_model_weights
 from mcore_longctx.recipe.card import read_card
-from mcore_longctx.recipe.model_shape import ModelShape
 from mcore_longctx.recipe.schema import EvaluateSection, LossByPositionSection
 from mcore_longctx.rope import RopeScaling
 from mcore_longctx.tasks import Haystack

@@ -29,7 +29,7 @@ from mcore_longctx.recipe.schema import Activations
 if TYPE_CHECKING:
     from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-    from mcore_longctx.recipe.model_shape import ModelShape
+    from mcore_longctx.families import ModelShape
     from mcore_longctx.recipe.schema import Parallel
     from mcore_longctx.rope import RopeScaling
 

@@ -24,11 +24,11 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from torch import Tensor
 
 from mcore_longctx.errors import ConfigError
+from mcore_longctx.families import ModelShape
 from mcore_longctx.layout import zigzag_positions
 from mcore_longctx.megatron_compat import device_context
 from mcore_longctx.model.builder import gpt_model_of_spec, transformer_config
 from mcore_longctx.model.process_groups import destroy_process_groups, init_process_groups
-from mcore_longctx.recipe.model_shape import ModelShape
 from mcore_longctx.recipe.schema import Parallel
 from mcore_longctx.rope import RopeScaling
 

@@ -1,7 +1,7 @@
 """The recipe: one YAML file that describes a whole run, and the facts that travel with a checkpoint."""
 
+from mcore_longctx.families import ModelShape
 from mcore_longctx.recipe.card import CARD, CheckpointCard, read_card, write_card
-from mcore_longctx.recipe.model_shape import ModelShape
 from mcore_longctx.recipe.schema import (
     DataSection,
     DocumentSource,

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mcore_longctx.errors import CheckpointError
+from mcore_longctx.families import ModelShape
 from mcore_longctx.manifest import write_atomic
-from mcore_longctx.recipe.model_shape import ModelShape
 from mcore_longctx.rope import RopeScaling
 
 __all__ = ["CARD", "CheckpointCard", "read_card", "write_card"]

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mcore_longctx.errors import ConfigError, LongctxError
+from mcore_longctx.families import ModelShape, read_shape
 from mcore_longctx.recipe.load import RecipeFile
-from mcore_longctx.recipe.model_shape import ModelShape
 from mcore_longctx.rope import RopeScaling, read_hf_rope, write_hf_rope
 
 __all__ = ["Resolved", "resolve"]
@@ -41,7 +41,7 @@ def resolve(file: RecipeFile, *, need_model: bool = True) -> Resolved:
     found = path.is_file()
     if found:
         config = _read_json(path)
-        shape = ModelShape.from_hf_config(config, where=path)
+        shape = read_shape(config, where=path)
         own_rope = read_hf_rope(config, where=path)
         _compare_sizes(file, shape)
     elif need_model:

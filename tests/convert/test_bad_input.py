@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from mcore_longctx.convert import export_hf, import_hf, open_checkpoint
-from mcore_longctx.convert.safetensors_io import read_header
 from mcore_longctx.errors import CheckpointError, ConfigError, ConversionError, LongctxError
+from mcore_longctx.families import read_shape
+from mcore_longctx.formats.safetensors_io import read_header
 from mcore_longctx.manifest import write_manifest
 from mcore_longctx.recipe import CheckpointCard, read_card, write_card
 from tests.convert.fuzz import mutations, only_our_errors, strange_values
@@ -226,7 +227,7 @@ def rewritten(checkpoint: Path, **changes: Any) -> Path:
     card = read_card(checkpoint)
     config = json.loads((checkpoint / "hf" / "config.json").read_text()) | changes
     (checkpoint / "hf" / "config.json").write_text(json.dumps(config))
-    shape = type(card.shape).from_hf_config(config)
+    shape = read_shape(config)
     write_card(checkpoint, CheckpointCard(shape=shape, rope=card.rope))
     write_manifest(checkpoint, "checkpoint")
     return checkpoint

@@ -21,9 +21,9 @@ import pytest
 import torch
 
 from mcore_longctx.convert import compare, export_hf, import_hf, inspect_folder
-from mcore_longctx.convert.dcp_read import read_torch_dist
+from mcore_longctx.families import read_shape
+from mcore_longctx.formats.dcp_read import read_torch_dist
 from mcore_longctx.manifest import write_manifest
-from mcore_longctx.recipe import ModelShape
 from mcore_longctx.rope import read_hf_rope
 from tests.convert.hf_folders import LLAMA3_ROPE, read_weights
 from tests.multiproc import run_processes
@@ -151,7 +151,7 @@ def plain_gpt_model(hf: Path, case: Case, tp: int, pp: int) -> Any:
     from megatron.core.transformer.transformer_config import TransformerConfig
 
     config = json.loads((hf / "config.json").read_text())
-    shape, rope = ModelShape.from_hf_config(config), read_hf_rope(config)
+    shape, rope = read_shape(config), read_hf_rope(config)
     megatron = TransformerConfig(
         num_layers=shape.num_layers,
         hidden_size=shape.hidden_size,

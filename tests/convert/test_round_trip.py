@@ -105,7 +105,7 @@ def test_large_tensors_are_read_in_several_bands(tmp_path: Path, monkeypatch: py
 
 def test_several_distcp_files_are_written_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hf = write_folder(tmp_path / "hf", llama_config())
-    monkeypatch.setattr("mcore_longctx.convert.dcp_write.FILE_BYTES", 20_000)
+    monkeypatch.setattr("mcore_longctx.formats.dcp_write.FILE_BYTES", 20_000)
     import_hf(hf, tmp_path / "megatron")
     assert len(list((tmp_path / "megatron").glob("*.distcp"))) > 2
     assert compare(hf, tmp_path / "megatron").equal

@@ -84,7 +84,7 @@ def test_changed_weights_are_found_and_named(tmp_path: Path, name: str, sides: s
 
 @pytest.mark.parametrize("band_bytes", [1000, 8 << 20])
 def test_one_flipped_bit_is_told_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, band_bytes: int) -> None:
-    monkeypatch.setattr("mcore_longctx.convert.verify.BAND_BYTES", band_bytes)
+    monkeypatch.setattr("mcore_longctx.convert.checks.verify.BAND_BYTES", band_bytes)
     weights = random_weights(llama_config())
     a = write_folder(tmp_path / "a", llama_config(), weights)
     flip_bit("model.embed_tokens.weight", 125)(weights)

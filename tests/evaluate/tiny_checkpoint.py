@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mcore_longctx.convert import import_hf
-from mcore_longctx.recipe.model_shape import ModelShape
+from mcore_longctx.families import ModelShape
 from mcore_longctx.recipe.schema import EvaluateSection, LossByPositionSection, NeedleSection, Parallel, TokenCount
 from mcore_longctx.rope import RopeScaling, write_hf_rope
 

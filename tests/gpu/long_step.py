@@ -26,10 +26,10 @@ from mcore_longctx import megatron_compat as _imports_megatron_quietly  # noqa: 
 
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from mcore_longctx.families import ModelShape
 from mcore_longctx.megatron_compat import device_context, training_device
 from mcore_longctx.model import build_gpt_model, builder, init_process_groups
 from mcore_longctx.model.loss_head import chunked_loss_head
-from mcore_longctx.recipe.model_shape import ModelShape
 from mcore_longctx.recipe.schema import Activations, OptimizerSection, Parallel
 from mcore_longctx.rope import RopeScaling
 from mcore_longctx.train.optimizer import build_optimizer, wrap_model

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mcore_longctx.recipe.model_shape import ModelShape
+from mcore_longctx.families import ModelShape
 
 ROWS_AT_ONCE = 2**18  # of keys and values while they are made: memory only
 

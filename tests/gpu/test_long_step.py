@@ -11,8 +11,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mcore_longctx.families import ModelShape
 from mcore_longctx.model import destroy_process_groups
-from mcore_longctx.recipe.model_shape import ModelShape
 from mcore_longctx.recipe.schema import Activations, TokenCount
 from tests.gpu.long_step import Comparison, LongStep, compare_with_reference, run_step
 

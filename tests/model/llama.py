@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mcore_longctx.families import ModelShape
 from mcore_longctx.layout import zigzag_positions
 from mcore_longctx.megatron_compat import device_context
 from mcore_longctx.model import LongContextGPTModel, build_gpt_model, init_process_groups
 from mcore_longctx.model.initial_weights import global_name, tensor_parallel_shard
-from mcore_longctx.recipe.model_shape import ModelShape
 from mcore_longctx.recipe.schema import Parallel
 from mcore_longctx.rope import RopeScaling, write_hf_rope
 

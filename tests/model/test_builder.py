@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from mcore_longctx.errors import ConfigError, LayoutError
+from mcore_longctx.families import ModelShape
 from mcore_longctx.megatron_compat import device_context
 from mcore_longctx.model import (
     LongContextGPTModel,
@@ -18,7 +19,6 @@ from mcore_longctx.model import (
     init_process_groups,
     transformer_config,
 )
-from mcore_longctx.recipe.model_shape import ModelShape
 from mcore_longctx.recipe.schema import Parallel
 from mcore_longctx.rope import RopeScaling
 from tests.model.llama import PLAIN_ROPE, SHAPE, build, hf_llama, megatron_names

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from mcore_longctx.data.planning.lengths import SourceLengths, plot_lengths
+from mcore_longctx.families import ModelShape
 from mcore_longctx.recipe.card import CheckpointCard, write_card
 from mcore_longctx.recipe.load import dump_recipe, load_recipe
-from mcore_longctx.recipe.model_shape import ModelShape
 from mcore_longctx.rope import RopeScaling
 
 SHAPE = ModelShape(

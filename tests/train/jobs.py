@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 
 from mcore_longctx.convert import import_hf
-from mcore_longctx.convert.dcp_read import read_torch_dist
 from mcore_longctx.data import IndexedWriter
+from mcore_longctx.families import ModelShape, read_shape
+from mcore_longctx.formats.dcp_read import read_torch_dist
 from mcore_longctx.manifest import write_manifest
-from mcore_longctx.recipe import ModelShape, OptimizerSection, Parallel, Stage, TokenCount, read_card
+from mcore_longctx.recipe import OptimizerSection, Parallel, Stage, TokenCount, read_card
 from mcore_longctx.rope import RopeScaling
 from mcore_longctx.train import TrainJob
 from tests.convert.hf_folders import llama_config, random_weights, write_folder
@@ -107,7 +108,7 @@ def _take(changes: dict[str, Any], section: Any) -> Any:
 
 
 def shape() -> ModelShape:
-    return ModelShape.from_hf_config(CONFIG)
+    return read_shape(CONFIG)
 
 
 class Ranks:

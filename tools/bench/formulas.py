@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mcore_longctx.recipe.model_shape import ModelShape
+from mcore_longctx.families import ModelShape
 
 __all__ = [
     "GEMM_SHARE",

@@ -30,8 +30,8 @@ from mcore_longctx import megatron_compat as _imports_megatron_quietly  # noqa: 
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from mcore_longctx.errors import ConfigError
+from mcore_longctx.families import ModelShape
 from mcore_longctx.megatron_compat import device_context
-from mcore_longctx.recipe.model_shape import ModelShape
 from mcore_longctx.recipe.schema import Activations, OptimizerSection, TokenCount
 from mcore_longctx.train.optimizer import build_optimizer, prepare_optimizer_state, wrap_model
 

@@ -17,11 +17,11 @@ from live_bytes import LiveBytes
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.models.gpt.gpt_model import GPTModel
 
+from mcore_longctx.families import ModelShape
 from mcore_longctx.megatron_compat import device_context, training_device
 from mcore_longctx.model import LongContextAttention, build_gpt_model, init_process_groups, transformer_config
 from mcore_longctx.model.initial_weights import set_initial_weights
 from mcore_longctx.parallel.exchange import make_exchange
-from mcore_longctx.recipe.model_shape import ModelShape
 from mcore_longctx.recipe.schema import Activations, Parallel
 from mcore_longctx.rope import RopeScaling
 

@@ -11,9 +11,9 @@ from harness import Case, measure
 from in_process import KernelMeter, watch
 
 from mcore_longctx.errors import ConfigError
+from mcore_longctx.families import ModelShape
 from mcore_longctx.kernels.attention import KERNEL_NAMES, kernel_and_reason
 from mcore_longctx.megatron_compat import training_device
-from mcore_longctx.recipe.model_shape import ModelShape
 
 __all__ = ["kernel_rate", "peak_flops", "usable_kernels"]
 

@@ -7,10 +7,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from mcore_longctx.convert.checkpoint_view import CheckpointView, is_training_state, open_checkpoint
-from mcore_longctx.convert.dcp_read import is_torch_dist, read_torch_dist
 from mcore_longctx.convert.disk import io_errors
+from mcore_longctx.convert.views import CheckpointView, is_training_state, open_checkpoint
 from mcore_longctx.errors import CheckpointError
+from mcore_longctx.formats.dcp_read import is_torch_dist, read_torch_dist
 from mcore_longctx.manifest import MANIFEST, verify_manifest
 from mcore_longctx.recipe import CARD
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from mcore_longctx.convert.dcp_read import METADATA, METADATA_JSON
-from mcore_longctx.convert.dtypes import DType
-from mcore_longctx.convert.pickle_data import Call, Global, Instance, encode
-from mcore_longctx.convert.torch_archive import write_object_item, write_tensor_item
+from mcore_longctx.formats.dcp_read import METADATA, METADATA_JSON
+from mcore_longctx.formats.dtypes import DType
+from mcore_longctx.formats.pickle_data import Call, Global, Instance, encode
+from mcore_longctx.formats.torch_archive import write_object_item, write_tensor_item
 
 __all__ = ["TorchDistWriter"]
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mcore_longctx.convert.dtypes import DType
 from mcore_longctx.errors import CheckpointError
+from mcore_longctx.formats.dtypes import DType
 
 __all__ = ["BAND_BYTES", "Piece", "TensorRows"]
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mcore_longctx.convert.dtypes import BY_SAFETENSORS, DType
 from mcore_longctx.errors import CheckpointError
+from mcore_longctx.formats.dtypes import BY_SAFETENSORS, DType
 
 __all__ = [
     "INDEX",

@@ -9,9 +9,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from mcore_longctx.convert.dtypes import BY_TORCH
-from mcore_longctx.convert.safetensors_io import header_bytes, plan_shards, read_folder, read_header, read_json
 from mcore_longctx.errors import CheckpointError
+from mcore_longctx.formats.dtypes import BY_TORCH
+from mcore_longctx.formats.safetensors_io import header_bytes, plan_shards, read_folder, read_header, read_json
 from tests.convert.fuzz import mutations, only_our_errors
 from tests.convert.hf_folders import llama_config, write_folder
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from mcore_longctx.convert.dtypes import BY_TORCH
-from mcore_longctx.convert.torch_archive import locate_payload, write_object_item, write_tensor_item
 from mcore_longctx.errors import CheckpointError
+from mcore_longctx.formats.dtypes import BY_TORCH
+from mcore_longctx.formats.torch_archive import locate_payload, write_object_item, write_tensor_item
 from tests.convert.fuzz import mutations, only_our_errors
 
 

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mcore_longctx.convert.pickle_data import Call, Global, Instance, PersistentId, PickleError, decode, encode
+from mcore_longctx.formats.pickle_data import Call, Global, Instance, PersistentId, PickleError, decode, encode
 
 UNDERSTOOD = {
     *("PROTO", "STOP", "MARK", "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE"),
@@ -143,6 +143,6 @@ def test_deep_nesting_neither_overflows_nor_takes_long() -> None:
 
 
 def test_the_number_of_opcodes_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mcore_longctx.convert.pickle_data.MAX_OPCODES", 1000)
+    monkeypatch.setattr("mcore_longctx.formats.pickle_data.MAX_OPCODES", 1000)
     with pytest.raises(PickleError, match="more than 1,000 opcodes"):
         decode(b"\x80\x04" + b"}" * 2000 + b".", ())

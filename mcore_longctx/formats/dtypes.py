@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
-
-__all__ = ["BY_SAFETENSORS", "BY_TORCH", "WEIGHT_DTYPES", "DType", "widen"]
+__all__ = ["BY_SAFETENSORS", "BY_TORCH", "WEIGHT_DTYPES", "DType"]
 
 
 @dataclass(frozen=True)
@@ -37,10 +34,3 @@ _ALL = (
 BY_TORCH = {dtype.name: dtype for dtype in _ALL}
 BY_SAFETENSORS = {dtype.safetensors: dtype for dtype in _ALL}
 WEIGHT_DTYPES = ("float64", "float32", "float16", "bfloat16")  # what a dense, unquantised model may hold
-
-
-def widen(data: bytes | bytearray, dtype: DType) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """The numbers in `data` (little-endian elements of one of WEIGHT_DTYPES) as float64, exactly."""
-    if dtype.name == "bfloat16":  # the upper half of a float32
-        return (np.frombuffer(data, "<u2").astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    return np.frombuffer(data, f"<f{dtype.itemsize}").astype(np.float64)

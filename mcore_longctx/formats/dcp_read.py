@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias, TypeGuard
 
-from mcore_longctx.convert.dtypes import BY_TORCH, DType
-from mcore_longctx.convert.pickle_data import Call, Global, Instance, PickleError, decode
 from mcore_longctx.errors import CheckpointError
+from mcore_longctx.formats.dtypes import BY_TORCH, DType
+from mcore_longctx.formats.pickle_data import Call, Global, Instance, PickleError, decode
 
 __all__ = ["METADATA", "METADATA_JSON", "Chunk", "SavedTensor", "TorchDist", "is_torch_dist", "read_torch_dist"]
 

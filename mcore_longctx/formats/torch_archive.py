@@ -19,9 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mcore_longctx.convert.dtypes import BY_TORCH, DType
-from mcore_longctx.convert.pickle_data import Call, Global, PersistentId, PickleError, decode, encode
 from mcore_longctx.errors import CheckpointError
+from mcore_longctx.formats.dtypes import BY_TORCH, DType
+from mcore_longctx.formats.pickle_data import Call, Global, PersistentId, PickleError, decode, encode
 
 __all__ = ["locate_payload", "write_object_item", "write_tensor_item"]
 

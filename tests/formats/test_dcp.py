@@ -15,10 +15,10 @@ from torch.distributed.checkpoint import metadata as torch_metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from mcore_longctx.convert import import_hf
-from mcore_longctx.convert.dcp_read import boxes_are_disjoint, read_torch_dist
-from mcore_longctx.convert.dcp_write import TorchDistWriter
-from mcore_longctx.convert.dtypes import BY_TORCH
 from mcore_longctx.errors import CheckpointError
+from mcore_longctx.formats.dcp_read import boxes_are_disjoint, read_torch_dist
+from mcore_longctx.formats.dcp_write import TorchDistWriter
+from mcore_longctx.formats.dtypes import BY_TORCH
 from tests.convert.fuzz import mutations, only_our_errors
 from tests.convert.hf_folders import llama_config, write_folder
 

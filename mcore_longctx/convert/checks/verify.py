@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from mcore_longctx.convert.checkpoint_view import CheckpointView, open_checkpoint
+from mcore_longctx.convert.copying.cast import widen
 from mcore_longctx.convert.disk import io_errors
-from mcore_longctx.convert.dtypes import widen
-from mcore_longctx.convert.tensor_rows import BAND_BYTES, TensorRows
+from mcore_longctx.convert.views import CheckpointView, open_checkpoint
+from mcore_longctx.convert.views.rows import BAND_BYTES, TensorRows
 from mcore_longctx.recipe import CARD
 
 __all__ = ["Report", "TensorDifference", "compare"]

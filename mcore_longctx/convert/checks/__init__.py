@@ -1,0 +1,1 @@
+"""Looking at checkpoints: compared, described, checked for those who will serve them."""

@@ -1,0 +1,1 @@
+"""Plans carried out: ranges copied, cast, blended and quantised by several processes, with a journal."""

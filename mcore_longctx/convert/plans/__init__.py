@@ -1,0 +1,1 @@
+"""What a conversion will write, byte for byte, before a byte is written."""
