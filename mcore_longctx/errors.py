@@ -8,6 +8,7 @@ LongctxError                exit code 2: bad input or usage (a launcher must not
 |-- ConversionError         tensors that do not map
 |-- InUseError              another process works on the same folder
 |-- DifferenceFound         exit code 1: a check ran and found a difference
+|-- StorageError            exit code 1: disk full or a device that failed while writing; run again to go on
 |-- TrainingError           exit code 1: training cannot go on (NaN, no space left while saving)
 |-- NoProgress              exit code 3: stop the chain of jobs
 `-- StoppedBySignal         exit code 75: stopped on a signal with a checkpoint saved; requeue
@@ -25,6 +26,7 @@ __all__ = [
     "LayoutError",
     "LongctxError",
     "NoProgress",
+    "StorageError",
     "StoppedBySignal",
     "TrainingError",
 ]
@@ -68,6 +70,12 @@ class InUseError(LongctxError):
 
 class DifferenceFound(LongctxError):
     """A check ran to its end and found a difference."""
+
+    exit_code = 1
+
+
+class StorageError(LongctxError):
+    """The disk is full or a device failed while an output was written; nothing that looks finished is left."""
 
     exit_code = 1
 

@@ -123,7 +123,13 @@ def staged_folder(final: Path) -> Iterator[Path]:
 
 
 def write_manifest(
-    folder: Path, kind: str, *, files: Iterable[str] | None = None, sha256: Mapping[str, str] | None = None, **facts: Any
+    folder: Path,
+    kind: str,
+    *,
+    files: Iterable[str] | None = None,
+    sha256: Mapping[str, str] | None = None,
+    sizes_only: Iterable[str] = (),
+    **facts: Any,
 ) -> None:
     """Write `folder/manifest.json` over the files that are there. Call it last.
 
@@ -132,16 +138,18 @@ def write_manifest(
         kind: what the folder is: `checkpoint`, `data`, `export`, ...
         files: names of the files it is to list, relative to `folder`. None: every file in it.
         sha256: hashes that are known because they were taken while writing, hexadecimal, by name. The others are read.
+        sizes_only: names of files of which only the size is listed: hashing large weights costs more than copying them.
         **facts: anything JSON that a reader should find (counts, seeds, hashes of inputs).
     """
     if files is None:
         everything = (path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST)
         files = [path.relative_to(folder).as_posix() for path in everything]
-    known = sha256 or {}
-    rows = {
-        name: {"bytes": (folder / name).stat().st_size, "sha256": known.get(name) or sha256_file(folder / name)}
-        for name in sorted(files, key=Path)
-    }
+    known, unhashed = sha256 or {}, set(sizes_only)
+    rows: dict[str, dict[str, Any]] = {}
+    for name in sorted(files, key=Path):
+        rows[name] = {"bytes": (folder / name).stat().st_size}
+        if name not in unhashed:
+            rows[name]["sha256"] = known.get(name) or sha256_file(folder / name)
     text = json.dumps({"format": 1, "kind": kind, "versions": versions(), **facts, "files": rows}, indent=1)
     write_atomic(folder / MANIFEST, _sealed(text))
 
@@ -172,7 +180,8 @@ def read_manifest(folder: Path, *kinds: str) -> Mapping[str, Any]:
             raise damaged
         manifest: dict[str, Any] = json.loads(text)
         for row in manifest["files"].values():
-            row["bytes"], row["sha256"] = int(row["bytes"]), str(row["sha256"])
+            row["bytes"] = int(row["bytes"])
+            row["sha256"] = str(row["sha256"]) if "sha256" in row else None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise damaged from None
     if manifest.get("kind") not in kinds:
@@ -186,7 +195,7 @@ def verify_manifest(folder: Path, *kinds: str, hashes: bool = True) -> Mapping[s
     Args:
         folder: a folder written by `staged_folder` and `write_manifest`.
         *kinds: the kinds that the caller takes.
-        hashes: compare sha256 too; False compares names and sizes only.
+        hashes: compare sha256 too, of the files that have one; False compares names and sizes only.
 
     Raises:
         CheckpointError: no manifest, a damaged one, another kind, or a file that is missing, of another size or of another hash.
@@ -199,7 +208,7 @@ def verify_manifest(folder: Path, *kinds: str, hashes: bool = True) -> Mapping[s
             raise CheckpointError("listed in the manifest but missing", where=file, fix=restore)
         if file.stat().st_size != size:
             raise CheckpointError(f"{file.stat().st_size:,} bytes, the manifest says {size:,}", where=file, fix=restore)
-        if hashes and sha256_file(file) != row["sha256"]:
+        if hashes and row["sha256"] is not None and sha256_file(file) != row["sha256"]:
             raise CheckpointError("contents differ from the manifest's sha256", where=file, fix=restore)
     return manifest
 

@@ -2,13 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mcore_longctx.convert.plans.plan import Plan
 
-__all__ = ["Execution", "execute"]
+__all__ = ["Execution", "QuantizedRows", "execute"]
+
+
+@dataclass(frozen=True)
+class QuantizedRows:
+    """What quantising some rows of a tensor did: the sums that a report needs. In the journal, so that a restart keeps it.
+
+    Attributes:
+        name: of the tensor.
+        rows: how many.
+        amax: largest magnitude before.
+        squared: sum of the squared elements before.
+        squared_error: sum of (scale x quantised - element)^2.
+    """
+
+    name: str
+    rows: int
+    amax: float
+    squared: float
+    squared_error: float
 
 
 @dataclass(frozen=True)
@@ -29,6 +48,6 @@ class Execution:
     srun: bool = False
 
 
-def execute(plan: Plan, out: Path, finish: Callable[[Path], None], how: Execution) -> None:
-    """Write `plan` into `OUT.partial`, call `finish(partial folder)` for the files beside the weights, rename to `out`."""
+def execute(plan: Plan, out: Path, finish: Callable[[Path, Sequence[QuantizedRows]], None], how: Execution) -> None:
+    """Write `plan` into `OUT.partial`, call `finish(partial folder, facts)` for the files beside the weights, rename to `out`."""
     raise NotImplementedError
