@@ -1,0 +1,159 @@
+"""What `mcore-longctx convert` does, from its arguments to the room `convert/`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mcore_longctx.errors import ConfigError
+
+if TYPE_CHECKING:
+    from mcore_longctx.convert import Execution, Plan
+    from mcore_longctx.rope import RopeScaling
+
+__all__ = ["check", "export", "import_", "inspect", "merge", "verify"]
+
+
+def import_(args: argparse.Namespace) -> int:
+    """Hugging Face folder -> torch_dist."""
+    from mcore_longctx import convert
+
+    settings: dict[str, Any] = {
+        "rope": _rope(args.rope, args.hf, None),
+        "dtype": _dtype(args.dtype),
+        "chunks_for_tp": args.chunks_for_tp,
+        "vocab_multiple": args.vocab_multiple,
+        "stacked": args.layer_keys == "stacked",
+    }
+    if args.dry_run:
+        return _show_plan(convert.plan_import(args.hf, **settings), args.out)
+    convert.import_hf(args.hf, args.out, **settings, how=_execution(args))
+    return _describe(args.out)
+
+
+def export(args: argparse.Namespace) -> int:
+    """torch_dist -> Hugging Face folder."""
+    from mcore_longctx import convert
+
+    settings: dict[str, Any] = {
+        "config": args.config,
+        "rope": _rope(args.rope, args.checkpoint, args.config),
+        "dtype": _dtype(args.dtype),
+        "shard_bytes": _parse_bytes(args.shard_size),
+        "from_master": args.from_master,
+        "quantize": args.quantize,
+    }
+    if args.dry_run:
+        return _show_plan(convert.plan_export(args.checkpoint, **settings), args.out)
+    convert.export_hf(args.checkpoint, args.out, **settings, how=_execution(args))
+    return _describe(args.out)
+
+
+def merge(args: argparse.Namespace) -> int:
+    """Weighted sum of two checkpoints."""
+    from mcore_longctx import convert
+
+    weights = _weights(args.weights)
+    if args.dry_run:
+        return _show_plan(convert.plan_merge(args.first, args.second, weights=weights), args.out)
+    convert.merge(args.first, args.second, args.out, weights=weights, how=_execution(args))
+    return _describe(args.out)
+
+
+def verify(args: argparse.Namespace) -> int:
+    """Compare two checkpoints; 1 if they differ."""
+    from mcore_longctx.convert import compare
+    from mcore_longctx.manifest import write_atomic
+
+    if args.text is not None and not args.logits:
+        raise ConfigError("--text compares log-probabilities", where="convert verify", fix="give --logits, too")
+    report = compare(args.first, args.second, config=args.config)
+    equal, facts, texts = report.equal, report.as_dict(), [report.text()]
+    if args.logits:
+        from mcore_longctx.evaluate.logits import compare_logits
+
+        logits = compare_logits(args.first, args.second, text=args.text)
+        equal, facts = equal and logits.equal, {**facts, "equal": equal and logits.equal, "logits": logits.as_dict()}
+        texts.append(logits.text())
+    text = json.dumps(facts, indent=1)
+    if args.json_file is not None:
+        write_atomic(args.json_file, text + "\n")
+    print(text if args.json else "\n".join(texts))
+    return 0 if equal else 1
+
+
+def inspect(args: argparse.Namespace) -> int:
+    """What is in a folder."""
+    from mcore_longctx.convert import describe_folder, inspect_folder
+
+    facts = inspect_folder(args.path)
+    print(json.dumps(facts, indent=1) if args.json else describe_folder(facts))
+    return 0
+
+
+def check(args: argparse.Namespace) -> int:
+    """What servers will make of a Hugging Face folder; 1 if something is wrong."""
+    from mcore_longctx.convert import check_folder
+
+    report = check_folder(args.path)
+    print(json.dumps(report.as_dict(), indent=1) if args.json else report.text())
+    return 0 if report.good else 1
+
+
+def _execution(args: argparse.Namespace) -> Execution:
+    from mcore_longctx.convert import Execution
+
+    if args.workers < 1:
+        raise ConfigError(f"--workers {args.workers}: expected 1 or more", where="convert")
+    return Execution(workers=args.workers, fsync=not args.no_fsync, checksum=args.checksum, srun=args.srun)
+
+
+def _rope(spec: str | None, source: Path, config: Path | None) -> RopeScaling | None:
+    """The rope that `--rope` asks for, starting from that of the source."""
+    if spec is None:
+        return None
+    from mcore_longctx.convert import open_checkpoint
+    from mcore_longctx.rope import parse_rope_spec
+
+    return parse_rope_spec(spec, open_checkpoint(source, config=config).rope)
+
+
+def _dtype(name: str) -> str | None:
+    return {"keep": None, "bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[name]
+
+
+def _show_plan(plan: Plan, out: Path) -> int:
+    from mcore_longctx.convert.disk import free_bytes
+    from mcore_longctx.manifest import readable_bytes
+
+    print(f"{out}: {len(plan.files):,} files of {readable_bytes(plan.bytes)} from {len(plan.sources):,} files; nothing written")
+    print(f"free on its file system: {readable_bytes(free_bytes(out))}")
+    return 0
+
+
+def _describe(out: Path) -> int:
+    from mcore_longctx.convert import open_checkpoint
+
+    view = open_checkpoint(out)
+    print(f"{out}: {view.num_parameters:,} parameters, {' and '.join(view.dtypes)}; rope {view.rope.describe()}")
+    return 0
+
+
+def _weights(text: str) -> tuple[float, float]:
+    try:
+        first, second = (float(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"{text!r} is not two numbers", where="--weights", fix="write 0.5,0.5") from None
+    return first, second
+
+
+def _parse_bytes(text: str) -> int:
+    """Bytes from `5GB`, `500MB`, `1000000` (decimal units, as transformers counts them)."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(|KB|MB|GB)", text.strip(), re.IGNORECASE)
+    size = int(float(match[1]) * {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}[match[2].upper()]) if match else 0
+    if size < 1:
+        raise ConfigError(f"{text!r} is not a file size", where="--shard-size", fix="write 5GB or 500MB")
+    return size
