@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mcore_longctx.manifest import sha256_file
 
-__all__ = ["copy_sidecars", "tokenizer_sha256"]
+__all__ = ["carried_files", "copy_sidecars", "tokenizer_sha256"]
 
 # A list of what is carried, so that weights, code and a model card about another model never are.
 _CARRIED = (
@@ -26,10 +26,15 @@ _CARRIED_PATTERNS = ("LICENSE*", "NOTICE*", "USE_POLICY*")
 _NEVER = (".py", ".safetensors", ".bin", ".pt", ".pth")
 
 
-def copy_sidecars(source: Path, target: Path) -> list[str]:
-    """Copy the carried files of a model folder into `target` and return their names. `config.json` is not among them."""
+def carried_files(source: Path) -> list[str]:
+    """Names of the files of a model folder that travel with the weights. `config.json` is not among them."""
     found = {source / name for name in _CARRIED} | {path for pattern in _CARRIED_PATTERNS for path in source.glob(pattern)}
-    carried = sorted(path.name for path in found if path.is_file() and path.suffix not in _NEVER)
+    return sorted(path.name for path in found if path.is_file() and path.suffix not in _NEVER)
+
+
+def copy_sidecars(source: Path, target: Path) -> list[str]:
+    """Copy the carried files of a model folder into `target` and return their names."""
+    carried = carried_files(source)
     for name in carried:
         shutil.copyfile(source / name, target / name)
     return carried
