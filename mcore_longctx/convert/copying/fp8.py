@@ -78,7 +78,7 @@ def quantize_rows(rows: _Floats, *, name: str, first_row: int = 0) -> Quantized:
     step = max(1, _BLOCK // max(1, columns))
     for first in range(0, count, step):
         block = slice(first, first + step)
-        quotients = rows[block] / scales[block, None]
+        quotients = np.divide(rows[block], scales[block, None], dtype=np.float32)
         rounded = _round_to_e4m3(quotients, bits[block])
         squared[block] = np.einsum("ij,ij->i", quotients, quotients)
         np.absolute(quotients, out=quotients)
