@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from mcore_longctx.errors import LayoutError
@@ -28,7 +29,7 @@ class ModelShape:
     vocab_size: int
     tie_word_embeddings: bool = False
     layernorm_epsilon: float = 1e-5
-    family: str = "llama"  # model_type in config.json
+    family: str = "llama"  # whose table its tensors follow: a model_type
     add_qkv_bias: bool = False  # q, k and v alone
     add_bias_linear: bool = False  # q, k, v, o, gate, up and down: Megatron has all of them or none
     qk_layernorm: bool = False  # RMSNorm over the head dimension of queries and keys, before the rope
@@ -59,3 +60,20 @@ class ModelShape:
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON form, as stored in `mcore_longctx.json`."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelShape:
+        """The inverse of `as_dict`. Cards of before there were families lack the later fields, and are Llamas without biases.
+
+        Raises:
+            TypeError: not a mapping, an unknown or missing field, or a value of the wrong type.
+            ValueError: a size that is not positive.
+        """
+        kinds = {field.name: str(field.type) for field in fields(cls)}
+        for name, value in dict(values).items():
+            wanted = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}[kinds.get(name, "bool")]
+            if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
+                raise TypeError(f"{name} is {value!r}")
+            if kinds.get(name) == "int" and value <= 0:
+                raise ValueError(f"{name} is {value}")
+        return cls(**values)

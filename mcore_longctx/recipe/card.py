@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mcore_longctx.errors import CheckpointError
-from mcore_longctx.families import ModelShape
+from mcore_longctx.families import FAMILIES, ModelShape
 from mcore_longctx.manifest import write_atomic
 from mcore_longctx.rope import RopeScaling
 
@@ -57,7 +57,7 @@ def write_card(folder: Path, card: CheckpointCard) -> None:
     """Write `folder/mcore_longctx.json`."""
     text = {
         "format": 1,
-        "family": "llama",
+        "family": card.shape.family,
         "stage": card.stage,
         "iteration": card.iteration,
         "shape": card.shape.as_dict(),
@@ -79,7 +79,7 @@ def read_card(folder: Path) -> CheckpointCard:
     try:
         text: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         card = CheckpointCard(
-            shape=ModelShape(**text["shape"]),
+            shape=ModelShape.from_dict(text["shape"]),
             rope=RopeScaling.from_dict(text["rope"]),
             tokenizer_sha256=text["tokenizer_sha256"],
             stage=str(text["stage"]),
@@ -92,6 +92,12 @@ def read_card(folder: Path) -> CheckpointCard:
         ) from None
     except (ValueError, KeyError, TypeError):
         raise CheckpointError("damaged or of another version", where=path, fix="use another copy of the checkpoint") from None
+    if card.shape.family not in FAMILIES:
+        raise CheckpointError(
+            f"the model is of family {card.shape.family[:60]!r}",
+            where=path,
+            fix=f"known are {', '.join(FAMILIES)}; docs/families.md",
+        )
     if card.rope.fingerprint() != stored:
         raise CheckpointError("the rope in this file does not give the rope fingerprint stored beside it", where=path)
     return card
