@@ -74,6 +74,6 @@ class ModelShape:
             wanted = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}[kinds.get(name, "bool")]
             if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
                 raise TypeError(f"{name} is {value!r}")
-            if kinds.get(name) == "int" and value <= 0:
+            if kinds.get(name) == "int" and int(value) <= 0:
                 raise ValueError(f"{name} is {value}")
         return cls(**values)

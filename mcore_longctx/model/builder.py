@@ -1,4 +1,4 @@
-"""A Llama on Megatron-Core from sizes, rope and layout. The only file that names Megatron's model class.
+"""A dense decoder on Megatron-Core from sizes, rope and layout. The only file that names Megatron's model class.
 
 megatron-core 0.19 calls GPTModel deprecated in favour of HybridModel; when it goes, this file changes.
 """
@@ -52,7 +52,7 @@ def build_gpt_model(
     activations: Activations | None = None,
     backend: Backend = "local",
 ) -> LongContextGPTModel:
-    """This rank's part of a Llama: its pipeline stage, tensor-parallel shard and context-parallel rank.
+    """This rank's part of a model of any family: its pipeline stage, tensor-parallel shard and context-parallel rank.
 
     Call `init_process_groups` first, and stay inside `device_context` (opened here too) for everything that follows.
 
@@ -95,7 +95,7 @@ def build_gpt_model(
 def transformer_config(
     shape: ModelShape, rope: RopeScaling, parallel: Parallel, *, precision: Precision, **overrides: Any
 ) -> TransformerConfig:
-    """Megatron's config of a Llama without TransformerEngine or apex; `overrides` are further TransformerConfig fields.
+    """Megatron's config of a dense decoder without TransformerEngine or apex; `overrides` are further TransformerConfig fields.
 
     Losses are summed per token and divided once by the number of tokens of all ranks (`calculate_per_token_loss`), so that uneven
     loss masks are right under data and context parallelism. The attention factor a of the rope goes into the softmax scale.
@@ -113,8 +113,9 @@ def transformer_config(
         "layernorm_epsilon": shape.layernorm_epsilon,
         "gated_linear_unit": True,
         "activation_func": F.silu,
-        "add_bias_linear": False,
-        "add_qkv_bias": False,
+        "add_bias_linear": shape.add_bias_linear,
+        "add_qkv_bias": shape.add_qkv_bias,
+        "qk_layernorm": shape.qk_layernorm,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "softmax_scale": attention_factor**2 * float(shape.kv_channels) ** -0.5,
@@ -181,7 +182,9 @@ class LongContextGPTModel(GPTModel):
     ) -> None:
         super().__init__(
             config=config,
-            transformer_layer_spec=te_layer_spec() if backend == "te" else _block_spec(config, activations),
+            transformer_layer_spec=te_layer_spec(qk_layernorm=shape.qk_layernorm)
+            if backend == "te"
+            else _block_spec(config, activations),
             vocab_size=shape.padded_vocab_size(config.tensor_model_parallel_size),
             max_sequence_length=seq_length,
             pre_process=parallel_state.is_pipeline_first_stage(),

@@ -18,7 +18,7 @@ _EMBEDDINGS = ("embedding.word_embeddings.weight", "output_layer.weight")
 
 
 def set_initial_weights(model: Any, vocab_size: int, seed: int) -> None:
-    """Draw matrices from N(0, 0.02^2) and set norms to 1. Vocabulary rows that stand for no token are 0, as after conversion.
+    """Draw matrices from N(0, 0.02^2), set norms to 1 and biases to 0. Vocabulary rows that stand for no token are 0, as after conversion.
 
     With tied embeddings the last pipeline stage's copy gets the embedding's weights.
     """
@@ -26,7 +26,7 @@ def set_initial_weights(model: Any, vocab_size: int, seed: int) -> None:
     for name, parameter in model.named_parameters():
         key = global_name(name, model.config)
         if parameter.dim() == 1:
-            parameter.data.fill_(1.0)
+            parameter.data.fill_(0.0 if name.endswith(".bias") else 1.0)
             continue
         size = list(parameter.shape)
         if _is_split(parameter):

@@ -22,7 +22,6 @@ __all__ = ["TiledMLP", "tiled_mlp_spec"]
 _COMPUTED: tuple[tuple[str, Any], ...] = (
     ("gated_linear_unit", True),
     ("activation_func", F.silu),
-    ("add_bias_linear", False),
     ("use_te_activation_func", False),
     ("activation_func_clamp_value", None),
     ("activation_func_fp8_input_store", False),
@@ -55,7 +54,7 @@ class TiledMLP(MLP):
         ffn_hidden_size: f; None: the config's.
 
     Raises:
-        ConfigError: anything that is not computed: biases, another activation or none that is gated, experts, fp8, other linear layers,
+        ConfigError: anything that is not computed: another activation or none that is gated, experts, fp8, other linear layers,
             a tile below 1.
     """
 
@@ -76,8 +75,7 @@ class TiledMLP(MLP):
             if getattr(config, field, computed) != computed:
                 found = getattr(config, field)
                 raise ConfigError(
-                    f"{field} is {getattr(found, '__name__', found)!r}; the tiled MLP computes SwiGLU without bias in the dtype of"
-                    " its weights only",
+                    f"{field} is {getattr(found, '__name__', found)!r}; the tiled MLP computes SwiGLU in the dtype of its weights only",
                     fix="use Megatron's MLP",
                 )
         if is_expert:
@@ -109,8 +107,12 @@ class TiledMLP(MLP):
         finally:
             self._skips = before
 
-    def forward(self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **unused: Any) -> tuple[Tensor, None]:
-        """[s, b, h] -> ([s, b, h], None), s divided by the tensor-parallel size under sequence parallelism.
+    def forward(
+        self, hidden_states: Tensor, per_token_scale: Tensor | None = None, **unused: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """[s, b, h] -> [s, b, h] and the down projection's bias [h] or None, which the layer adds, as with Megatron's MLP.
+
+        s is divided by the tensor-parallel size under sequence parallelism.
 
         Raises:
             ConfigError: `per_token_scale` (of experts) is given.
@@ -126,9 +128,10 @@ class TiledMLP(MLP):
             hidden_states,
             self.linear_fc1.weight,
             self.linear_fc2.weight,
+            self.linear_fc1.bias,
             group=self.linear_fc1.tp_group,
             sequence_parallel=self.linear_fc1.sequence_parallel,
             tile=self.tile,
             skip_forward=self._skips,
         )
-        return out, None
+        return out, self.linear_fc2.bias

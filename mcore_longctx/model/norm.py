@@ -17,7 +17,8 @@ class RMSNorm(torch.nn.Module):
     """x / sqrt(mean(x^2) + eps) * weight, over the last axis; computed in float32 inside.
 
     Under sequence parallelism each rank of the tensor-parallel group sees other tokens: the weight is marked so that
-    `finalize_model_grads` sums its gradient over the group.
+    `finalize_model_grads` sums its gradient over the group. As norm of query and key heads (`hidden_size` is their dimension) it sees
+    other heads on each rank, with or without sequence parallelism; Megatron sums those gradients by the name of the module.
     """
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **unused: Any) -> None:

@@ -3,7 +3,8 @@
     policy            kept per token and layer (bytes, bf16)     run again in the backward pass
     none              everything that autograd saves             nothing
     full              2 h             the layer input            the whole layer, attention included
-    attention_kept    2 h + 2 q d + 4 q   + output and lse       norms, QKV, rope, output projection, gate and up projection
+    attention_kept    2 h + 2 q d + 4 q   + output and lse       norms, QKV (and norms of their heads), rope, output projection,
+                                                                 gate and up projection
 
 (h hidden size, q query heads, d head dimension; divided by TP, h only under sequence parallelism.) At a million tokens attention is
 nearly all of a step, so `attention_kept` runs at the speed of `none` with a fraction of its memory.
@@ -23,6 +24,7 @@ from contextlib import ExitStack
 from typing import Any, Literal, get_args
 
 import torch
+from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.transformer_layer import TransformerLayer
 from torch import Tensor
 
@@ -46,7 +48,8 @@ class LongContextLayer(TransformerLayer):
         **kwargs: as for TransformerLayer.
 
     Raises:
-        ConfigError: an unknown policy; Megatron's own recompute is on as well; dropout, whose random numbers are not replayed.
+        ConfigError: an unknown policy; Megatron's own recompute is on as well; dropout, whose random numbers are not replayed;
+            `qk_layernorm` in the config and no such norms in the spec.
     """
 
     def __init__(
@@ -71,6 +74,11 @@ class LongContextLayer(TransformerLayer):
                 fix="set hidden_dropout to 0 (UltraLong trains without dropout)",
             )
         super().__init__(config, submodules, *args, **kwargs)
+        if config.qk_layernorm and isinstance(self.self_attention.q_layernorm, IdentityOp | None):
+            raise ConfigError(
+                "the config has qk_layernorm, and the layer spec has no norms of queries and keys: they would be left out",
+                fix="use longctx_block_spec (--spec mcore_longctx.model.spec llama_block), or longctx_layer_spec(qk_layernorm=True)",
+            )
         self.recompute, self.offload = recompute, offload
         if recompute == "attention_kept" and not hasattr(self.self_attention.core_attention, "recording"):
             raise ConfigError(

@@ -24,9 +24,13 @@ __all__ = ["llama", "llama_block", "longctx_block_spec", "longctx_layer_spec"]
 
 
 def longctx_layer_spec(
-    *, recompute: RecomputePolicy = "none", mlp_tile: int | None = None, offload: ActivationOffload | None = None
+    *,
+    recompute: RecomputePolicy = "none",
+    mlp_tile: int | None = None,
+    offload: ActivationOffload | None = None,
+    qk_layernorm: bool = False,
 ) -> ModuleSpec:
-    """One Llama layer: Megatron's local layer with `LongContextAttention`, `TiledMLP` and an RMSNorm that knows sequence parallelism.
+    """One layer: Megatron's local layer with `LongContextAttention`, `TiledMLP` and an RMSNorm that knows sequence parallelism.
 
     A fresh object each time, to be changed at will. Checkpoint names are those of Megatron's local and TransformerEngine specs.
 
@@ -34,13 +38,17 @@ def longctx_layer_spec(
         recompute: what is kept for the backward pass, see `mcore_longctx.model.recompute`.
         mlp_tile: tokens of the MLP at once; None: all.
         offload: where kept activations go (one object for all layers of a stage); None: they stay on the device.
+        qk_layernorm: RMSNorm over each head of queries and keys before the rope (Qwen3); the config must say the same.
     """
     spec = get_gpt_layer_local_spec(normalization="RMSNorm")
     spec.module = LongContextLayer
     spec.params = {**(spec.params or {}), "recompute": recompute, "offload": offload}
     spec.submodules.input_layernorm = RMSNorm
     spec.submodules.pre_mlp_layernorm = RMSNorm
-    spec.submodules.self_attention.submodules.core_attention = LongContextAttention
+    attention = spec.submodules.self_attention.submodules
+    attention.core_attention = LongContextAttention
+    if qk_layernorm:
+        attention.q_layernorm = attention.k_layernorm = RMSNorm
     spec.submodules.mlp = tiled_mlp_spec(mlp_tile)
     return spec
 
@@ -60,7 +68,7 @@ def longctx_block_spec(
     """
     num_layers = num_layers_to_build(config, vp_stage)
     offload = ActivationOffload(offload_fraction, num_layers, layer_offset(config, vp_stage) + 1) if offload_fraction else None
-    layer = longctx_layer_spec(recompute=recompute, mlp_tile=mlp_tile, offload=offload)
+    layer = longctx_layer_spec(recompute=recompute, mlp_tile=mlp_tile, offload=offload, qk_layernorm=config.qk_layernorm)
     return TransformerBlockSubmodules(layer_specs=[layer] * num_layers, layer_norm=RMSNorm)
 
 

@@ -45,10 +45,10 @@ def check_backend(backend: str) -> None:
         )
 
 
-def te_layer_spec() -> ModuleSpec:
-    """Megatron's TransformerEngine layer; ConfigError without TransformerEngine."""
+def te_layer_spec(*, qk_layernorm: bool = False) -> ModuleSpec:
+    """Megatron's TransformerEngine layer, with norms of query and key heads on demand; ConfigError without TransformerEngine."""
     check_backend("te")
-    return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec()
+    return gpt_layer_specs.get_gpt_layer_with_transformer_engine_spec(qk_layernorm=qk_layernorm)
 
 
 def te_config_fields(activations: Activations) -> dict[str, Any]:

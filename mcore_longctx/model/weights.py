@@ -8,6 +8,7 @@ megatron-core 0.16 (with a common.pt) and 0.19 (without) load alike.
 from __future__ import annotations
 
 import pickle
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from mcore_longctx.megatron_compat import device_context
 __all__ = ["load_model_weights", "read_metadata"]
 
 _EXTRA_STATE = "_extra_state"
+_LAYERS = "decoder.layers."
 _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")  # padded differently at each TP
 
 
@@ -39,8 +41,8 @@ def load_model_weights(model: Any, folder: Path) -> None:
         folder: holds `.metadata` and `*.distcp`.
 
     Raises:
-        CheckpointError: not a finished torch_dist folder, a tensor of the model is missing in it or has another shape, or its
-            metadata names something that a checkpoint has no use for.
+        CheckpointError: not a finished torch_dist folder, a tensor of the model is missing in it or has another shape, its layers
+            have a tensor that the model's have not, or its metadata names something that a checkpoint has no use for.
     """
     folder = Path(folder)
     stored = read_metadata(folder)
@@ -144,3 +146,16 @@ def _check_stored(wanted: Any, stored: dict[str, tuple[int, ...] | None], model:
             raise CheckpointError(
                 f"{tensor.key} is {list(shape)}, the model has {list(asked)}", where=folder, fix="use a checkpoint of this model"
             )
+    # Megatron ignores what it does not ask for: biases or norms of a layer would be dropped without a word. Every stage has layers, so
+    # the tensors of one layer tell.
+    of_a_layer = {_any_layer(tensor.key) for tensor in nested_values(wanted)}
+    surplus = [key for key, shape in stored.items() if shape and key.startswith(_LAYERS) and _any_layer(key) not in of_a_layer]
+    if surplus:
+        raise CheckpointError(
+            f"holds {surplus[0]}, which the model does not have", where=folder, fix="use a checkpoint of this model"
+        )
+
+
+def _any_layer(key: str) -> str:
+    """`decoder.layers.3.mlp...` without its number, as stacked layers are called. Gate and up may be stored as two."""
+    return re.sub(r"^decoder\.layers\.\d+\.", _LAYERS, key).removesuffix("_w").removesuffix("_v")

@@ -1,4 +1,4 @@
-"""A tiny Llama in transformers and the same weights under Megatron's names: the independent oracle of the model tests."""
+"""A tiny model in transformers (a Llama, or of another family) and the same weights under Megatron's names: the independent oracle of the model tests."""
 
 from __future__ import annotations
 
@@ -33,10 +33,20 @@ PLAIN_ROPE = RopeScaling(type="none", head_dim=8, rope_theta=10_000.0)
 
 def hf_llama(shape: ModelShape = SHAPE, rope: RopeScaling = PLAIN_ROPE, seed: int = 0) -> Any:
     """LlamaForCausalLM in float32 with weights large enough for gradients to matter."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    return hf_model(replace(shape, family="llama"), rope, seed)
+
+
+def hf_model(shape: ModelShape, rope: RopeScaling = PLAIN_ROPE, seed: int = 0) -> Any:
+    """What transformers makes of these sizes, in float32. Biases are set to numbers that are not 0, norms of heads to other than 1."""
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(seed)
-    config = LlamaConfig(
+    biases = {"attention_bias": shape.add_bias_linear, "mlp_bias": shape.add_bias_linear} if shape.family == "llama" else {}
+    window = {"sliding_window": None} if shape.family == "mistral" else {}  # its default is a window of 4,096
+    config = AutoConfig.for_model(
+        shape.family,
+        **biases,
+        **window,
         **write_hf_rope(replace(rope, max_position_embeddings=rope.resolved_max_position_embeddings or 1024)),
         vocab_size=shape.vocab_size,
         hidden_size=shape.hidden_size,
@@ -50,7 +60,14 @@ def hf_llama(shape: ModelShape = SHAPE, rope: RopeScaling = PLAIN_ROPE, seed: in
         initializer_range=0.1,
         attn_implementation="eager",
     )
-    return LlamaForCausalLM(config).float().eval()
+    model = AutoModelForCausalLM.from_config(config).float().eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(".bias"):
+                parameter.normal_(std=0.3)
+            elif name.endswith(("q_norm.weight", "k_norm.weight")):
+                parameter.uniform_(0.5, 1.5)
+    return model
 
 
 def megatron_names(tensors: dict[str, Tensor], shape: ModelShape) -> dict[str, Tensor]:
@@ -64,15 +81,23 @@ def megatron_names(tensors: dict[str, Tensor], shape: ModelShape) -> dict[str, T
     groups, width = shape.num_query_groups, shape.kv_channels
     for i in range(shape.num_layers):
         hf, ours = f"model.layers.{i}.", f"decoder.layers.{i}."
-        q, k, v = (tensors[f"{hf}self_attn.{name}_proj.weight"].unflatten(0, (groups, -1, width)) for name in "qkv")
         named |= {
             f"{ours}input_layernorm.weight": tensors[f"{hf}input_layernorm.weight"],
             f"{ours}pre_mlp_layernorm.weight": tensors[f"{hf}post_attention_layernorm.weight"],
-            f"{ours}self_attention.linear_qkv.weight": torch.cat((q, k, v), dim=1).flatten(0, 2),
-            f"{ours}self_attention.linear_proj.weight": tensors[f"{hf}self_attn.o_proj.weight"],
-            f"{ours}mlp.linear_fc1.weight": torch.cat([tensors[f"{hf}mlp.{name}_proj.weight"] for name in ("gate", "up")]),
-            f"{ours}mlp.linear_fc2.weight": tensors[f"{hf}mlp.down_proj.weight"],
         }
+        for part in ("q", "k"):
+            if f"{hf}self_attn.{part}_norm.weight" in tensors:
+                named[f"{ours}self_attention.{part}_layernorm.weight"] = tensors[f"{hf}self_attn.{part}_norm.weight"]
+        for kind in ("weight", "bias"):
+            if f"{hf}self_attn.q_proj.{kind}" in tensors:
+                q, k, v = (tensors[f"{hf}self_attn.{name}_proj.{kind}"].unflatten(0, (groups, -1, width)) for name in "qkv")
+                named[f"{ours}self_attention.linear_qkv.{kind}"] = torch.cat((q, k, v), dim=1).flatten(0, 2)
+            if f"{hf}self_attn.o_proj.{kind}" in tensors:
+                named[f"{ours}self_attention.linear_proj.{kind}"] = tensors[f"{hf}self_attn.o_proj.{kind}"]
+            if f"{hf}mlp.gate_proj.{kind}" in tensors:
+                gate_up = [tensors[f"{hf}mlp.{name}_proj.{kind}"] for name in ("gate", "up")]
+                named[f"{ours}mlp.linear_fc1.{kind}"] = torch.cat(gate_up)
+                named[f"{ours}mlp.linear_fc2.{kind}"] = tensors[f"{hf}mlp.down_proj.{kind}"]
     return named
 
 

@@ -74,7 +74,10 @@ def forward_backward(mlp: Any, parallel: Parallel, *, recompute: bool = False, d
             else:
                 out, bias = mlp(x, padding_mask=None)
                 found["out"] = out.detach()
-            assert bias is None
+            assert bias is getattr(mlp.linear_fc2, "bias", None)
+            if bias is not None:  # the layer adds it
+                out = out + bias
+                found["out"] = found["out"] + bias.detach()
             assert out.shape == x.shape
             if ddp and i == 0:
                 with module.no_sync():
@@ -84,7 +87,8 @@ def forward_backward(mlp: Any, parallel: Parallel, *, recompute: bool = False, d
     found["x"] = x.grad
     for name, parameter in mlp.named_parameters():
         found[name] = parameter.main_grad if ddp else parameter.grad
-        assert not ddp or parameter.grad_added_to_main_grad == isinstance(mlp, TiledMLP)
+        # a bias is a vector: the sum of its gradient is left to DDP
+        assert not ddp or parameter.grad_added_to_main_grad == (isinstance(mlp, TiledMLP) and parameter.dim() == 2)
     return found
 
 
@@ -94,21 +98,30 @@ def relative(found: Tensor, expected: Tensor) -> float:
 
 def errors_of_the_mlp(layouts: list[tuple[int, bool]]) -> dict[str, float]:
     """Run in each rank."""
+    return {
+        what: error
+        for tp, sp in layouts
+        for biases in (False, True)
+        for what, error in errors_of_one_layout(tp, sp, add_bias_linear=biases).items()
+    }
+
+
+def errors_of_one_layout(tp: int, sp: bool, **overrides: Any) -> dict[str, float]:
     errors = {}
-    for tp, sp in layouts:
-        parallel = Parallel(tensor_model_parallel_size=tp, sequence_parallel=sp)
-        init_process_groups(parallel, seed=1)
-        expected = forward_backward(build(stock_spec(), parallel), parallel)
-        for tile in (None, 1, 10, 1000):
-            for options in ({}, {"recompute": True}, {"recompute": True, "ddp": True}):
-                if tile is None and not options:
-                    continue
-                found = forward_backward(build(tiled_mlp_spec(tile), parallel), parallel, **options)
-                assert found.keys() == expected.keys()
-                for what, tensor in found.items():
-                    errors[f"tp {tp}, sp {sp}, tile {tile}, {options}: {what}"] = relative(tensor, expected[what])
-        plain = forward_backward(build(tiled_mlp_spec(None), parallel), parallel)
-        assert all(torch.equal(plain[what], tensor) for what, tensor in expected.items()), "without a tile it is Megatron's"
+    parallel = Parallel(tensor_model_parallel_size=tp, sequence_parallel=sp)
+    init_process_groups(parallel, seed=1)
+    expected = forward_backward(build(stock_spec(), parallel, **overrides), parallel)
+    assert any("bias" in name for name in expected) == overrides["add_bias_linear"]
+    for tile in (None, 1, 10, 1000):
+        for options in ({}, {"recompute": True}, {"recompute": True, "ddp": True}):
+            if tile is None and not options:
+                continue
+            found = forward_backward(build(tiled_mlp_spec(tile), parallel, **overrides), parallel, **options)
+            assert found.keys() == expected.keys()
+            for what, tensor in found.items():
+                errors[f"tp {tp}, sp {sp}, {overrides}, tile {tile}, {options}: {what}"] = relative(tensor, expected[what])
+    plain = forward_backward(build(tiled_mlp_spec(None), parallel, **overrides), parallel)
+    assert all(torch.equal(plain[what], tensor) for what, tensor in expected.items()), "without a tile it is Megatron's"
     return errors
 
 
@@ -180,7 +193,6 @@ def test_skipping_ends_with_its_block() -> None:
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        ({"add_bias_linear": True}, "add_bias_linear is True"),
         ({"gated_linear_unit": False}, "gated_linear_unit is False"),
         ({"activation_func": F.gelu}, "activation_func is 'gelu'"),
         ({"activation_func_clamp_value": 7.0}, "activation_func_clamp_value is 7.0"),
@@ -190,7 +202,7 @@ def test_skipping_ends_with_its_block() -> None:
 def test_what_is_not_computed_is_refused_in_one_line(overrides: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError) as caught:
         build(tiled_mlp_spec(), Parallel(), **overrides)
-    assert str(caught.value).startswith(said + "; the tiled MLP computes SwiGLU without bias")
+    assert str(caught.value).startswith(said + "; the tiled MLP computes SwiGLU in the dtype of its weights only")
     assert "\n" not in str(caught.value)
 
 

@@ -108,6 +108,22 @@ def test_a_tensor_that_the_checkpoint_lacks_is_named(tmp_path: Path) -> None:
         load_model_weights(build(Parallel(), shape=SMALL, seed=None), tmp_path / "ck")
 
 
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_a_tensor_that_the_model_has_no_place_for_is_named(per_layer: bool, tmp_path: Path) -> None:
+    """Megatron ignores it, and the model would be another."""
+    (tmp_path / "ck").mkdir()
+    with device_context():
+        source = build(Parallel(), shape=replace(SMALL, add_qkv_bias=True))
+        metadata = {"non_homogeneous_layers": per_layer, "singleton_local_shards": False}
+        dist_checkpointing.save({"model": source.sharded_state_dict(metadata=metadata)}, str(tmp_path / "ck"))
+    layer = "0." if per_layer else ""
+    with pytest.raises(
+        CheckpointError, match=rf"holds decoder.layers.{layer}self_attention.linear_qkv.bias, which the model does not have"
+    ):
+        load_model_weights(build(Parallel(), shape=SMALL, seed=None), tmp_path / "ck")
+    load_model_weights(build(Parallel(), shape=replace(SMALL, add_qkv_bias=True), seed=None), tmp_path / "ck")
+
+
 def test_a_folder_that_holds_nothing_is_refused(tmp_path: Path) -> None:
     model = build(Parallel(), shape=SMALL, seed=None)
     for folder in (tmp_path, tmp_path / "absent"):

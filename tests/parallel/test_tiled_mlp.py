@@ -131,6 +131,17 @@ def test_gradients_pass_gradcheck() -> None:
     assert torch.autograd.gradcheck(lambda *tensors: tiled_swiglu(*tensors, tile=2), leaves)
 
 
+def test_gradients_with_a_bias_pass_gradcheck_and_its_shape_is_checked() -> None:
+    problem, bias = Problem(torch.float64, 3, batch=1), torch.randn(2 * INNER, dtype=torch.float64)
+    leaves = tuple(tensor.clone().requires_grad_() for tensor in (problem.x, problem.gate_up, problem.down, bias))
+    assert torch.autograd.gradcheck(lambda *tensors: tiled_swiglu(*tensors, tile=2), leaves)
+    x, gate_up, down, bias = leaves
+    gate, up = F.linear(x, gate_up, bias).chunk(2, dim=-1)
+    assert relative(tiled_swiglu(x, gate_up, down, bias, tile=2), F.linear(F.silu(gate) * up, down)) < 1e-12
+    with pytest.raises(LayoutError, match=r"^the bias of gate and up is \[40\], expected \[80\]$"):
+        tiled_swiglu(x, gate_up, down, bias[:INNER])
+
+
 def test_bf16_is_rounded_as_autograd_rounds() -> None:
     problem = Problem(torch.bfloat16, 200)
     leaves = [tensor.clone().requires_grad_() for tensor in (problem.x, problem.gate_up, problem.down)]
