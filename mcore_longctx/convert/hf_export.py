@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from mcore_longctx.convert.disk import check_free_space, io_errors
+from mcore_longctx.convert.copying.execute import Execution, Written, execute
+from mcore_longctx.convert.disk import io_errors
+from mcore_longctx.convert.outputs import LAYOUT, check_manifest, source_files, target_dtype, write_output_manifest
+from mcore_longctx.convert.plans.hf_layout import HfLayout, plan_hf
+from mcore_longctx.convert.plans.plan import Plan
+from mcore_longctx.convert.quantization import quantization_config, quantized_weights, write_quantize_report
 from mcore_longctx.convert.sidecars import copy_sidecars, tokenizer_sha256
 from mcore_longctx.convert.views import CONFIG, HF_FOLDER, CheckpointView, open_torch_dist
-from mcore_longctx.errors import CheckpointError
-from mcore_longctx.formats.dcp_read import is_torch_dist
-from mcore_longctx.formats.safetensors_io import INDEX, header_bytes, index_text, plan_shards, read_json
-from mcore_longctx.manifest import MANIFEST, sha256_file, staged_folder, verify_manifest, write_manifest
-from mcore_longctx.recipe import CARD, CheckpointCard, write_card
-from mcore_longctx.rope import merge_hf_rope
+from mcore_longctx.errors import ConfigError
+from mcore_longctx.formats.safetensors_io import read_json
+from mcore_longctx.manifest import MANIFEST, sha256_file
+from mcore_longctx.recipe import CheckpointCard, write_card
+from mcore_longctx.rope import RopeScaling, merge_hf_rope
 
-__all__ = ["SHARD_BYTES", "export_hf"]
+__all__ = ["SHARD_BYTES", "export_hf", "plan_export"]
 
 SHARD_BYTES = 5_000_000_000
 # would send a reader to code or a place that does not come along
@@ -24,70 +29,135 @@ _DROPPED_SETTINGS = ("auto_map", "_name_or_path")
 
 
 @io_errors()
-def export_hf(checkpoint: Path, out: Path, *, shard_bytes: int = SHARD_BYTES) -> None:
+def export_hf(
+    checkpoint: Path,
+    out: Path,
+    *,
+    config: Path | None = None,
+    rope: RopeScaling | None = None,
+    dtype: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    from_master: bool = False,
+    quantize: Literal["fp8"] | None = None,
+    how: Execution | None = None,
+) -> None:
     """Convert the torch_dist `checkpoint` to the Hugging Face folder `out`, bit for bit. Optimizer state is left out.
 
     config.json is that of the imported model with the rope that the checkpoint was trained with, in both spellings, and its
-    maximum length. Files of more than `shard_bytes` are split.
+    maximum length.
+
+    Args:
+        checkpoint: torch_dist folder.
+        out: folder to make.
+        config: config.json of the model, or its folder, for a checkpoint that brings none.
+        rope: written in place of the checkpoint's; the weights stay as they are.
+        dtype: torch's name of the element type to cast to; None: each tensor keeps its own.
+        shard_bytes: files hold at most this many bytes of tensors.
+        from_master: take the optimizer's float32 weights in place of the model's.
+        quantize: `fp8`: the linear weights of the layers become float8_e4m3fn with a scale a row.
+        how: workers, fsync, checksums; None: one process.
 
     Raises:
-        CheckpointError: `checkpoint` is missing, foreign, unfinished, damaged or changed since it was written, or the disk is full.
+        CheckpointError: `checkpoint` is missing, foreign, unfinished, damaged or changed since it was written.
         ConfigError: the rope has no name in a Hugging Face config, or `out` exists.
         ConversionError: it holds other tensors than its model.
+        StorageError: the disk is full or failed.
     """
-    _check_source(checkpoint)
-    view = open_torch_dist(checkpoint)
-    where = checkpoint / HF_FOLDER
-    config = _config(view)
-    length = view.rope.resolved_max_position_embeddings
-    with staged_folder(out) as folder:
-        check_free_space(folder, sum(tensor.nbytes for tensor in view.tensors.values()), out)
-        _write_shards(view, folder, shard_bytes)
-        copy_sidecars(where, folder)
-        _write_json(folder / CONFIG, config)
-        _set_length(folder / "tokenizer_config.json", "model_max_length", length)
-        old_length = view.config.get("max_position_embeddings")
-        _set_length(folder / "generation_config.json", "max_length", length, only_if=old_length)
-        _write_card_of(view, folder)
-        write_manifest(
-            folder,
-            "export",
-            rope_fingerprint=view.rope.fingerprint(),
-            source_manifest_sha256=sha256_file(checkpoint / MANIFEST),
-        )
+    how = how or Execution()
+    job = _prepare(checkpoint, config, rope, dtype, shard_bytes, from_master, quantize, hashes=how.checksum)
+
+    def finish(folder: Path, written: Written) -> None:
+        _write_files(job, folder)
+        if quantize:
+            write_quantize_report(folder, written.quantized)
+        manifest = job.view.folder / MANIFEST
+        made_of = {"source_manifest_sha256": sha256_file(manifest)} if manifest.exists() else {}
+        facts = {"rope_fingerprint": job.rope.fingerprint(), **made_of}
+        write_output_manifest(folder, "export", job.layout.files, written, **facts)
+
+    execute(job.plan, out, finish, how)
 
 
-def _check_source(checkpoint: Path) -> None:
-    if not checkpoint.is_dir():
-        raise CheckpointError("no such folder", where=checkpoint, fix="check the path")
-    if is_torch_dist(checkpoint) and not (checkpoint / CARD).exists():
-        raise CheckpointError(
-            f"a torch_dist folder without {CARD}: its model and rope are not known",
-            where=checkpoint,
-            fix="only checkpoints of `convert import` and `train` can be exported",
-        )
-    verify_manifest(checkpoint, "checkpoint")
+@io_errors()
+def plan_export(
+    checkpoint: Path,
+    *,
+    config: Path | None = None,
+    rope: RopeScaling | None = None,
+    dtype: str | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    from_master: bool = False,
+    quantize: Literal["fp8"] | None = None,
+) -> Plan:
+    """What `export_hf` would write. Reads headers only. Raises as `export_hf`."""
+    return _prepare(checkpoint, config, rope, dtype, shard_bytes, from_master, quantize, hashes=False).plan
 
 
-def _config(view: CheckpointView) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Job:
+    view: CheckpointView
+    model_folder: Path  # config.json and tokenizer
+    config: dict[str, Any]  # of the output
+    rope: RopeScaling
+    layout: HfLayout
+    plan: Plan
+
+
+def _prepare(
+    checkpoint: Path,
+    config: Path | None,
+    rope: RopeScaling | None,
+    dtype: str | None,
+    shard_bytes: int,
+    from_master: bool,
+    quantize: Literal["fp8"] | None,
+    *,
+    hashes: bool,
+) -> _Job:
+    if shard_bytes < 1:
+        raise ConfigError(f"files of {shard_bytes:,} bytes", where="--shard-size")
+    view = open_torch_dist(checkpoint, config=config, from_master=from_master)
+    check_manifest(view.folder, "checkpoint", hashes=hashes)
+    if rope is not None and rope.head_dim != view.shape.kv_channels:
+        raise ConfigError(f"a rope of head_dim {rope.head_dim}, the model has {view.shape.kv_channels}", where=checkpoint)
+    target = target_dtype(dtype)
+    quantized = quantized_weights(view.shape) if quantize else frozenset()
+    layout = plan_hf(view.tensors, dtype=target, shard_bytes=shard_bytes, quantized=quantized)
+    written = _config(view, rope or view.rope, dtype) | ({"quantization_config": quantization_config()} if quantize else {})
+    model_folder = view.folder / HF_FOLDER
+    if config is not None:
+        model_folder = config if config.is_dir() else config.parent
+    settings = {
+        "layout": LAYOUT,
+        "config": written,
+        "rope": (rope or view.rope).as_dict(),
+        "dtype": dtype,
+        "shard_bytes": shard_bytes,
+        "from_master": from_master,
+        "quantize": quantize,
+    }
+    plan = Plan("export", settings, source_files(view, model_folder), layout.files, layout.fills, layout.small)
+    return _Job(view, model_folder, written, rope or view.rope, layout, plan)
+
+
+def _config(view: CheckpointView, rope: RopeScaling, dtype: str | None) -> dict[str, Any]:
     kept = {key: value for key, value in view.config.items() if key not in _DROPPED_SETTINGS}
     dtypes = view.dtypes
-    dtype = max(dtypes, key=lambda name: dtypes[name])
+    name = dtype or max(dtypes, key=lambda found: dtypes[found])
     # transformers 4 and vLLM read torch_dtype, transformers 5 dtype
-    return {**merge_hf_rope(kept, view.rope), "torch_dtype": dtype, "dtype": dtype}
+    return {**merge_hf_rope(kept, rope), "torch_dtype": name, "dtype": name}
 
 
-def _write_shards(view: CheckpointView, folder: Path, shard_bytes: int) -> None:
-    shards = plan_shards({name: tensor.nbytes for name, tensor in view.tensors.items()}, shard_bytes)
-    for file_name, names in shards.items():
-        with (folder / file_name).open("wb") as file:
-            file.write(header_bytes({name: (view.tensors[name].dtype, view.tensors[name].shape) for name in names}))
-            for name in names:
-                for _, band in view.tensors[name].bands():
-                    file.write(band)
-    if len(shards) > 1:
-        total = sum(tensor.nbytes for tensor in view.tensors.values())
-        (folder / INDEX).write_text(index_text(shards, total), encoding="utf-8")
+def _write_files(job: _Job, folder: Path) -> None:
+    view, length = job.view, job.rope.resolved_max_position_embeddings
+    copy_sidecars(job.model_folder, folder)
+    _write_json(folder / CONFIG, job.config)
+    _set_length(folder / "tokenizer_config.json", "model_max_length", length)
+    _set_length(folder / "generation_config.json", "max_length", length, only_if=view.config.get("max_position_embeddings"))
+    stage, iteration = ("base", 0) if view.card is None else (view.card.stage, view.card.iteration)
+    hashed = tokenizer_sha256(folder)
+    write_card(folder, CheckpointCard(shape=view.shape, rope=job.rope, tokenizer_sha256=hashed, stage=stage, iteration=iteration))
+    job.layout.describe(folder)
 
 
 def _set_length(path: Path, key: str, length: int | None, *, only_if: object = None) -> None:
@@ -101,18 +171,3 @@ def _set_length(path: Path, key: str, length: int | None, *, only_if: object = N
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _write_card_of(view: CheckpointView, folder: Path) -> None:
-    assert view.card is not None
-    card = view.card
-    write_card(
-        folder,
-        CheckpointCard(
-            shape=card.shape,
-            rope=card.rope,
-            tokenizer_sha256=tokenizer_sha256(folder),
-            stage=card.stage,
-            iteration=card.iteration,
-        ),
-    )

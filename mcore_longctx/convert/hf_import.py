@@ -2,109 +2,146 @@
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
-from mcore_longctx.convert.disk import check_free_space, io_errors
-from mcore_longctx.convert.sidecars import copy_sidecars, tokenizer_sha256
-from mcore_longctx.convert.views import CONFIG, HF_FOLDER, CheckpointView, open_hf
-from mcore_longctx.convert.views.rows import Piece, TensorRows
-from mcore_longctx.errors import ConversionError
-from mcore_longctx.families import MappedTensor, extra_state_keys, model_tensors
-from mcore_longctx.formats.dcp_write import TorchDistWriter
-from mcore_longctx.formats.dtypes import DType
-from mcore_longctx.manifest import MANIFEST, staged_folder, verify_manifest, write_manifest
-from mcore_longctx.recipe import CheckpointCard, write_card
+from mcore_longctx.convert.copying.execute import Execution, Written, execute
+from mcore_longctx.convert.disk import io_errors
+from mcore_longctx.convert.outputs import (
+    LAYOUT,
+    check_manifest,
+    source_files,
+    target_dtype,
+    write_checkpoint_files,
+)
+from mcore_longctx.convert.plans.plan import Plan
+from mcore_longctx.convert.plans.torch_dist_layout import TorchDistLayout, padded_vocab_size, plan_torch_dist
+from mcore_longctx.convert.sidecars import tokenizer_sha256
+from mcore_longctx.convert.views import CONFIG, CheckpointView, open_hf
+from mcore_longctx.errors import ConfigError, ConversionError
+from mcore_longctx.recipe import CheckpointCard
+from mcore_longctx.rope import RopeScaling
 
-__all__ = ["import_hf"]
+__all__ = ["VOCAB_MULTIPLE", "import_hf", "plan_import"]
+
+VOCAB_MULTIPLE = 128  # Megatron-LM's make_vocab_size_divisible_by
 
 
 @io_errors()
-def import_hf(hf: Path, out: Path) -> None:
-    """Convert the Llama in `hf` to the torch_dist checkpoint `out`, bit for bit.
+def import_hf(
+    hf: Path,
+    out: Path,
+    *,
+    rope: RopeScaling | None = None,
+    dtype: str | None = None,
+    chunks_for_tp: int = 1,
+    stacked: bool = True,
+    vocab_multiple: int = VOCAB_MULTIPLE,
+    how: Execution | None = None,
+) -> None:
+    """Convert the model in `hf` to the torch_dist checkpoint `out`, bit for bit.
 
-    The weights keep their element type and the rope that they were trained with. The embedding is padded with zero rows to
-    Megatron's multiple of 128. `out` also gets `hf/` (config and tokenizer), a card and, last, a manifest.
+    `out` also gets `hf/` (config and tokenizer), a card and, last, a manifest.
+
+    Args:
+        hf: Hugging Face folder.
+        out: folder to make.
+        rope: the card's, so that training and export follow it; weights and `hf/config.json` stay as they are. None: the model's.
+        dtype: torch's name of the element type to cast to; None: each tensor keeps its own.
+        chunks_for_tp: tensor-parallel size whose ranks find a chunk of each tensor; any size loads it.
+        stacked: one tensor over all layers, else one a layer.
+        vocab_multiple: embedding and head are padded with zero rows to a multiple of this x `chunks_for_tp`.
+        how: workers, fsync, checksums; None: one process.
 
     Raises:
-        CheckpointError: `hf` is missing or damaged, or the disk is full.
+        CheckpointError: `hf` is missing, damaged or not what its manifest says.
         ConfigError: config.json asks for something that is not supported, or `out` exists.
         ConversionError: tensors that are missing, left over, or of another shape or type than config.json says.
+        LayoutError: the model does not divide by `chunks_for_tp`.
+        StorageError: the disk is full or failed.
     """
+    how = how or Execution()
+    job = _prepare(hf, rope, dtype, chunks_for_tp, vocab_multiple, stacked=stacked, hashes=how.checksum)
+
+    def finish(folder: Path, written: Written) -> None:
+        card = CheckpointCard(shape=job.view.shape, rope=job.rope, tokenizer_sha256=tokenizer_sha256(hf))
+        was = job.view.rope
+        changed = {} if rope is None else {"source_rope": {"fingerprint": was.fingerprint(), "in_words": was.describe()}}
+        write_checkpoint_files(folder, job.layout, card, hf, written, **changed)
+
+    execute(job.plan, out, finish, how)
+
+
+@io_errors()
+def plan_import(
+    hf: Path,
+    *,
+    rope: RopeScaling | None = None,
+    dtype: str | None = None,
+    chunks_for_tp: int = 1,
+    stacked: bool = True,
+    vocab_multiple: int = VOCAB_MULTIPLE,
+) -> Plan:
+    """What `import_hf` would write. Reads headers only. Raises as `import_hf`."""
+    return _prepare(hf, rope, dtype, chunks_for_tp, vocab_multiple, stacked=stacked, hashes=False).plan
+
+
+@dataclass(frozen=True)
+class _Job:
+    view: CheckpointView
+    rope: RopeScaling
+    layout: TorchDistLayout
+    plan: Plan
+
+
+def _prepare(
+    hf: Path,
+    rope: RopeScaling | None,
+    dtype: str | None,
+    chunks_for_tp: int,
+    vocab_multiple: int,
+    *,
+    stacked: bool,
+    hashes: bool,
+) -> _Job:
     view = open_hf(hf)
-    if view.card is not None and view.card.rope.fingerprint() != view.rope.fingerprint():
+    _check_source(view, hashes=hashes)
+    if rope is not None and rope.head_dim != view.shape.kv_channels:
+        raise ConfigError(f"a rope of head_dim {rope.head_dim}, the model has {view.shape.kv_channels}", where=hf)
+    vocab_rows = padded_vocab_size(view.shape, vocab_multiple, chunks_for_tp)
+    target = target_dtype(dtype)
+    layout = plan_torch_dist(
+        view.shape,
+        view.tensors,
+        dtype=target,
+        chunks_for_tp=chunks_for_tp,
+        stacked=stacked,
+        vocab_rows=vocab_rows,
+        where=hf,
+    )
+    settings = {
+        "layout": LAYOUT,
+        "shape": view.shape.as_dict(),
+        "rope": (rope or view.rope).as_dict(),
+        "rope_changed": rope is not None,
+        "dtype": dtype,
+        "chunks_for_tp": chunks_for_tp,
+        "stacked": stacked,
+        "vocab_rows": vocab_rows,
+    }
+    plan = Plan("import", settings, source_files(view, hf), layout.files, layout.fills, layout.small)
+    return _Job(view, rope or view.rope, layout, plan)
+
+
+def _check_source(view: CheckpointView, *, hashes: bool) -> None:
+    """An export of ours must be what its card and its manifest say."""
+    if view.card is None:
+        return
+    if view.card.rope.fingerprint() != view.rope.fingerprint():
         raise ConversionError(
             f"the rope in {CONFIG} ({view.rope.describe()}) is not the one these weights were trained with "
             f"({view.card.rope.describe()}, says mcore_longctx.json)",
-            where=hf,
+            where=view.folder,
             fix=f"restore {CONFIG}, or remove mcore_longctx.json if the change is meant",
         )
-    if view.card is not None and (hf / MANIFEST).exists():  # an export of ours: nothing else notices a flipped bit
-        verify_manifest(hf, "export")
-    mapped = model_tensors(view.shape)
-    dtypes = _megatron_dtypes(view, mapped)
-    with staged_folder(out) as folder:
-        check_free_space(folder, sum(tensor.nbytes for tensor in view.tensors.values()), out)
-        _write_weights(view, mapped, dtypes, folder)
-        (folder / HF_FOLDER).mkdir()
-        copy_sidecars(hf, folder / HF_FOLDER)
-        shutil.copyfile(hf / CONFIG, folder / HF_FOLDER / CONFIG)
-        write_card(folder, CheckpointCard(shape=view.shape, rope=view.rope, tokenizer_sha256=tokenizer_sha256(hf)))
-        write_manifest(folder, "checkpoint", rope_fingerprint=view.rope.fingerprint(), stage="base", iteration=0)
-
-
-def _megatron_dtypes(view: CheckpointView, mapped: list[MappedTensor]) -> dict[str, DType]:
-    """Megatron key -> element type. Layers are stacked into one tensor, so they must agree."""
-    dtypes: dict[str, DType] = {}
-    for tensor in mapped:
-        for block in tensor.blocks:
-            dtype = view.tensors[block.hf_name].dtype
-            if dtypes.setdefault(tensor.key, dtype) != dtype:
-                raise ConversionError(
-                    f"dtype {dtype.name}, but its neighbours in {tensor.key} have {dtypes[tensor.key].name}",
-                    where=f"{view.folder}: {block.hf_name}",
-                    fix="save the model with one dtype",
-                )
-    return dtypes
-
-
-def _write_weights(view: CheckpointView, mapped: list[MappedTensor], dtypes: dict[str, DType], folder: Path) -> None:
-    writer = TorchDistWriter(folder)
-    try:
-        for tensor in mapped:
-            _write_tensor(writer, tensor, _megatron_rows(view, tensor, dtypes[tensor.key]), view.shape.num_layers)
-        for key in extra_state_keys(view.shape.num_layers):
-            writer.add_empty_object(key)
-        writer.finish({"checkpoint_version": 3.0, "iteration": 0})
-    finally:
-        writer.close()
-
-
-def _megatron_rows(view: CheckpointView, tensor: MappedTensor, dtype: DType) -> TensorRows:
-    pieces: list[Piece] = []
-    for block in tensor.blocks:
-        pieces += view.tensors[block.hf_name].pieces_of(block.hf_row, block.rows, at=block.row)
-    columns, rows = tensor.columns or 1, tensor.rows
-    if tensor.is_vocabulary:
-        rows = view.shape.padded_vocab_size()
-        pieces.append(Piece(tensor.rows, rows - tensor.rows, 0, columns, None, 0))  # zeros
-    return TensorRows(dtype, rows, columns, tensor.columns is None, tuple(pieces))
-
-
-def _write_tensor(writer: TorchDistWriter, tensor: MappedTensor, rows: TensorRows, num_layers: int) -> None:
-    is_layer = tensor.layer is not None
-    stack = (num_layers,) if is_layer else ()
-    part_rows = rows.rows // tensor.parts
-    for part in range(tensor.parts):
-        first = part * part_rows
-        box = rows.rows_between(first, part_rows)
-        offsets = ((tensor.layer,) if tensor.layer is not None else ()) + ((first,) if rows.is_vector else (first, 0))
-        writer.add_chunk(
-            tensor.key, rows.dtype, stack + rows.shape, offsets, ((1,) if is_layer else ()) + box.shape, _payload(box)
-        )
-
-
-def _payload(rows: TensorRows) -> Iterator[bytearray]:
-    for _, band in rows.bands():
-        yield band
+    check_manifest(view.folder, "export", hashes=hashes)

@@ -1,127 +1,104 @@
-"""Writes a torch_dist folder that megatron-core 0.16.1 and 0.19.2 load.
+"""Describes a torch_dist folder so that megatron-core 0.16.1 and 0.19.2 load it.
 
-`common.pt` is written in the 0.16.1 style; 0.19.2 reads both styles. `metadata.json` comes last: megatron takes a folder
-without it for an unfinished save. The bytes are a function of the contents alone.
+The items themselves stand in `.distcp` files (`torch_archive.tensor_frame`, `object_item`); here are the three files beside
+them. `common.pt` is written in the 0.16.1 style; 0.19.2 reads both styles. `metadata.json` comes last: megatron takes a
+folder without it for an unfinished save. The bytes are a function of the arguments alone.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 from mcore_longctx.formats.dcp_read import METADATA, METADATA_JSON
 from mcore_longctx.formats.dtypes import DType
 from mcore_longctx.formats.pickle_data import Call, Global, Instance, encode
-from mcore_longctx.formats.torch_archive import write_object_item, write_tensor_item
+from mcore_longctx.formats.torch_archive import object_item
 
-__all__ = ["TorchDistWriter"]
+__all__ = ["COMMON", "StoredItem", "write_description"]
 
-FILE_BYTES = 4 << 30  # a new .distcp file is begun after this many bytes
+COMMON = "common.pt"
 
 _META = "torch.distributed.checkpoint.metadata"
 _INFO = Global("torch.distributed.checkpoint.filesystem", "_StorageInfo")
 _INDEX = Global(_META, "MetadataIndex")
 
 
-@dataclass
-class _Entry:
-    dtype: DType
-    shape: tuple[int, ...]
-    chunks: list[tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=list)
+@dataclass(frozen=True, slots=True)
+class StoredItem:
+    """One chunk of a tensor, or an object, and where it is stored: `length` bytes from `offset` of `file`.
+
+    `box` is the chunk's (offsets, sizes) in its tensor; None for an object.
+    """
+
+    key: str
+    box: tuple[tuple[int, ...], tuple[int, ...]] | None
+    file: str
+    offset: int
+    length: int
 
 
-class TorchDistWriter:
-    """Appends chunks and objects to `.distcp` files, then writes what describes them."""
+def write_description(
+    folder: Path,
+    tensors: Mapping[str, tuple[DType, tuple[int, ...]]],
+    items: Iterable[StoredItem],
+    common: Mapping[str, object],
+) -> None:
+    """Write `common.pt`, `.metadata` and, last, `metadata.json`.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._tensors: dict[str, _Entry] = {}
-        self._objects: list[str] = []
-        self._items: list[tuple[str, tuple[int, ...] | None, str, int, int]] = []
-        self._file: BinaryIO | None = None
-        self._file_number = -1
-
-    def add_chunk(
-        self,
-        key: str,
-        dtype: DType,
-        shape: tuple[int, ...],
-        offsets: tuple[int, ...],
-        sizes: tuple[int, ...],
-        payload: Iterable[bytes | bytearray],
-    ) -> None:
-        """Write one box of the tensor `key` of global `shape`. `payload` is its elements in row-major order."""
-        file, name = self._open()
-        begin = file.tell()
-        length = write_tensor_item(file, dtype, sizes, payload)
-        self._tensors.setdefault(key, _Entry(dtype, shape)).chunks.append((offsets, sizes))
-        self._items.append((key, offsets, name, begin, length))
-
-    def add_empty_object(self, key: str) -> None:
-        """Write the object `[None]` that megatron-core stores for a module without extra state."""
-        file, name = self._open()
-        begin = file.tell()
-        self._items.append((key, None, name, begin, write_object_item(file, [None])))
-        self._objects.append(key)
-
-    def finish(self, common: dict[str, object]) -> None:
-        """Close the files and write `common.pt`, `.metadata` and, last, `metadata.json`."""
-        self.close()
-        with (self.folder / "common.pt").open("wb") as file:
-            write_object_item(file, common)
-        (self.folder / METADATA).write_bytes(encode(self._metadata()))
-        backend = {
-            "sharded_backend": "torch_dist",
-            "sharded_backend_version": 1,
-            "common_backend": "torch",
-            "common_backend_version": 1,
-        }
-        (self.folder / METADATA_JSON).write_text(json.dumps(backend))
-
-    def close(self) -> None:
-        """Close the open file, if any."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
-    def _open(self) -> tuple[BinaryIO, str]:
-        if self._file is not None and self._file.tell() >= FILE_BYTES:
-            self.close()
-        if self._file is None:
-            self._file_number += 1
-            self._file = (self.folder / self._name()).open("wb")
-        return self._file, self._name()
-
-    def _name(self) -> str:
-        return f"__{self._file_number}_0.distcp"
-
-    def _metadata(self) -> Instance:
-        entries: dict[str, Instance] = {key: _tensor_metadata(entry) for key, entry in self._tensors.items()}
-        entries |= {key: Instance(Global(_META, "BytesStorageMetadata")) for key in self._objects}
-        storage = {}
-        for key, offsets, file, begin, length in self._items:
-            # torch's own pickles leave the offset of an object out, too
-            index = {"fqn": key, "index": None} if offsets is None else {"fqn": key, "offset": _size(offsets), "index": None}
-            storage[Instance(_INDEX, (), index)] = Instance(_INFO, (), {"relative_path": file, "offset": begin, "length": length})
-        fields = {"state_dict_metadata": entries, "planner_data": None, "storage_data": storage, "storage_meta": None}
-        return Instance(Global(_META, "Metadata"), (), fields)
+    Args:
+        folder: where the `.distcp` files lie.
+        tensors: name -> element type and global shape.
+        items: all that is stored. The chunks of each tensor cover it once.
+        common: plain values that belong to no tensor: `iteration`, `checkpoint_version`.
+    """
+    (folder / COMMON).write_bytes(object_item(dict(common)))
+    (folder / METADATA).write_bytes(encode(_metadata(tensors, items)))
+    backend = {
+        "sharded_backend": "torch_dist",
+        "sharded_backend_version": 1,
+        "common_backend": "torch",
+        "common_backend_version": 1,
+    }
+    (folder / METADATA_JSON).write_text(json.dumps(backend), encoding="utf-8")
 
 
-def _tensor_metadata(entry: _Entry) -> Instance:
+def _metadata(tensors: Mapping[str, tuple[DType, tuple[int, ...]]], items: Iterable[StoredItem]) -> Instance:
+    chunks: dict[str, list[Instance]] = {key: [] for key in tensors}
+    entries: dict[str, Instance] = {}
+    storage: dict[Instance, Instance] = {}
+    for item in items:
+        index: dict[str, object] = {"fqn": item.key, "index": None}
+        if item.box is None:  # torch's own pickles leave the offset of an object out, too
+            entries[item.key] = Instance(Global(_META, "BytesStorageMetadata"))
+        else:
+            offsets, sizes = (_size(values) for values in item.box)
+            index = {"fqn": item.key, "offset": offsets, "index": None}
+            box = {"offsets": offsets, "sizes": sizes}
+            chunks[item.key].append(Instance(Global(_META, "ChunkStorageMetadata"), (), box))
+        place = {"relative_path": item.file, "offset": item.offset, "length": item.length}
+        storage[Instance(_INDEX, (), index)] = Instance(_INFO, (), place)
+    described = {key: _tensor_metadata(dtype, shape, chunks[key]) for key, (dtype, shape) in tensors.items()}
+    fields = {
+        "state_dict_metadata": {**described, **entries},
+        "planner_data": None,
+        "storage_data": storage,
+        "storage_meta": None,  # torch's holds a path and a random number; its readers accept None
+    }
+    return Instance(Global(_META, "Metadata"), (), fields)
+
+
+def _tensor_metadata(dtype: DType, shape: tuple[int, ...], chunks: list[Instance]) -> Instance:
     layout = Call(Global("torch.serialization", "_get_layout"), ("torch.strided",))
     memory_format = Call(Global(_META, "_MEM_FORMAT_ENCODING"), (0,))
     properties = Instance(
-        Global(_META, "TensorProperties"), (), (Global("torch", entry.dtype.name), layout, False, memory_format, False)
+        Global(_META, "TensorProperties"), (), (Global("torch", dtype.name), layout, False, memory_format, False)
     )
-    chunks = [
-        Instance(Global(_META, "ChunkStorageMetadata"), (), {"offsets": _size(offsets), "sizes": _size(sizes)})
-        for offsets, sizes in entry.chunks
-    ]
-    fields = {"properties": properties, "size": _size(entry.shape), "chunks": chunks}
-    return Instance(Global(_META, "TensorStorageMetadata"), (), fields)
+    return Instance(
+        Global(_META, "TensorStorageMetadata"), (), {"properties": properties, "size": _size(shape), "chunks": chunks}
+    )
 
 
 def _size(values: tuple[int, ...]) -> Call:

@@ -2,8 +2,8 @@
 
     archive/data.pkl    pickle of `_rebuild_tensor_v2((storage, dtype, "0", "cpu", count), 0, size, stride, ...)`
     archive/byteorder   "little"
-    archive/data/0      the elements, row-major, aligned to 64 bytes
     archive/version     "3"
+    archive/data/0      the elements, row-major, aligned to 64 bytes
 
 Items that torch wrote hold more records, which are not needed. Nothing here is handed to an unpickler.
 
@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import struct
 import zlib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,7 +22,7 @@ from mcore_longctx.errors import CheckpointError
 from mcore_longctx.formats.dtypes import BY_TORCH, DType
 from mcore_longctx.formats.pickle_data import Call, Global, PersistentId, PickleError, decode, encode
 
-__all__ = ["locate_payload", "write_object_item", "write_tensor_item"]
+__all__ = ["locate_payload", "object_item", "tensor_frame"]
 
 ALIGNMENT = 64
 _LOCAL = struct.Struct("<4s5H3I2H")
@@ -43,7 +42,7 @@ _ALLOWED = frozenset({_REBUILD, _ORDERED_DICT, *_STORAGES})
 
 
 # ---------------------------------------------------------------------------------------------------------- writing
-@dataclass
+@dataclass(frozen=True)
 class _Record:
     name: bytes
     crc: int
@@ -51,60 +50,48 @@ class _Record:
     start: int  # of the local header, from the start of the item
 
 
-def write_tensor_item(file: BinaryIO, dtype: DType, shape: tuple[int, ...], payload: Iterable[bytes | bytearray]) -> int:
-    """Append one tensor to `file` and return the item's length in bytes.
+def tensor_frame(dtype: DType, shape: tuple[int, ...]) -> tuple[bytes, bytes]:
+    """What stands before and after the elements of a tensor in its archive: (head, tail).
 
-    Args:
-        file: seekable, open for writing at its end.
-        dtype: element type.
-        shape: sizes of the tensor.
-        payload: its elements in row-major order, little-endian, in pieces of any size.
+    Item = head + elements (row-major, little-endian) + tail. The head is a multiple of 64 bytes long, so that the elements
+    are aligned from the start of the item. Both are a function of the arguments alone: whoever knows where an item begins
+    can write its elements at any time and in any order.
+
+    The elements' checksum stands as 0: it is not known before they are. torch's reader does not compare it (its miniz is
+    built with MINIZ_DISABLE_ZIP_READER_CRC32_CHECKS, and torch itself may leave it out, `torch.serialization.set_crc32_options`);
+    Python's zipfile would complain.
 
     Raises:
-        ValueError: the pieces do not add up to the tensor's size.
+        ValueError: torch has no storage class for this element type.
     """
+    if dtype.storage is None:
+        raise ValueError(f"torch has no storage of {dtype.name}")
     stride, count = _row_major(shape)
-    assert dtype.storage is not None
     storage = PersistentId(("storage", Global("torch", dtype.storage), "0", "cpu", count))
     pickle = encode(Call(_REBUILD, (storage, 0, shape, stride, False, Call(_ORDERED_DICT, ()))))
-    item = file.tell()
-    records = [_write_small(file, item, b"archive/data.pkl", pickle), _write_small(file, item, b"archive/byteorder", b"little")]
-    records.append(_write_large(file, item, b"archive/data/0", count * dtype.itemsize, payload))
-    records.append(_write_small(file, item, b"archive/version", b"3\n"))
-    return _write_directory(file, item, records)
+    head, records = _small_records(pickle)
+    elements = _Record(b"archive/data/0", 0, count * dtype.itemsize, len(head))
+    head += _local_header(elements)
+    return bytes(head), _directory([*records, elements], start=len(head) + elements.size)
 
 
-def write_object_item(file: BinaryIO, value: Any) -> int:
-    """Append a torch.save archive of a plain value without tensors (or write a whole file) and return its length."""
-    item = file.tell()
-    parts = ((b"archive/data.pkl", encode(value)), (b"archive/byteorder", b"little"), (b"archive/version", b"3\n"))
-    return _write_directory(file, item, [_write_small(file, item, name, data) for name, data in parts])
+def object_item(value: Any) -> bytes:
+    """A torch.save archive of a plain value without tensors: an item, or a whole file."""
+    body, records = _small_records(encode(value))
+    return bytes(body) + _directory(records, start=len(body))
 
 
-def _write_small(file: BinaryIO, item: int, name: bytes, data: bytes) -> _Record:
-    record = _Record(name, zlib.crc32(data), len(data), file.tell() - item)
-    file.write(_local_header(record))
-    file.write(data)
-    return record
-
-
-def _write_large(file: BinaryIO, item: int, name: bytes, size: int, payload: Iterable[bytes | bytearray]) -> _Record:
-    record = _Record(name, 0, size, file.tell() - item)
-    file.write(_local_header(record))
-    written = 0
-    for piece in payload:
-        record.crc = zlib.crc32(piece, record.crc)
-        written += file.write(piece)
-    if written != size:
-        raise ValueError(f"payload has {written:,} bytes, the tensor {size:,}")
-    end = file.tell()
-    file.seek(item + record.start)
-    file.write(_local_header(record))  # now with the checksum
-    file.seek(end)
-    return record
+def _small_records(pickle: bytes) -> tuple[bytearray, list[_Record]]:
+    out = bytearray()
+    records = []
+    for name, data in ((b"archive/data.pkl", pickle), (b"archive/byteorder", b"little"), (b"archive/version", b"3\n")):
+        records.append(_Record(name, zlib.crc32(data), len(data), len(out)))
+        out += _local_header(records[-1]) + data
+    return out, records
 
 
 def _local_header(record: _Record) -> bytes:
+    """Padded so that the data that follows is aligned."""
     zip64 = struct.pack("<HHQQ", 1, 16, record.size, record.size) if record.size >= _ZIP64_FROM else b""
     unpadded = record.start + _LOCAL.size + len(record.name) + len(zip64) + 4
     padding = -unpadded % ALIGNMENT
@@ -118,27 +105,22 @@ def _local_header(record: _Record) -> bytes:
     )
 
 
-def _write_directory(file: BinaryIO, item: int, records: list[_Record]) -> int:
-    start = file.tell() - item
+def _directory(records: list[_Record], *, start: int) -> bytes:
+    """The zip's directory and its end, which stand `start` bytes into the item."""
     directory = b"".join(_central_header(record) for record in records)
     end = b""
     if start >= _ZIP64_FROM:
         end = _END64.pack(b"PK\6\6", 44, 45, 45, 0, 0, len(records), len(records), len(directory), start)
         end += _LOCATOR64.pack(b"PK\6\7", 0, start + len(directory), 1)
     end += _END.pack(b"PK\5\6", 0, 0, len(records), len(records), len(directory), min(start, _ZIP64_FROM), 0)
-    file.write(directory + end)
-    return start + len(directory) + len(end)
+    return directory + end
 
 
 def _central_header(record: _Record) -> bytes:
-    fields = b""
-    if record.size >= _ZIP64_FROM:
-        fields += struct.pack("<QQ", record.size, record.size)
-    if record.start >= _ZIP64_FROM:
-        fields += struct.pack("<Q", record.start)
-    extra = struct.pack("<HH", 1, len(fields)) + fields if fields else b""
+    # no record begins beyond 4 GiB: the large one is the last
+    extra = struct.pack("<HHQQ", 1, 16, record.size, record.size) if record.size >= _ZIP64_FROM else b""
     version, size = (45 if extra else 0), min(record.size, _ZIP64_FROM)
-    sizes = (record.crc, size, size, len(record.name), len(extra), 0, 0, 0, 0, min(record.start, _ZIP64_FROM))
+    sizes = (record.crc, size, size, len(record.name), len(extra), 0, 0, 0, 0, record.start)
     return _CENTRAL.pack(b"PK\1\2", version, version, 0, 0, 0, _DATE, *sizes) + record.name + extra
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from mcore_longctx.convert.views import TensorRows
 from mcore_longctx.formats.dtypes import DType
 
-__all__ = ["Blend", "Fill", "Plan", "Scales", "SourceFile", "TargetFile"]
+__all__ = ["Blend", "Fill", "Plan", "Scales", "SourceFile", "TargetFile", "first_rows"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +41,17 @@ class Blend:
     parts: tuple[tuple[TensorRows, float], ...]
 
 
+def first_rows(source: TensorRows | Blend) -> TensorRows:
+    """The tensor itself, or the first of a blend, which gives it shape and element type."""
+    return source.parts[0][0] if isinstance(source, Blend) else source
+
+
 @dataclass(frozen=True, slots=True)
 class Scales:
-    """Where the scale of each row goes when rows are quantised: float32, one after the other from byte `offset` of `file`."""
+    """Where the scales go when rows are quantised: float32, one after the other from byte `offset` of `file`.
+
+    The first is that of the fill's first row. A region of its own: no fill and nothing small overlaps it.
+    """
 
     file: int
     offset: int

@@ -1,0 +1,157 @@
+"""The weighted sum of two checkpoints of one model, tensor by tensor."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+from mcore_longctx.convert.copying.execute import Execution, Written, execute
+from mcore_longctx.convert.disk import io_errors
+from mcore_longctx.convert.outputs import (
+    LAYOUT,
+    check_manifest,
+    source_files,
+    write_checkpoint_files,
+    write_output_manifest,
+)
+from mcore_longctx.convert.plans.hf_layout import HfLayout, plan_hf
+from mcore_longctx.convert.plans.plan import Blend, Plan
+from mcore_longctx.convert.plans.torch_dist_layout import TorchDistLayout, plan_torch_dist
+from mcore_longctx.convert.sidecars import copy_sidecars, tokenizer_sha256
+from mcore_longctx.convert.views import CONFIG, HF_FOLDER, CheckpointView, open_checkpoint
+from mcore_longctx.errors import ConfigError, ConversionError
+from mcore_longctx.families import model_tensors
+from mcore_longctx.formats.dcp_read import read_torch_dist
+from mcore_longctx.manifest import MANIFEST, sha256_file
+from mcore_longctx.recipe import CheckpointCard, write_card
+
+__all__ = ["merge", "plan_merge"]
+
+
+@io_errors()
+def merge(a: Path, b: Path, out: Path, *, weights: tuple[float, float] = (0.5, 0.5), how: Execution | None = None) -> None:
+    """Write `weights[0]` x A + `weights[1]` x B, computed in float32, in the format, layout and element types of A.
+
+    Config, tokenizer and card are A's. Optimizer state is left out; rows of vocabulary padding become zero.
+
+    Args:
+        a: Hugging Face folder, or torch_dist folder.
+        b: another of the same format, shape, rope and tokenizer.
+        out: folder to make.
+        weights: of A and of B; finite. They need not add up to 1.
+        how: workers, fsync, checksums; None: one process.
+
+    Raises:
+        CheckpointError: one is missing, damaged or not what its manifest says.
+        ConversionError: they are not of one format, model, rope or tokenizer.
+        ConfigError: a weight that is not finite, or `out` exists.
+        StorageError: the disk is full or failed.
+    """
+    how = how or Execution()
+    job = _prepare(a, b, weights, hashes=how.checksum)
+
+    def finish(folder: Path, written: Written) -> None:
+        manifests = [sha256_file(view.folder / MANIFEST) if (view.folder / MANIFEST).exists() else None for view in job.views]
+        merged = {"weights": list(weights), "source_manifest_sha256": manifests}
+        card = _card(job)
+        if isinstance(job.layout, TorchDistLayout):
+            write_checkpoint_files(folder, job.layout, card, job.model_folder, written, merge=merged)
+            return
+        copy_sidecars(job.model_folder, folder)
+        shutil.copyfile(job.model_folder / CONFIG, folder / CONFIG)
+        write_card(folder, card)
+        job.layout.describe(folder)
+        facts = {"rope_fingerprint": card.rope.fingerprint(), "merge": merged}
+        write_output_manifest(folder, "export", job.layout.files, written, **facts)
+
+    execute(job.plan, out, finish, how)
+
+
+@io_errors()
+def plan_merge(a: Path, b: Path, *, weights: tuple[float, float] = (0.5, 0.5)) -> Plan:
+    """What `merge` would write. Reads headers only. Raises as `merge`."""
+    return _prepare(a, b, weights, hashes=False).plan
+
+
+@dataclass(frozen=True)
+class _Job:
+    views: tuple[CheckpointView, CheckpointView]
+    model_folder: Path  # config.json and tokenizer of A
+    layout: HfLayout | TorchDistLayout
+    plan: Plan
+
+
+def _prepare(a: Path, b: Path, weights: tuple[float, float], *, hashes: bool) -> _Job:
+    if not all(math.isfinite(weight) for weight in weights):
+        raise ConfigError(f"weights {weights[0]} and {weights[1]}; expected two finite numbers", where="--weights")
+    first, second = (open_checkpoint(path) for path in (a, b))
+    _check_alike(first, second)
+    for view in (first, second):
+        if view.card is not None:
+            check_manifest(view.folder, "export" if view.format == "hf" else "checkpoint", hashes=hashes)
+    blends = {name: Blend(((rows, weights[0]), (second.tensors[name], weights[1]))) for name, rows in first.tensors.items()}
+    layout = _hf_layout(first, blends) if first.format == "hf" else _torch_dist_layout(first, blends)
+    files = {file.path: file for view in (first, second) for file in source_files(view, _model_folder(view))}
+    settings = {"layout": LAYOUT, "weights": list(weights), "shape": first.shape.as_dict(), "rope": first.rope.as_dict()}
+    plan = Plan("merge", settings, tuple(files.values()), layout.files, layout.fills, layout.small)
+    return _Job((first, second), _model_folder(first), layout, plan)
+
+
+def _model_folder(view: CheckpointView) -> Path:
+    return view.folder if view.format == "hf" else view.folder / HF_FOLDER
+
+
+def _check_alike(first: CheckpointView, second: CheckpointView) -> None:
+    def refuse(what: str, fix: str = "") -> None:
+        raise ConversionError(f"{what} than {first.folder}", where=second.folder, fix=fix)
+
+    if first.format != second.format:
+        refuse(f"another format ({second.format})", "convert one of them first")
+    if first.shape != second.shape:
+        ours, theirs = first.shape.as_dict(), second.shape.as_dict()
+        key = next(key for key, value in ours.items() if theirs[key] != value)
+        refuse(f"another model ({key} {theirs[key]}, not {ours[key]})")
+    if first.rope.fingerprint() != second.rope.fingerprint():
+        refuse(f"another rope ({second.rope.describe()}, not {first.rope.describe()})")
+    if tokenizer_sha256(_model_folder(first)) != tokenizer_sha256(_model_folder(second)):
+        refuse("another tokenizer", "a token must mean the same in both")
+
+
+def _hf_layout(view: CheckpointView, blends: dict[str, Blend]) -> HfLayout:
+    """The files of A: the same tensors in each."""
+    places = {name: rows.pieces[0] for name, rows in view.tensors.items()}
+    shards: dict[str, list[str]] = {}
+    for name in sorted(places, key=lambda name: (str(places[name].file), places[name].offset)):
+        file = places[name].file
+        assert file is not None
+        shards.setdefault(file.name, []).append(name)
+    return plan_hf(blends, dtype=None, shard_bytes=shards)
+
+
+def _torch_dist_layout(view: CheckpointView, blends: dict[str, Blend]) -> TorchDistLayout:
+    """Stacked or not, chunks and vocabulary padding as A has them."""
+    saved = read_torch_dist(view.folder).tensors
+    mapped = model_tensors(view.shape)
+    down = next(tensor for tensor in mapped if tensor.layer is not None and tensor.tp == 1)
+    stacked = down.key in saved
+    chunk = saved[down.key if stacked else down.layer_key].chunks[0]
+    chunks_for_tp = max(1, (down.columns or 1) // max(1, chunk.sizes[-1]))
+    vocab_rows = next(saved[tensor.key].shape[0] for tensor in mapped if tensor.is_vocabulary)
+    return plan_torch_dist(
+        view.shape,
+        blends,
+        dtype=None,
+        chunks_for_tp=chunks_for_tp,
+        stacked=stacked,
+        vocab_rows=vocab_rows,
+        where=view.folder,
+    )
+
+
+def _card(job: _Job) -> CheckpointCard:
+    view = job.views[0]
+    stage, iteration = ("base", 0) if view.card is None else (view.card.stage, view.card.iteration)
+    tokenizer = tokenizer_sha256(job.model_folder)
+    return CheckpointCard(shape=view.shape, rope=view.rope, tokenizer_sha256=tokenizer, stage=stage, iteration=iteration)

@@ -1,0 +1,91 @@
+"""What import, export and merge have in common: their sources, and what stands beside the weights of an output."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from mcore_longctx.convert.copying.execute import Written
+from mcore_longctx.convert.plans.plan import SourceFile, TargetFile
+from mcore_longctx.convert.plans.torch_dist_layout import TorchDistLayout
+from mcore_longctx.convert.sidecars import carried_files, copy_sidecars
+from mcore_longctx.convert.views import CONFIG, HF_FOLDER, CheckpointView
+from mcore_longctx.errors import ConfigError
+from mcore_longctx.formats.dcp_read import METADATA, METADATA_JSON
+from mcore_longctx.formats.dtypes import BY_TORCH, WEIGHT_DTYPES, DType
+from mcore_longctx.formats.safetensors_io import INDEX
+from mcore_longctx.manifest import MANIFEST, verify_manifest, write_manifest
+from mcore_longctx.recipe import CARD, CheckpointCard, write_card
+
+__all__ = [
+    "LAYOUT",
+    "check_manifest",
+    "source_files",
+    "target_dtype",
+    "write_checkpoint_files",
+    "write_output_manifest",
+]
+
+LAYOUT = 1  # in every plan's settings: a program that lays out otherwise does not go on with this one's unfinished output
+
+
+def target_dtype(name: str | None) -> DType | None:
+    """The element type `float32`, `bfloat16`, ...; None stays None. Raises ConfigError for one that weights cannot have."""
+    if name is None:
+        return None
+    if name not in WEIGHT_DTYPES:
+        raise ConfigError(f"dtype {name!r} is none of {', '.join(WEIGHT_DTYPES)}", where="--dtype")
+    return BY_TORCH[name]
+
+
+def check_manifest(folder: Path, kind: str, *, hashes: bool) -> None:
+    """Compare the files of a source with its manifest: sizes always, hashes if asked for. No manifest: nothing to compare."""
+    if (folder / MANIFEST).exists():
+        verify_manifest(folder, kind, hashes=hashes)
+
+
+def source_files(view: CheckpointView, model_folder: Path) -> tuple[SourceFile, ...]:
+    """Every file that a conversion of `view` reads; `model_folder` holds its config.json and tokenizer."""
+    weights = {piece.file for rows in view.tensors.values() for piece in rows.pieces if piece.file is not None}
+    settings = [view.folder / name for name in (CARD, MANIFEST, INDEX, METADATA, METADATA_JSON)]
+    settings += [model_folder / name for name in (CONFIG, *carried_files(model_folder))]
+    return tuple(_as_it_is(path) for path in (*sorted(weights), *settings) if path.is_file())
+
+
+def _as_it_is(path: Path) -> SourceFile:
+    state = path.stat()
+    return SourceFile(path, state.st_size, state.st_mtime_ns)
+
+
+def write_checkpoint_files(
+    folder: Path,
+    layout: TorchDistLayout,
+    card: CheckpointCard,
+    model_folder: Path,
+    written: Written,
+    **facts: Any,
+) -> None:
+    """Write all that a torch_dist folder has beside its weights: `hf/`, the card, torch's own files, and last the manifest."""
+    _remove_torn(folder)
+    (folder / HF_FOLDER).mkdir(exist_ok=True)
+    copy_sidecars(model_folder, folder / HF_FOLDER)
+    shutil.copyfile(model_folder / CONFIG, folder / HF_FOLDER / CONFIG)
+    write_card(folder, card)
+    layout.describe(folder)
+    facts = {"rope_fingerprint": card.rope.fingerprint(), "stage": card.stage, "iteration": card.iteration, **facts}
+    write_output_manifest(folder, "checkpoint", layout.files, written, **facts)
+
+
+def write_output_manifest(folder: Path, kind: str, weights: Iterable[TargetFile], written: Written, **facts: Any) -> None:
+    """Write the manifest over everything in `folder`; hashes of `weights` only if they were taken while writing."""
+    _remove_torn(folder)
+    sizes_only = [file.name for file in weights if file.name not in written.sha256]
+    write_manifest(folder, kind, sha256=written.sha256, sizes_only=sizes_only, **facts)
+
+
+def _remove_torn(folder: Path) -> None:
+    """Remove what a run that was killed here left of a small file that it wrote aside."""
+    for path in folder.rglob("*.partial-*"):
+        path.unlink()
