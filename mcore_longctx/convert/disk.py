@@ -1,34 +1,107 @@
-"""Input and output errors as one line, and the space that a conversion needs."""
+"""Files as the converters use them: read exactly, written exactly, and every failure as one line that names the file."""
 
 from __future__ import annotations
 
+import errno
 import os
-import shutil
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from mcore_longctx.errors import CheckpointError
+from mcore_longctx.errors import CheckpointError, StorageError
 from mcore_longctx.manifest import readable_bytes
 
-__all__ = ["check_free_space", "io_errors"]
+__all__ = ["OpenFiles", "check_free_space", "io_errors", "read_into", "storage_error", "write_all"]
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_MAX_VIEWS = 1024  # IOV_MAX of Linux
+_MAX_OPEN = 64  # of the 1,024 that a process may have at least
 
 
 @contextmanager
 def io_errors() -> Iterator[None]:
-    """Turn an OSError (disk full, no permission, a file that vanished) into a CheckpointError that names the file."""
+    """Turn an OSError into one line that names the file: StorageError where a disk is full, else CheckpointError."""
     try:
         yield
     except OSError as error:
+        if error.errno in _NO_ROOM:
+            raise storage_error(error, error.filename) from error
         raise CheckpointError(error.strerror or str(error), where=error.filename) from error
 
 
+def storage_error(error: OSError, where: object) -> StorageError:
+    """Disk full or a device that failed while `where` was written."""
+    fix = "make room and run the same command again; it goes on" if error.errno in _NO_ROOM else "run it again to go on"
+    return StorageError(f"cannot be written ({error.strerror or error})", where=where, fix=fix)
+
+
 def check_free_space(folder: Path, needed: int, out: Path) -> None:
-    """Raise CheckpointError unless the file system of `folder` has `needed` bytes left."""
-    free = shutil.disk_usage(folder).free
+    """Raise StorageError unless the file system of `folder` has `needed` bytes left for us."""
+    system = os.statvfs(folder)
+    free = system.f_bavail * system.f_frsize
     if needed > free:
-        raise CheckpointError(
+        raise StorageError(
             f"needs {readable_bytes(needed)}, {readable_bytes(free)} are free on its file system",
-            where=os.fspath(out),
+            where=out,
             fix="free some space",
         )
+
+
+class OpenFiles:
+    """Descriptors by path, opened when they are first asked for; those that were not used for longest are closed again."""
+
+    def __init__(self, flags: int) -> None:
+        self._flags = flags | os.O_CLOEXEC
+        self._open: OrderedDict[Path, int] = OrderedDict()
+
+    def descriptor(self, path: Path) -> int:
+        """An open descriptor of `path`. Raises CheckpointError where it cannot be opened."""
+        if path in self._open:
+            self._open.move_to_end(path)
+            return self._open[path]
+        if len(self._open) >= _MAX_OPEN:
+            os.close(self._open.popitem(last=False)[1])
+        try:
+            opened = self._open[path] = os.open(path, self._flags)
+        except OSError as error:
+            raise CheckpointError(f"cannot be opened ({error.strerror})", where=path) from None
+        return opened
+
+    def close(self) -> None:
+        """Close all of them."""
+        while self._open:
+            os.close(self._open.popitem()[1])
+
+
+def read_into(descriptor: int, views: Sequence[memoryview], offset: int, path: Path) -> None:
+    """Fill `views`, one after the other, with the bytes of a file from `offset` on.
+
+    Raises:
+        CheckpointError: the file ends before they are full, or cannot be read.
+    """
+    first, part = 0, views[0] if views else memoryview(b"")
+    while first < len(views):
+        try:
+            count = os.preadv(descriptor, [part, *views[first + 1 : first + _MAX_VIEWS]], offset)
+        except OSError as error:
+            raise CheckpointError(f"cannot be read ({error.strerror})", where=path) from None
+        if not count and any(views[first:]):
+            raise CheckpointError("ended while it was read; it changed or is damaged", where=path)
+        offset += count
+        while first < len(views) and count >= len(part):
+            count -= len(part)
+            first += 1
+            part = views[first] if first < len(views) else part
+        part = part[count:] if first < len(views) else part
+
+
+def write_all(descriptor: int, data: bytes | bytearray | memoryview, offset: int, path: Path) -> None:
+    """Write `data` at `offset`. Raises StorageError where that fails."""
+    view = memoryview(data).cast("B")
+    while view:
+        try:
+            count = os.pwrite(descriptor, view, offset)
+        except OSError as error:
+            raise storage_error(error, path) from None
+        view, offset = view[count:], offset + count

@@ -7,21 +7,20 @@ each lying without gaps in one file, and every reader (import, export, verify) a
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from mcore_longctx.errors import CheckpointError
+from mcore_longctx.convert.disk import OpenFiles, read_into
 from mcore_longctx.formats.dtypes import DType
 
-__all__ = ["BAND_BYTES", "Piece", "TensorRows"]
+__all__ = ["BAND_BYTES", "Piece", "Run", "TensorRows"]
 
-BAND_BYTES = 8 << 20  # how much of one tensor is in memory at a time
+BAND_BYTES = 1 << 20  # how much of one tensor is in memory at a time
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Piece:
     """Rows [row, row + rows) x columns [column, column + columns) of a tensor, row-major from byte `offset` of `file`.
 
@@ -36,7 +35,23 @@ class Piece:
     offset: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Where a part of a box comes from: `rows` times `width` bytes, `stride` bytes apart in `file`, the first at `offset`.
+
+    They go to row `row` and on of the box, from byte `column` of each. `file` None: zeros.
+    """
+
+    file: Path | None
+    offset: int
+    stride: int
+    width: int
+    row: int
+    rows: int
+    column: int
+
+
+@dataclass(frozen=True, slots=True)
 class TensorRows:
     """A matrix [rows, columns], or a vector (columns is 1, `is_vector`), covered once by `pieces`."""
 
@@ -83,41 +98,62 @@ class TensorRows:
         """Rows [first, first + count) as a tensor of their own."""
         return TensorRows(self.dtype, count, self.columns, self.is_vector, tuple(self.pieces_of(first, count, at=0)))
 
-    def read(self, first: int, count: int) -> bytearray:
-        """The bytes of rows [first, first + count), row-major.
+    def runs(self, row: int, rows: int, column: int, columns: int) -> Iterator[Run]:
+        """The parts of files that rows [row, row + rows) x columns [column, column + columns) are made of."""
+        size = self.dtype.itemsize
+        for piece in self.pieces:
+            top, bottom = max(row, piece.row), min(row + rows, piece.row + piece.rows)
+            left, right = max(column, piece.column), min(column + columns, piece.column + piece.columns)
+            if top < bottom and left < right:
+                skipped = ((top - piece.row) * piece.columns + left - piece.column) * size
+                yield Run(
+                    piece.file,
+                    piece.offset + skipped,
+                    piece.columns * size,
+                    (right - left) * size,
+                    top - row,
+                    bottom - top,
+                    (left - column) * size,
+                )
+
+    def read_box(self, row: int, rows: int, column: int, columns: int, files: OpenFiles) -> bytearray:
+        """The bytes of rows [row, row + rows) x columns [column, column + columns), row-major.
 
         Raises:
-            CheckpointError: a file that ended before its header said.
+            CheckpointError: a file that ended before its header said, or that cannot be read.
         """
-        band = bytearray(count * self.row_bytes)
-        target = memoryview(band)
-        for piece in self.pieces_of(first, count, at=0):
-            if piece.file is None:
+        wide = columns * self.dtype.itemsize
+        band = bytearray(rows * wide)
+        view = memoryview(band)
+        for run in self.runs(row, rows, column, columns):
+            if run.file is None:
                 continue
-            if piece.columns == self.columns:
-                _read_into(piece, target[piece.row * self.row_bytes : (piece.row + piece.rows) * self.row_bytes])
+            descriptor, begin = files.descriptor(run.file), run.row * wide + run.column
+            if run.stride == run.width == wide:
+                read_into(descriptor, [view[begin : begin + run.rows * wide]], run.offset, run.file)
+                continue
+            parts = [view[at : at + run.width] for at in range(begin, begin + run.rows * wide, wide)]
+            if run.stride == run.width:  # the kernel spreads what lies together in the file
+                read_into(descriptor, parts, run.offset, run.file)
             else:
-                part = bytearray(piece.rows * piece.columns * self.dtype.itemsize)
-                _read_into(piece, memoryview(part))
-                begin, end = piece.column * self.dtype.itemsize, (piece.column + piece.columns) * self.dtype.itemsize
-                matrix = np.frombuffer(band, np.uint8).reshape(count, self.row_bytes)
-                matrix[piece.row : piece.row + piece.rows, begin:end] = np.frombuffer(part, np.uint8).reshape(piece.rows, -1)
+                for i, part in enumerate(parts):
+                    read_into(descriptor, [part], run.offset + i * run.stride, run.file)
         return band
+
+    def read(self, first: int, count: int) -> bytearray:
+        """The bytes of rows [first, first + count), row-major. Raises as `read_box`."""
+        files = OpenFiles(os.O_RDONLY)
+        try:
+            return self.read_box(first, count, 0, self.columns, files)
+        finally:
+            files.close()
 
     def bands(self) -> Iterator[tuple[int, bytearray]]:
         """(first row, bytes) of the whole tensor, about BAND_BYTES at a time."""
+        files = OpenFiles(os.O_RDONLY)
         step = max(1, BAND_BYTES // max(1, self.row_bytes))
-        for first in range(0, self.rows, step):
-            yield first, self.read(first, min(step, self.rows - first))
-
-
-def _read_into(piece: Piece, target: memoryview) -> None:
-    assert piece.file is not None
-    with piece.file.open("rb", buffering=0) as file:
-        file.seek(piece.offset)
-        filled = 0
-        while filled < len(target):
-            count = file.readinto(target[filled:])
-            if not count:
-                raise CheckpointError("ended while it was read; it changed or is damaged", where=piece.file)
-            filled += count
+        try:
+            for first in range(0, self.rows, step):
+                yield first, self.read_box(first, min(step, self.rows - first), 0, self.columns, files)
+        finally:
+            files.close()
