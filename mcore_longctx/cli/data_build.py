@@ -255,7 +255,7 @@ def _check_verify_fraction(fraction: float, chats: bool) -> None:
 
 
 def _count(text: str, option: str) -> int:
-    from mcore_longctx.recipe.units import parse_count
+    from mcore_longctx.units import parse_count
 
     try:
         return parse_count(text)

@@ -17,7 +17,7 @@ from megatron.core.models.gpt import gpt_layer_specs
 from mcore_longctx.errors import ConfigError
 from mcore_longctx.megatron_compat import quiet_import
 from mcore_longctx.model.recompute import RecomputePolicy
-from mcore_longctx.recipe.units import parse_count
+from mcore_longctx.units import parse_count
 
 if TYPE_CHECKING:
     from mcore_longctx.megatron_lm.programs import Program

@@ -20,7 +20,7 @@ import yaml
 
 from mcore_longctx.errors import ConfigError, LongctxError
 from mcore_longctx.recipe.schema import Recipe, TokenCount
-from mcore_longctx.recipe.units import parse_count
+from mcore_longctx.units import parse_count
 
 __all__ = ["RecipeFile", "dump_recipe", "load_recipe", "open_recipe", "preset_names"]
 

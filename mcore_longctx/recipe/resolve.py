@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from mcore_longctx.errors import ConfigError, LongctxError
 from mcore_longctx.families import ModelShape, read_shape
 from mcore_longctx.recipe.load import RecipeFile
-from mcore_longctx.rope import RopeScaling, read_hf_rope, write_hf_rope
+from mcore_longctx.rope import RopeScaling, read_hf_rope
+from mcore_longctx.rope.spec import MissingField, usable_rope
 
 __all__ = ["Resolved", "resolve"]
 
@@ -64,25 +65,17 @@ def resolve(file: RecipeFile, *, need_model: bool = True) -> Resolved:
 def _rope(file: RecipeFile, own_rope: RopeScaling) -> RopeScaling:
     """The recipe's rope. What cannot be trained with or written for others is refused before anything is spent on it."""
     section = file.recipe.rope
-    if section.type == "abf" and section.rope_theta is None:
-        raise ConfigError("missing; type abf is a changed base", where=file.where("rope.rope_theta"))
     try:
-        rope = section.scaling(own_rope)
-        if rope.type == "none" and rope.max_position_embeddings is None:
-            rope = replace(rope, max_position_embeddings=own_rope.resolved_max_position_embeddings)
-        rope.check_trainable()
-        if rope.resolved_max_position_embeddings is None:
-            raise ConfigError(
-                f"missing; the length does not follow from rope type {rope.type}",
-                where=file.where("rope.max_position_embeddings"),
-            )
-        write_hf_rope(rope)
+        if section.type == "abf" and section.rope_theta is None:
+            raise MissingField("rope_theta", "type abf is a changed base")
+        return usable_rope(section.scaling(own_rope), own_rope)
     except ValueError as error:
         raise ConfigError(str(error), where=file.where("rope")) from None
+    except MissingField as error:
+        raise ConfigError(error.what, where=file.where(f"rope.{error.field}")) from None
     except LongctxError as error:
         where = error.where if error.where is not None else file.where("rope")
         raise ConfigError(error.what, where=where, fix=error.fix) from None
-    return rope
 
 
 def _read_json(path: Any) -> dict[str, Any]:

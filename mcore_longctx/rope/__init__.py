@@ -2,6 +2,7 @@
 
 from mcore_longctx.rope.hf_config import merge_hf_rope, read_hf_rope, write_hf_rope
 from mcore_longctx.rope.scaling import RopeScaling, RopeType
+from mcore_longctx.rope.spec import parse_rope_spec
 from mcore_longctx.rope.words import dropped_scaling, explain
 
 __all__ = [
@@ -10,6 +11,7 @@ __all__ = [
     "dropped_scaling",
     "explain",
     "merge_hf_rope",
+    "parse_rope_spec",
     "read_hf_rope",
     "write_hf_rope",
 ]

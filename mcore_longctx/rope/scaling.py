@@ -14,7 +14,7 @@ from mcore_longctx.rope import frequencies as formulas
 from mcore_longctx.rope.frequencies import FloatArray
 from mcore_longctx.rope.words import describe
 
-__all__ = ["RopeScaling", "RopeType"]
+__all__ = ["RopeScaling", "RopeType", "used_fields"]
 
 RopeType = Literal["none", "linear", "ntk", "dynamic", "abf", "llama3", "yarn"]
 
@@ -51,6 +51,11 @@ _WHOLE = frozenset({"head_dim", "max_position_embeddings", "original_max_positio
 _OPTIONAL = frozenset(
     {"max_position_embeddings", "original_max_position_embeddings", "attention_factor", "mscale", "mscale_all_dim"}
 )
+
+
+def used_fields(rope_type: RopeType, ramp: str = "index") -> frozenset[str]:
+    """The fields of `RopeScaling` that may be given for this type (and, for yarn, this ramp)."""
+    return _COMMON | _USES[f"yarn {ramp}" if rope_type == "yarn" else rope_type]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +127,7 @@ class RopeScaling:
         return f"yarn {self.ramp}" if self.type == "yarn" else self.type
 
     def _check_used(self) -> None:
-        used = _COMMON | _USES[self._kind]
+        used = used_fields(self.type, self.ramp)
         for field in fields(self):
             if field.name not in used and getattr(self, field.name) != field.default:
                 kind = f"yarn with ramp {self.ramp}" if self.type == "yarn" else self.type
@@ -267,7 +272,7 @@ class RopeScaling:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON form: the fields that this type uses."""
-        used = _COMMON | _USES[self._kind]
+        used = used_fields(self.type, self.ramp)
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name in used}
 
     @classmethod

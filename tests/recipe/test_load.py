@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mcore_longctx.errors import ConfigError
 from mcore_longctx.recipe.load import dump_recipe, load_recipe, open_recipe, preset_names
 from mcore_longctx.recipe.schema import TokenCount
-from mcore_longctx.recipe.units import parse_count
+from mcore_longctx.units import parse_count
 
 GOOD = """\
 name: small
