@@ -70,7 +70,7 @@ def write_quantize_report(folder: Path, facts: Iterable[QuantizedRows]) -> None:
         bands.setdefault(fact.name, []).append(fact)
     _check_rows(folder, {name: sum(band.rows for band in parts) for name, parts in bands.items()})
     tensors = {name: _summary(bands[name]) for name in sorted(bands)}
-    if bad := [name for name, row in tensors.items() if row["relative_rms"] > MAX_RELATIVE_RMS]:
+    if bad := [name for name, row in tensors.items() if not row["relative_rms"] <= MAX_RELATIVE_RMS]:
         worst = max(bad, key=lambda name: tensors[name]["relative_rms"])
         raise ConversionError(
             f"{tensors[worst]['relative_rms']:.3g} relative error of {worst} in fp8, more than {MAX_RELATIVE_RMS}"
@@ -103,7 +103,7 @@ def _summary(bands: Iterable[QuantizedRows]) -> dict[str, Any]:
 
 def _check_rows(folder: Path, rows: Mapping[str, int]) -> None:
     """Raise unless `rows` counts each row of each FP8 tensor of the folder once: a report of half a tensor would prove nothing."""
-    stored = {}
+    stored: dict[str, int] = {}
     for path in sorted(folder.glob("*.safetensors")):
         stored |= {name: tensor.shape[0] for name, tensor in read_header(path).items() if tensor.dtype.safetensors == "F8_E4M3"}
     for name in sorted(stored.keys() | rows.keys()):

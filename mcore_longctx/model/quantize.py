@@ -150,6 +150,9 @@ def _load(hf: Path, device: torch.device) -> Any:
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         first_line = str(error).strip().splitlines()[0]
         raise CheckpointError(f"transformers {transformers.__version__} cannot load it: {first_line}", where=hf) from error
+    for name, weight in model.named_parameters():
+        if not bool(weight.isfinite().all()):
+            raise CheckpointError(f"NaN or infinity in {name}", where=hf, fix="repair the checkpoint")
     return model.eval().to(device)
 
 
