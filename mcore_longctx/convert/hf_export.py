@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,19 +13,16 @@ from mcore_longctx.convert.outputs import LAYOUT, check_manifest, source_files, 
 from mcore_longctx.convert.plans.hf_layout import HfLayout, plan_hf
 from mcore_longctx.convert.plans.plan import Plan
 from mcore_longctx.convert.quantization import quantization_config, quantized_weights, write_quantize_report
-from mcore_longctx.convert.sidecars import copy_sidecars, tokenizer_sha256
-from mcore_longctx.convert.views import CONFIG, HF_FOLDER, CheckpointView, open_torch_dist
+from mcore_longctx.convert.sidecars import export_config, tokenizer_sha256, write_hf_sidecars
+from mcore_longctx.convert.views import HF_FOLDER, CheckpointView, open_torch_dist
 from mcore_longctx.errors import ConfigError
-from mcore_longctx.formats.safetensors_io import read_json
 from mcore_longctx.manifest import MANIFEST, sha256_file
 from mcore_longctx.recipe import CheckpointCard, write_card
-from mcore_longctx.rope import RopeScaling, merge_hf_rope
+from mcore_longctx.rope import RopeScaling
 
 __all__ = ["SHARD_BYTES", "export_hf", "plan_export"]
 
 SHARD_BYTES = 5_000_000_000
-# would send a reader to code or a place that does not come along
-_DROPPED_SETTINGS = ("auto_map", "_name_or_path")
 
 
 @io_errors()
@@ -97,8 +94,9 @@ def plan_export(
 class _Job:
     view: CheckpointView
     model_folder: Path  # config.json and tokenizer
-    config: dict[str, Any]  # of the output
     rope: RopeScaling
+    dtype: str  # what config.json says
+    quantization: Mapping[str, Any] | None
     layout: HfLayout
     plan: Plan
 
@@ -116,20 +114,23 @@ def _prepare(
 ) -> _Job:
     if shard_bytes < 1:
         raise ConfigError(f"files of {shard_bytes:,} bytes", where="--shard-size")
-    view = open_torch_dist(checkpoint, config=config, from_master=from_master)
+    extra: Any = {} if config is None and not from_master else {"config": config, "from_master": from_master}
+    view = open_torch_dist(checkpoint, **extra)
     check_manifest(view.folder, "checkpoint", hashes=hashes)
     if rope is not None and rope.head_dim != view.shape.kv_channels:
         raise ConfigError(f"a rope of head_dim {rope.head_dim}, the model has {view.shape.kv_channels}", where=checkpoint)
     target = target_dtype(dtype)
     quantized = quantized_weights(view.shape) if quantize else frozenset()
     layout = plan_hf(view.tensors, dtype=target, shard_bytes=shard_bytes, quantized=quantized)
-    written = _config(view, rope or view.rope, dtype) | ({"quantization_config": quantization_config()} if quantize else {})
+    quantization = quantization_config() if quantize else None
+    dtypes = view.dtypes
+    name = dtype or max(dtypes, key=lambda found: dtypes[found])
     model_folder = view.folder / HF_FOLDER
     if config is not None:
         model_folder = config if config.is_dir() else config.parent
     settings = {
         "layout": LAYOUT,
-        "config": written,
+        "config": export_config(view, rope=rope or view.rope, dtype=name, quantization=quantization),
         "rope": (rope or view.rope).as_dict(),
         "dtype": dtype,
         "shard_bytes": shard_bytes,
@@ -137,37 +138,15 @@ def _prepare(
         "quantize": quantize,
     }
     plan = Plan("export", settings, source_files(view, model_folder), layout.files, layout.fills, layout.small)
-    return _Job(view, model_folder, written, rope or view.rope, layout, plan)
-
-
-def _config(view: CheckpointView, rope: RopeScaling, dtype: str | None) -> dict[str, Any]:
-    kept = {key: value for key, value in view.config.items() if key not in _DROPPED_SETTINGS}
-    dtypes = view.dtypes
-    name = dtype or max(dtypes, key=lambda found: dtypes[found])
-    # transformers 4 and vLLM read torch_dtype, transformers 5 dtype
-    return {**merge_hf_rope(kept, rope), "torch_dtype": name, "dtype": name}
+    return _Job(view, model_folder, rope or view.rope, name, quantization, layout, plan)
 
 
 def _write_files(job: _Job, folder: Path) -> None:
-    view, length = job.view, job.rope.resolved_max_position_embeddings
-    copy_sidecars(job.model_folder, folder)
-    _write_json(folder / CONFIG, job.config)
-    _set_length(folder / "tokenizer_config.json", "model_max_length", length)
-    _set_length(folder / "generation_config.json", "max_length", length, only_if=view.config.get("max_position_embeddings"))
+    view = job.view
+    write_hf_sidecars(view, folder, source=job.model_folder, rope=job.rope, dtype=job.dtype, quantization=job.quantization)
     stage, iteration = ("base", 0) if view.card is None else (view.card.stage, view.card.iteration)
-    hashed = tokenizer_sha256(folder)
-    write_card(folder, CheckpointCard(shape=view.shape, rope=job.rope, tokenizer_sha256=hashed, stage=stage, iteration=iteration))
+    tokenizer = tokenizer_sha256(folder)
+    write_card(
+        folder, CheckpointCard(shape=view.shape, rope=job.rope, tokenizer_sha256=tokenizer, stage=stage, iteration=iteration)
+    )
     job.layout.describe(folder)
-
-
-def _set_length(path: Path, key: str, length: int | None, *, only_if: object = None) -> None:
-    """Set `key` of a JSON file, if the file is there (and, with `only_if`, if it has that value)."""
-    if length is None or not path.exists():
-        return
-    settings = read_json(path)
-    if only_if is None or settings.get(key) == only_if:
-        _write_json(path, {**settings, key: length})
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
