@@ -17,8 +17,9 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from mcore_longctx.convert import import_hf
 from mcore_longctx.errors import CheckpointError
 from mcore_longctx.formats.dcp_read import boxes_are_disjoint, read_torch_dist
-from mcore_longctx.formats.dcp_write import TorchDistWriter
+from mcore_longctx.formats.dcp_write import StoredItem, write_description
 from mcore_longctx.formats.dtypes import BY_TORCH
+from mcore_longctx.formats.torch_archive import object_item, tensor_frame
 from tests.convert.fuzz import mutations, only_our_errors
 from tests.convert.hf_folders import llama_config, write_folder
 
@@ -26,13 +27,17 @@ from tests.convert.hf_folders import llama_config, write_folder
 def written(folder: Path) -> Path:
     """A folder with a stacked tensor in four chunks and an object, by our writer."""
     folder.mkdir()
-    writer = TorchDistWriter(folder)
+    dtype, items, data = BY_TORCH["float32"], [], bytearray()
     for layer in range(2):
         for first in (0, 2):
-            payload = torch.full((1, 2, 3), 10.0 * layer + first).numpy().tobytes()
-            writer.add_chunk("w", BY_TORCH["float32"], (2, 4, 3), (layer, first, 0), (1, 2, 3), [payload])
-    writer.add_empty_object("w._extra_state/shard_0_1")
-    writer.finish({"checkpoint_version": 3.0, "iteration": 0})
+            head, tail = tensor_frame(dtype, (1, 2, 3))
+            item = head + torch.full((1, 2, 3), 10.0 * layer + first).numpy().tobytes() + tail
+            items.append(StoredItem("w", ((layer, first, 0), (1, 2, 3)), "__0_0.distcp", len(data), len(item)))
+            data += item
+    item = object_item([None])
+    items.append(StoredItem("w._extra_state/shard_0_1", None, "__0_0.distcp", len(data), len(item)))
+    (folder / "__0_0.distcp").write_bytes(data + item)
+    write_description(folder, {"w": (dtype, (2, 4, 3))}, items, {"checkpoint_version": 3.0, "iteration": 0})
     return folder
 
 

@@ -12,17 +12,14 @@ import torch
 
 from mcore_longctx.errors import CheckpointError
 from mcore_longctx.formats.dtypes import BY_TORCH
-from mcore_longctx.formats.torch_archive import locate_payload, write_object_item, write_tensor_item
+from mcore_longctx.formats.torch_archive import locate_payload, object_item, tensor_frame
 from tests.convert.fuzz import mutations, only_our_errors
 
 
 def our_item(tensor: torch.Tensor) -> bytes:
-    file = io.BytesIO()
-    data = tensor.contiguous().view(torch.uint8).numpy().tobytes()
     dtype = BY_TORCH[str(tensor.dtype).removeprefix("torch.")]
-    length = write_tensor_item(file, dtype, tuple(tensor.shape), [data[:10], data[10:]])
-    assert length == len(file.getvalue())
-    return file.getvalue()
+    head, tail = tensor_frame(dtype, tuple(tensor.shape))
+    return head + tensor.contiguous().view(torch.uint8).numpy().tobytes() + tail
 
 
 def torch_item(value: Any) -> bytes:
@@ -50,15 +47,33 @@ def test_torch_loads_what_we_write_and_we_find_what_torch_saves(
     loaded = torch.load(io.BytesIO(item), weights_only=True)
     assert (loaded.dtype, loaded.shape) == (dtype, tensor.shape)
     assert torch.equal(loaded.view(torch.uint8), tensor.view(torch.uint8))
-    assert zipfile.ZipFile(io.BytesIO(item)).testzip() is None
+    with zipfile.ZipFile(io.BytesIO(item)) as archive:  # another reader of the structure; the payload's checksum is left out
+        assert [info.filename for info in archive.infolist() if info.CRC] == [
+            "archive/data.pkl",
+            "archive/byteorder",
+            "archive/version",
+        ]
+        assert all(archive.read(name) for name in archive.namelist() if name != "archive/data/0")
+        assert archive.getinfo("archive/data/0").file_size == tensor.nbytes
     raw = tensor.view(torch.uint8).numpy().tobytes()
     assert located(tmp_path, item, tensor) == raw
     assert located(tmp_path, torch_item(tensor), tensor) == raw
 
 
-def test_payloads_are_aligned_for_memory_maps() -> None:
-    item = our_item(torch.ones(5))
-    assert item.index(torch.ones(5).numpy().tobytes()) % 64 == 0
+@pytest.mark.parametrize("shape", [(5,), (1, 2), (126, 1000, 1_000_000), (1 << 40,)])
+def test_payloads_begin_at_a_multiple_of_64(shape: tuple[int, ...]) -> None:
+    head, _ = tensor_frame(BY_TORCH["bfloat16"], shape)
+    assert len(head) % 64 == 0
+
+
+def test_frames_are_a_function_of_type_and_shape() -> None:
+    assert tensor_frame(BY_TORCH["float16"], (3, 4)) == tensor_frame(BY_TORCH["float16"], (3, 4))
+    assert tensor_frame(BY_TORCH["float16"], (3, 4)) != tensor_frame(BY_TORCH["bfloat16"], (3, 4))
+
+
+def test_an_element_type_without_a_storage_in_torch_is_refused() -> None:
+    with pytest.raises(ValueError, match="torch has no storage of float8_e4m3fn"):
+        tensor_frame(BY_TORCH["float8_e4m3fn"], (2,))
 
 
 def test_a_view_into_a_larger_storage_is_found(tmp_path: Path) -> None:
@@ -66,52 +81,31 @@ def test_a_view_into_a_larger_storage_is_found(tmp_path: Path) -> None:
     assert located(tmp_path, torch_item(tensor), tensor) == tensor.numpy().tobytes()
 
 
-def test_objects_are_loaded_by_torch() -> None:
-    file = io.BytesIO()
-    write_object_item(file, [None])
-    assert torch.load(io.BytesIO(file.getvalue()), weights_only=True) == [None]
+@pytest.mark.parametrize("value", [[None], {"iteration": 7, "checkpoint_version": 3.0}])
+def test_objects_are_loaded_by_torch(value: Any) -> None:
+    item = object_item(value)
+    assert torch.load(io.BytesIO(item), weights_only=True) == value
+    assert zipfile.ZipFile(io.BytesIO(item)).testzip() is None
 
 
-def test_items_beyond_4_gib_use_zip64(tmp_path: Path) -> None:
-    """A sparse file: the payload is a hole, only the frame is written."""
-
-    size = 5 << 30
+@pytest.mark.parametrize("size", [(1 << 32) - 4096, (1 << 32) - 1, 1 << 32, 5 << 30])
+def test_items_around_and_beyond_4_gib_are_read(tmp_path: Path, size: int) -> None:
+    """Sparse files: the payload is a hole but for its last bytes. From 4 GiB on the frame is zip64."""
     path = tmp_path / "large.distcp"
+    head, tail = tensor_frame(BY_TORCH["uint8"], (size,))
     with path.open("wb") as file:
-        write_sparse(file, size)
+        file.write(head)
+        file.seek(size - 3, io.SEEK_CUR)
+        file.write(b"end" + tail)
+    assert path.stat().st_blocks * 512 < 1 << 20
     with zipfile.ZipFile(path) as archive:
         assert archive.getinfo("archive/data/0").file_size == size
         assert archive.read("archive/version") == b"3\n"
-    item = path.stat().st_size
-    at = locate_payload(path, 0, item, BY_TORCH["uint8"], (size,), tensor="large")
-    assert at % 64 == 0
-    assert torch.load(path, weights_only=True, mmap=True).shape == (size,)
-
-
-def write_sparse(file: Any, size: int) -> None:
-    class Sparse:
-        """A file whose writes of zeros become holes, so that five gigabytes cost nothing."""
-
-        def write(self, data: bytes) -> int:
-            if isinstance(data, Zeros):
-                file.seek(data.size, io.SEEK_CUR)
-                return data.size
-            return int(file.write(data))
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(file, name)
-
-    class Zeros(bytes):
-        size = 0
-
-    zeros = Zeros()
-    zeros.size = size
-    write_tensor_item(Sparse(), BY_TORCH["uint8"], (size,), [zeros])  # type: ignore[arg-type]
-
-
-def test_a_payload_of_another_size_is_refused() -> None:
-    with pytest.raises(ValueError, match="payload has 4 bytes, the tensor 8"):
-        write_tensor_item(io.BytesIO(), BY_TORCH["float32"], (2,), [b"four"])
+    at = locate_payload(path, 0, path.stat().st_size, BY_TORCH["uint8"], (size,), tensor="large")
+    assert at == len(head)
+    loaded = torch.load(path, weights_only=True, mmap=True)
+    assert loaded.shape == (size,)
+    assert bytes(loaded[-3:].tolist()) == b"end"
 
 
 class Hostile:
@@ -119,12 +113,19 @@ class Hostile:
         return (exec, ("raise SystemExit",))
 
 
+def unchecked(archive: zipfile.ZipFile, name: str) -> bytes:
+    """A record, whatever its checksum: ours leave out that of the payload."""
+    with archive.open(name) as record:
+        record._expected_crc = None  # type: ignore[attr-defined]
+        return record.read()
+
+
 def repacked(item: bytes, **changes: bytes | None) -> bytes:
     """The archive with some records replaced or left out; `data_pkl` stands for data.pkl."""
     source, out = zipfile.ZipFile(io.BytesIO(item)), io.BytesIO()
     with zipfile.ZipFile(out, "w", changes.pop("method", zipfile.ZIP_STORED)) as target:  # type: ignore[arg-type]
         for name in source.namelist():
-            data = changes.get(name.split("/", 1)[1].replace(".", "_").replace("/", "_"), source.read(name))
+            data = changes.get(name.split("/", 1)[1].replace(".", "_").replace("/", "_"), unchecked(source, name))
             if data is not None:
                 target.writestr(name, data)
     return out.getvalue()
