@@ -12,7 +12,7 @@ from pathlib import Path
 from mcore_longctx.errors import CheckpointError, StorageError
 from mcore_longctx.manifest import readable_bytes
 
-__all__ = ["OpenFiles", "check_free_space", "io_errors", "read_into", "storage_error", "write_all"]
+__all__ = ["OpenFiles", "check_free_space", "free_bytes", "io_errors", "read_into", "storage_error", "write_all"]
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MAX_VIEWS = 1024  # IOV_MAX of Linux
@@ -36,10 +36,18 @@ def storage_error(error: OSError, where: object) -> StorageError:
     return StorageError(f"cannot be written ({error.strerror or error})", where=where, fix=fix)
 
 
+def free_bytes(out: Path) -> int:
+    """What is left for us on the file system that `out`, which need not exist, is or will be on."""
+    folder = out.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    system = os.statvfs(folder)
+    return system.f_bavail * system.f_frsize
+
+
 def check_free_space(folder: Path, needed: int, out: Path) -> None:
     """Raise StorageError unless the file system of `folder` has `needed` bytes left for us."""
-    system = os.statvfs(folder)
-    free = system.f_bavail * system.f_frsize
+    free = free_bytes(folder)
     if needed > free:
         raise StorageError(
             f"needs {readable_bytes(needed)}, {readable_bytes(free)} are free on its file system",
