@@ -98,8 +98,14 @@ def calibrate(
     if kv:
         settings["quant_cfg"] += copy.deepcopy(mtq.FP8_KV_CFG)["quant_cfg"]
     measured: dict[str, list[float]] = {}
+    stdout = sys.stdout
+
+    def aloud(line: str) -> None:
+        with contextlib.redirect_stdout(stdout):
+            say(line)
+
     with _quiet(), torch.no_grad():
-        mtq.quantize(model, settings, lambda quantised: _measure(quantised, windows, measured, device, say))
+        mtq.quantize(model, settings, lambda quantised: _measure(quantised, windows, measured, device, aloud))
     lengths = tuple(sorted(windows))
     inputs = {name.removesuffix(".input_quantizer"): tuple(row) for name, row in measured.items() if "bmm" not in name}
     keys_values = {name.removesuffix("_bmm_quantizer"): tuple(row) for name, row in measured.items() if "bmm" in name}
