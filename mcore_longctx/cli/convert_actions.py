@@ -49,7 +49,7 @@ def export(args: argparse.Namespace) -> int:
     if args.dry_run:
         return _show_plan(convert.plan_export(args.checkpoint, **settings), args.out)
     convert.export_hf(args.checkpoint, args.out, **settings, how=_execution(args))
-    return _describe(args.out)
+    return _describe_quantized(args.out) if args.quantize else _describe(args.out)
 
 
 def merge(args: argparse.Namespace) -> int:
@@ -139,6 +139,19 @@ def _describe(out: Path) -> int:
 
     view = open_checkpoint(out)
     print(f"{out}: {view.num_parameters:,} parameters, {' and '.join(view.dtypes)}; rope {view.rope.describe()}")
+    return 0
+
+
+def _describe_quantized(out: Path) -> int:
+    """A folder of FP8 weights is for servers: `open_checkpoint` refuses it."""
+    from mcore_longctx.convert.quantization import QUANTIZE_REPORT
+
+    report = json.loads((out / QUANTIZE_REPORT).read_text(encoding="utf-8"))
+    total, worst = report["total"], max(row["relative_rms"] for row in report["tensors"].values())
+    print(
+        f"{out}: {total['tensors']:,} matrices in float8_e4m3fn, relative error {total['relative_rms']:.4f} "
+        f"(largest {worst:.4f}); details in {QUANTIZE_REPORT}"
+    )
     return 0
 
 
