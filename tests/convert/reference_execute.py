@@ -24,7 +24,7 @@ NUMPY = {
 
 def reference_execute(plan: Plan, out: Path, finish: Callable[[Path, Written], None], how: Execution) -> bool:
     """As `execute`, without journal, checks or speed. Every byte is written once: a second write of one fails."""
-    out.mkdir()
+    out.mkdir(parents=True)
     for number, (file, data) in enumerate(zip(plan.files, contents(plan), strict=True)):
         assert file == plan.files[number]
         (out / file.name).write_bytes(data)
