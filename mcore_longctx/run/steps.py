@@ -72,9 +72,9 @@ def _import_step(recipe: Recipe, resolved: Resolved, folder: Path) -> Step:
     base = folder / "checkpoints" / "base"
 
     def action() -> None:
-        from mcore_longctx.convert import import_hf
+        from mcore_longctx.convert import Execution, import_hf
 
-        import_hf(recipe.model.path, base)
+        import_hf(recipe.model.path, base, how=Execution(checksum=True))
 
     return Step(
         "import",
@@ -190,9 +190,9 @@ def _export_step(recipe: Recipe, folder: Path, stage: Stage) -> Step:
     out = folder / "export"
 
     def action() -> None:
-        from mcore_longctx.convert import export_hf
+        from mcore_longctx.convert import Execution, export_hf
 
-        export_hf(newest_checkpoint(folder / "checkpoints" / stage.name), out)
+        export_hf(newest_checkpoint(folder / "checkpoints" / stage.name), out, how=Execution(checksum=True))
 
     return Step(
         "export",
