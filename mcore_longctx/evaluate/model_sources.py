@@ -82,6 +82,12 @@ def read_source(folder: Path) -> ModelSource:
     _transformers()
     config = _config(folder)
     where = folder / "config.json"
+    if (folder / "hf_quant_config.json").exists():  # of modelopt; older ones leave config.json as it is
+        raise ConfigError(
+            "written by modelopt: transformers would take the raw fp8 numbers for weights, without an error",
+            where=folder,
+            fix="use the bf16 model",
+        )
     return ModelSource(folder, read_shape(config, where=where), read_hf_rope(config, where=where), is_megatron=False)
 
 
