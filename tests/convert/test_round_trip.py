@@ -10,9 +10,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mcore_longctx.convert import compare, export_hf, import_hf, open_checkpoint
+from mcore_longctx.convert import Execution, compare, export_hf, import_hf, open_checkpoint
 from mcore_longctx.errors import ConfigError
-from mcore_longctx.manifest import verify_manifest, write_manifest
+from mcore_longctx.manifest import sha256_file, verify_manifest, write_manifest
 from mcore_longctx.recipe import CheckpointCard, read_card, write_card
 from mcore_longctx.rope import RopeScaling, read_hf_rope
 from tests.convert.hf_folders import LLAMA3_ROPE, llama_config, random_weights, read_weights, write_folder
@@ -95,9 +95,9 @@ def test_any_sizes_survive(
 
 def test_large_tensors_are_read_in_several_bands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hf = write_folder(tmp_path / "hf", llama_config())
-    for module in ("tensor_rows", "verify"):
+    for module in ("views.rows", "copying.kernels", "checks.verify"):
         monkeypatch.setattr(f"mcore_longctx.convert.{module}.BAND_BYTES", 1000)
-    import_hf(hf, tmp_path / "megatron")
+    import_hf(hf, tmp_path / "megatron", chunks_for_tp=2)
     export_hf(tmp_path / "megatron", tmp_path / "out")
     assert read_weights(tmp_path / "out") == read_weights(hf)
     assert compare(hf, tmp_path / "megatron").equal
@@ -105,19 +105,67 @@ def test_large_tensors_are_read_in_several_bands(tmp_path: Path, monkeypatch: py
 
 def test_several_distcp_files_are_written_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hf = write_folder(tmp_path / "hf", llama_config())
-    monkeypatch.setattr("mcore_longctx.formats.dcp_write.FILE_BYTES", 20_000)
+    monkeypatch.setattr("mcore_longctx.convert.plans.torch_dist_layout.FILE_BYTES", 20_000)
     import_hf(hf, tmp_path / "megatron")
     assert len(list((tmp_path / "megatron").glob("*.distcp"))) > 2
     assert compare(hf, tmp_path / "megatron").equal
 
 
-def test_import_writes_the_same_bytes_every_time(tmp_path: Path) -> None:
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_both_ways_write_the_same_bytes_every_time(tmp_path: Path) -> None:
     hf = write_folder(tmp_path / "hf", llama_config())
-    import_hf(hf, tmp_path / "one")
-    import_hf(hf, tmp_path / "two")
-    files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file())
-    assert files == sorted(path.relative_to(tmp_path / "two") for path in (tmp_path / "two").rglob("*") if path.is_file())
-    assert all((tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes() for name in files)
+    for name in ("one", "two"):
+        import_hf(hf, tmp_path / name)
+        export_hf(tmp_path / name, tmp_path / f"{name}-hf", shard_bytes=20_000)
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+    assert files_of(tmp_path / "one-hf") == files_of(tmp_path / "two-hf")
+
+
+def test_the_manifest_lists_sizes_and_with_checksum_hashes(tmp_path: Path) -> None:
+    hf = write_folder(tmp_path / "hf", llama_config())
+    for name, how in (("plain", Execution()), ("hashed", Execution(checksum=True))):
+        import_hf(hf, tmp_path / name, how=how)
+        export_hf(tmp_path / name, tmp_path / f"{name}-hf", how=how)
+        for folder, weights, kind in (
+            (tmp_path / name, "__0_0.distcp", "checkpoint"),
+            (tmp_path / f"{name}-hf", "model.safetensors", "export"),
+        ):
+            manifest = verify_manifest(folder, kind)
+            listed = dict(manifest["files"])
+            assert listed.pop(weights)["sha256"] == (sha256_file(folder / weights) if how.checksum else None)
+            assert all(row["sha256"] for row in listed.values())
+            assert set(files_of(folder)) == {*manifest["files"], "manifest.json"}
+    export = verify_manifest(tmp_path / "plain-hf", "export")
+    assert export["source_manifest_sha256"] == sha256_file(tmp_path / "plain" / "manifest.json")
+
+
+def test_an_import_may_change_the_rope_that_training_and_export_follow(tmp_path: Path) -> None:
+    hf = write_folder(tmp_path / "hf", llama_config())
+    rope = RopeScaling(type="yarn", head_dim=16, rope_theta=500000.0, factor=16.0, original_max_position_embeddings=512)
+    import_hf(hf, tmp_path / "megatron", rope=rope)
+    assert (tmp_path / "megatron" / "hf" / "config.json").read_bytes() == (hf / "config.json").read_bytes()
+    assert read_card(tmp_path / "megatron").rope == open_checkpoint(tmp_path / "megatron").rope == rope
+    manifest = verify_manifest(tmp_path / "megatron", "checkpoint")
+    own = read_hf_rope(llama_config())
+    assert manifest["rope_fingerprint"] == rope.fingerprint()
+    assert manifest["source_rope"] == {"fingerprint": own.fingerprint(), "in_words": own.describe()}
+    export_hf(tmp_path / "megatron", tmp_path / "out")
+    assert read_hf_rope(json.loads((tmp_path / "out" / "config.json").read_text())).fingerprint() == rope.fingerprint()
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["max_position_embeddings"] == 8192
+    assert read_weights(tmp_path / "out") == read_weights(hf)
+
+
+def test_an_export_may_change_the_rope(tmp_path: Path) -> None:
+    import_hf(write_folder(tmp_path / "hf", llama_config()), tmp_path / "megatron")
+    rope = RopeScaling(type="llama3", head_dim=16, rope_theta=500000.0, factor=8.0, original_max_position_embeddings=512)
+    export_hf(tmp_path / "megatron", tmp_path / "out", rope=rope)
+    assert read_hf_rope(json.loads((tmp_path / "out" / "config.json").read_text())).fingerprint() == rope.fingerprint()
+    assert read_card(tmp_path / "out").rope == rope
+    assert open_checkpoint(tmp_path / "out").rope.fingerprint() == rope.fingerprint()
+    assert read_weights(tmp_path / "out") == read_weights(tmp_path / "hf")
 
 
 def test_import_leaves_what_others_need(tmp_path: Path) -> None:
@@ -176,7 +224,7 @@ def test_export_writes_the_rope_that_was_trained_with(tmp_path: Path) -> None:
     assert "original_max_position_embeddings" not in config
     assert "auto_map" not in config
     assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text()) == {"model_max_length": 4096, "eos_token": "</s>"}
-    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["max_length"] == 4096
+    assert "max_length" not in json.loads((tmp_path / "out" / "generation_config.json").read_text())
     assert not (tmp_path / "out" / "README.md").exists()
     card = read_card(tmp_path / "out")
     assert (card.stage, card.iteration, card.rope) == ("extend", 36, rope)
