@@ -10,16 +10,18 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3; do $$p -c 'import sys;
 VENV ?= .venv
 BIN := $(VENV)/bin
 NEWEST := .venv-newest
+MODELOPT := .venv-modelopt
 # Python 3.12 under its own name, or the newest one that pyenv has
 NEWEST_PYTHON ?= $(shell for p in python3.12 $$(PYENV_VERSION=$$(pyenv versions --bare 2>/dev/null | grep '^3\.12' | tail -1) pyenv which python3.12 2>/dev/null); do $$p -c '' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: help setup demo test test-long test-newest lint types contract format
+.PHONY: help setup demo test test-long test-newest test-modelopt lint types contract format
 
 help:
 	@echo "make demo         set up, run the UltraLong recipe on the tiny model (two CPU cores, minutes), write runs/tiny-cpu/report.html"
 	@echo "make test         set up, run the test suite"
 	@echo "make test-newest  the suite on Python 3.12 with megatron-core 0.19 and transformers 5 (in $(NEWEST))"
 	@echo "make test-long    a training step at 262,144 tokens on the CPU against plain float64 (minutes)"
+	@echo "make test-modelopt  calibrated FP8 with nvidia-modelopt on Python 3.11 (in $(MODELOPT); it pins transformers below 5)"
 	@echo "make lint types contract   ruff, mypy, import-linter"
 
 setup: $(VENV)/.installed
@@ -48,6 +50,13 @@ test-long: setup
 test-newest:
 	@test -n "$(NEWEST_PYTHON)" || { echo "make: no Python 3.12 found; install one, or say which: make test-newest NEWEST_PYTHON=/path/to/python3.12"; exit 2; }
 	$(MAKE) test VENV=$(NEWEST) PYTHON=$(NEWEST_PYTHON)
+
+# nvidia-modelopt is large, patches what it finds when it is imported, and pins transformers: it has an environment of its own
+test-modelopt:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "make: needs Python 3.11; say which: make test-modelopt PYTHON=/path/to/python3.11"; exit 2; }
+	$(MAKE) setup VENV=$(MODELOPT) PYTHON=$(PYTHON)
+	$(MODELOPT)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints/py311.txt -e '.[dev,quantize]'
+	$(MODELOPT)/bin/python -m pytest tests/model/test_quantize.py tests/cli/test_quantize.py tests/convert/test_fp8.py $(PYTEST_ARGS)
 
 lint: setup
 	$(BIN)/ruff check .
