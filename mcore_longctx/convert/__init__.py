@@ -1,6 +1,7 @@
 """Conversion between Hugging Face and Megatron torch_dist checkpoints by moving bytes: no torch, no model, nothing executed."""
 
 from mcore_longctx.convert.checks.inspect import describe_folder, inspect_folder
+from mcore_longctx.convert.checks.served import FolderReport, check_folder
 from mcore_longctx.convert.checks.verify import Report, compare
 from mcore_longctx.convert.copying.execute import Execution
 from mcore_longctx.convert.hf_export import export_hf, plan_export
@@ -12,8 +13,10 @@ from mcore_longctx.convert.views import CheckpointView, open_checkpoint
 __all__ = [
     "CheckpointView",
     "Execution",
+    "FolderReport",
     "Plan",
     "Report",
+    "check_folder",
     "compare",
     "describe_folder",
     "export_hf",
