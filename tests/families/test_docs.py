@@ -82,14 +82,15 @@ def acme(tmp_path: Path) -> Path:
 
 def tensors_of(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a torch_dist folder, read by torch."""
-    from torch.distributed.checkpoint import FileSystemReader
-    from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
+    from torch.distributed.checkpoint import FileSystemReader, load
 
     reader = FileSystemReader(checkpoint)
-    keys = {key for key in reader.read_metadata().state_dict_metadata if "_extra_state" not in key}
+    stored = reader.read_metadata().state_dict_metadata
+    tensors = {key: torch.empty(entry.size) for key, entry in stored.items() if "_extra_state" not in key}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that this is one process
-        return dict(_load_state_dict_from_keys(keys, storage_reader=reader))
+        load(tensors, storage_reader=reader, no_dist=True)
+    return tensors
 
 
 def test_the_example_converts_a_family_that_was_not_known(acme: Path) -> None:
