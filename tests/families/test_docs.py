@@ -101,7 +101,7 @@ def test_the_example_converts_a_family_that_was_not_known(acme: Path) -> None:
     # the same weights under names that transformers knows give the same Megatron checkpoint
     import_hf(acme / "qwen2", acme / "qwen2-megatron")
     expected, found = tensors_of(acme / "qwen2-megatron"), tensors_of(acme / "acme-megatron")
-    assert len(expected) == 11
+    assert len(expected) == 10  # lines of the table
     assert expected.keys() == found.keys()
     for key, tensor in expected.items():
         assert torch.equal(tensor, found[key]), key
