@@ -122,6 +122,14 @@ def test_a_row_does_not_depend_on_its_neighbours_or_on_the_band_it_came_in():
     assert quantize_rows(rows[:0], name="w").bits.shape == (0, 3000)
 
 
+def test_float64_is_taken_as_the_nearest_float32():
+    rows = _weights(7, 50).astype(np.float64) * (1 + 1e-9)
+    found, narrow = quantize_rows(rows, name="w"), quantize_rows(rows.astype(np.float32), name="w")
+    assert np.array_equal(found.bits, narrow.bits)
+    assert found.scales.dtype == np.float32
+    assert np.array_equal(found.scales, narrow.scales)
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_nan_and_infinity_are_refused_with_tensor_and_row(bad):
     rows = _weights(9, 12)

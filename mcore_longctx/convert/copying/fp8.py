@@ -48,14 +48,14 @@ class Quantized(NamedTuple):
     amax: float
 
 
-def quantize_rows(rows: _Floats, *, name: str, first_row: int = 0) -> Quantized:
+def quantize_rows(rows: np.ndarray[Any, np.dtype[Any]], *, name: str, first_row: int = 0) -> Quantized:
     """Quantise `rows` [r, c] float32: scale = largest magnitude of the row / 448, rounding to nearest even.
 
     Nothing saturates: the largest quotient of a row is 448 but for the last bits of a float32, far from the 464 from which on
     E4M3 has no number.
 
     Args:
-        rows: the numbers; they are not changed.
+        rows: the numbers; they are not changed. float64 is rounded to float32 first.
         name: of the tensor, for the message.
         first_row: which row of the tensor `rows[0]` is, for the message.
 
@@ -64,6 +64,7 @@ def quantize_rows(rows: _Floats, *, name: str, first_row: int = 0) -> Quantized:
 
     Source: E4M3 of arXiv 2209.05433; one scale per output row as `strategy: channel` of compressed-tensors.
     """
+    rows = rows.astype(np.float32, copy=False)
     count, columns = rows.shape
     amax = np.maximum(rows.max(axis=1), -rows.min(axis=1)) if columns else np.zeros(count, np.float32)  # NaN stays NaN
     finite = np.isfinite(amax)
