@@ -14,23 +14,37 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, TypeAlias, TypeGuard
+from typing import Any, NamedTuple, NoReturn, TypeAlias, TypeGuard
 
 from mcore_longctx.errors import CheckpointError
 from mcore_longctx.formats.dtypes import BY_TORCH, DType
 from mcore_longctx.formats.pickle_data import Call, Global, Instance, PickleError, decode
 
-__all__ = ["METADATA", "METADATA_JSON", "Chunk", "SavedTensor", "TorchDist", "is_torch_dist", "read_torch_dist"]
+__all__ = [
+    "METADATA",
+    "METADATA_JSON",
+    "Chunk",
+    "Item",
+    "SavedTensor",
+    "TorchDist",
+    "is_torch_dist",
+    "read_metadata_names",
+    "read_torch_dist",
+]
 
 METADATA = ".metadata"
 METADATA_JSON = "metadata.json"
-MAX_METADATA_BYTES = 256 << 20
+MAX_METADATA_BYTES = (
+    64 << 20
+)  # Llama-3.1-405B saved at TP 8 with its optimizer has 6.4 MB; decoding takes 25 times as much memory
 MAX_DIMS = 8
 MAX_SIZE = 1 << 63
 
 _MAX_CUTS = 16  # nested cuts: layers, gate and up, tensor-parallel rows or columns are four
 
 Box: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]  # offsets, sizes
+
+_Items: TypeAlias = "dict[tuple[str, tuple[int, ...] | None], Item]"  # (name, chunk offsets; None for an object)
 
 _META, _FILES, _PLANNER = (f"torch.distributed.checkpoint.{name}" for name in ("metadata", "filesystem", "planner"))
 _SIZE = Global("torch", "Size")
@@ -58,7 +72,15 @@ _ALLOWED = frozenset(
 )
 
 
-@dataclass(frozen=True)
+class Item(NamedTuple):
+    """`length` bytes from `offset` of `file`: one torch.save archive."""
+
+    file: Path
+    offset: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
 class Chunk:
     """A box of a tensor and the item that holds it: `length` bytes from `offset` of `file`."""
 
@@ -90,10 +112,10 @@ class SavedTensor:
 
 @dataclass(frozen=True)
 class TorchDist:
-    """Tensors and object names of a torch_dist folder."""
+    """Tensors of a torch_dist folder, and where its objects (pickles, not read) lie."""
 
     tensors: dict[str, SavedTensor] = field(default_factory=dict)
-    objects: tuple[str, ...] = ()
+    objects: dict[str, Item] = field(default_factory=dict)
 
 
 def is_torch_dist(folder: Path) -> bool:
@@ -109,13 +131,25 @@ def read_torch_dist(folder: Path) -> TorchDist:
             name in the pickle that no checkpoint needs.
     """
     _check_backend(folder)
-    path = folder / METADATA
+    return _Reader(folder / METADATA).read(_decoded(folder / METADATA))
+
+
+def read_metadata_names(folder: Path) -> list[str]:
+    """The names in `.metadata` alone, whatever program wrote it, to say what a folder is that cannot be read. Raises as above."""
+    reader = _Reader(folder / METADATA)
+    entries = reader.state(_decoded(folder / METADATA), "Metadata", "MCoreMetadata").get("state_dict_metadata")
+    return [name for name in entries if isinstance(name, str)] if isinstance(entries, dict) else []
+
+
+def _decoded(path: Path) -> Any:
     try:
         if path.stat().st_size > MAX_METADATA_BYTES:
             raise CheckpointError(f"{path.stat().st_size:,} bytes, larger than any .metadata", where=path)
-        return _Reader(path).read(decode(path.read_bytes(), _ALLOWED))
+        return decode(path.read_bytes(), _ALLOWED)
     except FileNotFoundError:
         raise CheckpointError("missing", where=path, fix="use another copy of the checkpoint") from None
+    except IsADirectoryError:
+        raise CheckpointError("is a folder, expected a file", where=path) from None
     except PickleError as error:
         raise CheckpointError(str(error), where=path) from None
 
@@ -131,7 +165,11 @@ def _check_backend(folder: Path) -> None:
     except (ValueError, KeyError, TypeError, RecursionError):
         raise CheckpointError("damaged", where=path, fix="use another copy of the checkpoint") from None
     if backend != "torch_dist":
-        raise CheckpointError(f"sharded_backend is {str(backend)[:40]!r}, only torch_dist is supported", where=path)
+        raise CheckpointError(
+            f"sharded_backend is {str(backend)[:40]!r}, only torch_dist is supported",
+            where=path,
+            fix="load it with the megatron-core that wrote it and save it with --ckpt-format torch_dist",
+        )
 
 
 class _Reader:
@@ -140,7 +178,8 @@ class _Reader:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.folder = path.parent
-        self.file_sizes: dict[str, int] = {}
+        self.size: Global | None = None  # torch.Size as this file names it
+        self.files: dict[str, tuple[Path, int]] = {}  # name -> (path, size or -1)
 
     def refuse(self, what: str) -> NoReturn:
         raise CheckpointError(what, where=self.path, fix="use another copy of the checkpoint")
@@ -152,26 +191,25 @@ class _Reader:
             self.refuse("has no state_dict_metadata or no storage_data")
         items = self.items(storage)
         tensors: dict[str, SavedTensor] = {}
-        objects: list[str] = []
+        objects: dict[str, Item] = {}
         for name, entry in entries.items():
             if not isinstance(name, str):
                 self.refuse("names a tensor by something that is not text")
             if isinstance(entry, Instance) and entry.cls == Global(_META, "BytesStorageMetadata"):
                 if (name, None) not in items:
                     self.refuse(f"object {name[:200]} has no stored item")
-                objects.append(name)
+                objects[name] = items[name, None]
             else:
                 tensors[name] = self.tensor(name, entry, items)
-        return TorchDist(tensors, tuple(objects))
+        return TorchDist(tensors, objects)
 
     def state(self, value: Any, *classes: str) -> dict[str, Any]:
         if not isinstance(value, Instance) or value.cls.name not in classes or not isinstance(value.state, dict):
             self.refuse(f"holds something else where a {classes[0]} belongs")
         return value.state
 
-    def items(self, storage: dict[Any, Any]) -> dict[tuple[str, tuple[int, ...] | None], tuple[Path, int, int]]:
-        """(name, chunk offsets or None for an object) -> (file, offset, length)."""
-        items: dict[tuple[str, tuple[int, ...] | None], tuple[Path, int, int]] = {}
+    def items(self, storage: dict[Any, Any]) -> _Items:
+        items: _Items = {}
         for key, value in storage.items():
             index, info = self.state(key, "MetadataIndex"), self.state(value, "_StorageInfo")
             name = index.get("fqn")
@@ -185,29 +223,31 @@ class _Reader:
             items[name, offsets] = self.place(name, info)
         return items
 
-    def place(self, name: str, info: dict[str, Any]) -> tuple[Path, int, int]:
+    def place(self, name: str, info: dict[str, Any]) -> Item:
         file, offset, length = info.get("relative_path"), info.get("offset"), info.get("length")
-        if not isinstance(file, str) or file in ("", ".", "..") or any(mark in file for mark in "/\\\0") or len(file) > 255:
-            self.refuse(f"file name {str(file)[:80]!r} of {name[:200]} leaves the folder")
+        known = self.files.get(file) if isinstance(file, str) else None
+        path, size = known if known is not None else self.file(file, name)
         if not _is_size(offset) or not _is_size(length):
             self.refuse(f"offset or length of {name[:200]} is not a size")
-        if file not in self.file_sizes:
-            path = self.folder / file
-            self.file_sizes[file] = path.stat().st_size if path.is_file() else -1
-        size = self.file_sizes[file]
-        if size < 0:
-            raise CheckpointError("missing", where=self.folder / file, fix="use another copy of the checkpoint")
         if offset + length > size:
             raise CheckpointError(
                 f"{size:,} bytes, but {name[:200]} ends at byte {offset + length:,}",
-                where=self.folder / file,
+                where=path,
                 fix="use another copy of the checkpoint",
             )
-        return self.folder / file, offset, length
+        return Item(path, offset, length)
 
-    def tensor(
-        self, name: str, entry: Any, items: dict[tuple[str, tuple[int, ...] | None], tuple[Path, int, int]]
-    ) -> SavedTensor:
+    def file(self, file: Any, name: str) -> tuple[Path, int]:
+        """A file that is named for the first time, and its size."""
+        if not isinstance(file, str) or file in ("", ".", "..") or any(mark in file for mark in "/\\\0") or len(file) > 255:
+            self.refuse(f"file name {str(file)[:80]!r} of {name[:200]} leaves the folder")
+        path = self.folder / file
+        if not path.is_file():
+            raise CheckpointError("missing", where=path, fix="use another copy of the checkpoint")
+        self.files[file] = path, path.stat().st_size
+        return self.files[file]
+
+    def tensor(self, name: str, entry: Any, items: _Items) -> SavedTensor:
         fields = self.state(entry, "TensorStorageMetadata")
         dtype, shape, listed = (
             self.dtype(name, fields.get("properties")),
@@ -239,10 +279,15 @@ class _Reader:
         return _DTYPES[first]
 
     def sizes(self, value: Any, name: str) -> tuple[int, ...]:
-        if isinstance(value, Call) and value.function == _SIZE and len(value.args) == 1:
+        if type(value) is Call and value.function is self.size and len(value.args) == 1:
             value = value.args[0]
-        if not isinstance(value, tuple | list) or len(value) > MAX_DIMS or not all(_is_size(item) for item in value):
+        elif type(value) is Call and value.function == _SIZE and len(value.args) == 1:
+            self.size, value = value.function, value.args[0]
+        if not isinstance(value, tuple | list) or len(value) > MAX_DIMS:
             self.refuse(f"a shape or offset of {name[:200]} is not a list of sizes")
+        for item in value:
+            if type(item) is not int or not 0 <= item < MAX_SIZE:
+                self.refuse(f"a shape or offset of {name[:200]} is not a list of sizes")
         return tuple(value)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,7 +27,9 @@ __all__ = [
     "plan_shards",
     "read_folder",
     "read_header",
+    "read_index",
     "read_json",
+    "read_shards",
 ]
 
 INDEX = "model.safetensors.index.json"
@@ -186,22 +188,35 @@ def read_folder(folder: Path) -> dict[str, StoredTensor]:
         other = sorted(path.name for path in folder.glob("*.bin"))
         found = f"; there is {other[0]}" if other else ""
         raise CheckpointError(f"no {SINGLE} and no {INDEX}{found}", where=folder, fix="save the model as safetensors")
-    shard_of = _checked_index(read_json(index).get("weight_map"), index)
+    shard_of = read_index(index, ".safetensors")
+    return read_shards(folder, shard_of, read_header, INDEX)
+
+
+def read_shards(
+    folder: Path, shard_of: Mapping[str, str], read_shard: Callable[[Path], Mapping[str, StoredTensor]], index: str
+) -> dict[str, StoredTensor]:
+    """Every tensor of the shards of an index. Raises CheckpointError unless each shard holds what the index says of it."""
     tensors: dict[str, StoredTensor] = {}
     for shard in sorted(set(shard_of.values())):
-        for name, tensor in read_header(folder / shard).items():
+        for name, tensor in read_shard(folder / shard).items():
             if shard_of.get(name) != shard:
-                raise CheckpointError(f"holds {name[:200]!r}, which {INDEX} does not place here", where=folder / shard)
+                raise CheckpointError(f"holds {name[:200]!r}, which {index} does not place here", where=folder / shard)
             tensors[name] = tensor
     if missing := sorted(set(shard_of) - set(tensors)):
         first = missing[0]
         raise CheckpointError(
-            f"{first[:200]!r} is not in {shard_of[first]} ({len(missing):,} such in all)", where=index, fix=_AGAIN
+            f"{first[:200]!r} is not in {shard_of[first]} ({len(missing):,} such in all)", where=folder / index, fix=_AGAIN
         )
     return tensors
 
 
-def _checked_index(weight_map: Any, path: Path) -> dict[str, str]:
+def read_index(path: Path, suffix: str) -> dict[str, str]:
+    """Tensor name -> shard, from an index file. A shard is a file beside it whose name ends in `suffix`.
+
+    Raises:
+        CheckpointError: missing, damaged, or a shard that is elsewhere or of another kind.
+    """
+    weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError("no weight_map", where=path, fix=_AGAIN)
     if len(weight_map) > MAX_TENSORS:
@@ -209,8 +224,8 @@ def _checked_index(weight_map: Any, path: Path) -> dict[str, str]:
     for shard in set(map(str, weight_map.values())):
         if "/" in shard or "\\" in shard or "\0" in shard or len(shard) > 255:
             raise CheckpointError(f"shard name {shard[:80]!r} leaves the folder", where=path)
-        if not shard.endswith(".safetensors"):
-            raise CheckpointError(f"shard name {shard[:80]!r} does not end in .safetensors", where=path)
+        if not shard.endswith(suffix):
+            raise CheckpointError(f"shard name {shard[:80]!r} does not end in {suffix}", where=path)
     return {name: str(shard) for name, shard in weight_map.items()}
 
 

@@ -12,8 +12,11 @@ Sources: PyTorch caffe2/serialize/inline_container.cc (records, alignment), PKWA
 
 from __future__ import annotations
 
+import math
 import struct
 import zlib
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,7 +25,16 @@ from mcore_longctx.errors import CheckpointError
 from mcore_longctx.formats.dtypes import BY_TORCH, DType
 from mcore_longctx.formats.pickle_data import Call, Global, PersistentId, PickleError, decode, encode
 
-__all__ = ["locate_payload", "object_item", "tensor_frame"]
+__all__ = [
+    "TENSOR_NAMES",
+    "Archive",
+    "TensorPlace",
+    "archive_errors",
+    "locate_payload",
+    "object_item",
+    "tensor_frame",
+    "tensor_place",
+]
 
 ALIGNMENT = 64
 _LOCAL = struct.Struct("<4s5H3I2H")
@@ -32,13 +44,15 @@ _END64 = struct.Struct("<4sQ2H2I4Q")
 _LOCATOR64 = struct.Struct("<4sIQI")
 _ZIP64_FROM = 0xFFFFFFFF  # sizes and offsets from here on stand in a zip64 extra field
 _DATE = 0x21  # 1980-01-01: bytes are a function of the contents
-_MAX_TAIL = 65536  # the directory of a torch archive is under 2 KiB
+_TAILS = (1024, 1 << 17)  # how far from the end its directory is looked for: a torch archive has no comment
 _MAX_SMALL = 65536
+_MAX_DIMS = 8
+_MAX_SIZE = 1 << 63
 
 _REBUILD = Global("torch._utils", "_rebuild_tensor_v2")
 _ORDERED_DICT = Global("collections", "OrderedDict")
 _STORAGES = {Global("torch", dtype.storage): dtype for dtype in BY_TORCH.values() if dtype.storage}
-_ALLOWED = frozenset({_REBUILD, _ORDERED_DICT, *_STORAGES})
+TENSOR_NAMES: frozenset[Global] = frozenset({_REBUILD, _ORDERED_DICT, *_STORAGES})
 
 
 # ---------------------------------------------------------------------------------------------------------- writing
@@ -133,33 +147,83 @@ def locate_payload(path: Path, offset: int, length: int, dtype: DType, shape: tu
     Raises:
         CheckpointError: damaged, compressed, or not the row-major tensor of this dtype and shape.
     """
+    with archive_errors(path, f"item of {tensor}"), path.open("rb") as file:
+        archive = Archive(file, offset, length)
+        held = tensor_place(archive.pickle(TENSOR_NAMES))
+        if (held.dtype, held.shape) != (dtype, shape):
+            raise ValueError(f"holds {held.dtype.name} {list(held.shape)}, .metadata says {dtype.name} {list(shape)}")
+        return offset + archive.payload(held)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorPlace:
+    """A tensor as its pickle describes it: `shape` elements, row-major, from element `first` of record `data/<storage>`."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+    storage: str
+    first: int
+
+    @property
+    def count(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+@contextmanager
+def archive_errors(path: Path, what: str) -> Iterator[None]:
+    """Turn what a damaged archive raises into a CheckpointError about `what`."""
     try:
-        with path.open("rb") as file:
-            item = _Item(file, offset, length)
-            records = item.records()
-            if "byteorder" in records and item.read_small(records["byteorder"]) != b"little":
-                raise ValueError("is not little-endian")
-            storage, first = _tensor_of(decode(item.read_small(records["data.pkl"]), _ALLOWED), dtype, shape)
-            start, size = records[f"data/{storage}"]
-            _, count = _row_major(shape)
-            if (first + count) * dtype.itemsize > size:
-                raise ValueError(f"holds {size:,} bytes, the tensor needs {(first + count) * dtype.itemsize:,}")
-            return offset + start + first * dtype.itemsize
+        yield
     except KeyError as error:
-        raise CheckpointError(f"item of {tensor} has no record {error.args[0]!r}", where=path) from None
+        raise CheckpointError(f"{what} has no record {str(error.args[0])[:80]!r}", where=path) from None
     except PickleError as error:
-        raise CheckpointError(f"pickle of {tensor} {error}", where=path) from None
-    except (ValueError, struct.error) as error:
-        raise CheckpointError(f"item of {tensor} {error}", where=path) from None
+        raise CheckpointError(f"pickle of {what} {error}", where=path) from None
+    except (ValueError, struct.error) as error:  # UnicodeDecodeError is a ValueError
+        raise CheckpointError(f"{what} {error}", where=path) from None
 
 
-class _Item:
-    """Bounded reads inside one item."""
+class Archive:
+    """Bounded reads inside one torch.save archive: an item of a `.distcp`, or a whole file.
 
-    def __init__(self, file: BinaryIO, offset: int, length: int) -> None:
-        self.file, self.offset, self.length = file, offset, length
+    Args:
+        file: open for reading.
+        offset, length: where the archive lies.
+        limit: largest zip directory and largest record that are read whole, in bytes.
 
-    def read(self, start: int, size: int) -> bytes:
+    Raises (each method):
+        ValueError, KeyError, struct.error: damaged; `archive_errors` makes one line of them.
+    """
+
+    def __init__(self, file: BinaryIO, offset: int, length: int, *, limit: int = _MAX_SMALL) -> None:
+        self.file, self.offset, self.length, self.limit = file, offset, length, limit
+        self.count, self.directory_size, self.directory = self._end()
+        if self.directory_size > limit:
+            raise ValueError(f"has a zip directory of {self.directory_size:,} bytes")
+        self.records = self._records()
+
+    def pickle(self, allowed: Container[Global]) -> Any:
+        """What `data.pkl` holds, as inert records."""
+        if "byteorder" in self.records and self.read_small("byteorder") != b"little":
+            raise ValueError("is not little-endian")
+        return decode(self.read_small("data.pkl"), allowed)
+
+    def payload(self, tensor: TensorPlace) -> int:
+        """Where its elements begin, from the start of the archive."""
+        start, size = self._data(f"data/{tensor.storage}")
+        end = (tensor.first + tensor.count) * tensor.dtype.itemsize
+        if end > size:
+            raise ValueError(f"holds {size:,} bytes, the tensor needs {end:,}")
+        return start + tensor.first * tensor.dtype.itemsize
+
+    def read_small(self, name: str) -> bytes:
+        """A whole record that is no tensor."""
+        start, size = self._data(name)
+        if size > self.limit:
+            raise ValueError(f"has a record of {size:,} bytes beside the tensor")
+        return self._read(start, size)
+
+    def _read(self, start: int, size: int) -> bytes:
         if start < 0 or size < 0 or start + size > self.length:
             raise ValueError("has a record outside itself")
         self.file.seek(self.offset + start)
@@ -168,54 +232,59 @@ class _Item:
             raise ValueError("is cut off")
         return data
 
-    def read_small(self, record: tuple[int, int]) -> bytes:
-        if record[1] > _MAX_SMALL:
-            raise ValueError(f"has a record of {record[1]:,} bytes beside the tensor")
-        return self.read(*record)
+    def _data(self, name: str) -> tuple[int, int]:
+        """(start, size) of a record's data."""
+        local, size = self.records[name]
+        header = _LOCAL.unpack(self._read(local, _LOCAL.size))
+        start = local + _LOCAL.size + header[9] + header[10]
+        if header[0] != b"PK\3\4" or start + size > self.directory:
+            raise ValueError(f"has a record {name[:80]!r} outside itself")
+        return start, size
 
-    def records(self) -> dict[str, tuple[int, int]]:
-        """Name without its first folder -> (start of the data, size), from the zip's directory."""
-        tail_start = max(0, self.length - _MAX_TAIL)
-        tail = self.read(tail_start, self.length - tail_start)
-        at = tail.rfind(b"PK\5\6")
-        if at < 0:
-            raise ValueError("has no zip directory")
-        _, _, _, _, count, size, start, _ = _END.unpack_from(tail, at)
-        if start == _ZIP64_FROM:
-            at = tail.rfind(b"PK\6\6")
+    def _end(self) -> tuple[int, int, int]:
+        """(records, size, start) of the zip's directory."""
+        for size in _TAILS:
+            start = max(0, self.length - size)
+            tail = self._read(start, self.length - start)
+            at = tail.rfind(b"PK\5\6")
             if at < 0:
-                raise ValueError("has no zip64 directory")
-            _, _, _, _, _, _, _, count, size, start = _END64.unpack_from(tail, at)
-        if size > _MAX_TAIL:
-            raise ValueError(f"has a zip directory of {size:,} bytes")
-        directory = self.read(start, size)
+                continue
+            _, _, _, _, count, length, begin, _ = _END.unpack_from(tail, at)
+            if begin != _ZIP64_FROM:
+                return count, length, begin
+            at = tail.rfind(b"PK\6\6")
+            if at >= 0:
+                _, _, _, _, _, _, _, count, length, begin = _END64.unpack_from(tail, at)
+                return count, length, begin
+        raise ValueError("has no zip directory")
+
+    def _records(self) -> dict[str, tuple[int, int]]:
+        """Name without its first folder -> (start of the local header, size)."""
+        directory = self._read(self.directory, self.directory_size)
         found: dict[str, tuple[int, int]] = {}
         position = 0
         while position < len(directory):
-            name, record, position = self._record(directory, position, directory_start=start)
+            name, record, position = _directory_entry(directory, position)
             if name in found:
-                raise ValueError(f"has two records {name!r}")
+                raise ValueError(f"has two records {name[:80]!r}")
             found[name] = record
-        if len(found) != count:
+        if len(found) != self.count:
             raise ValueError("has a zip directory that does not add up")
         return found
 
-    def _record(self, directory: bytes, position: int, *, directory_start: int) -> tuple[str, tuple[int, int], int]:
-        header = _CENTRAL.unpack_from(directory, position)
-        magic, flags, method = header[0], header[3], header[4]
-        packed, size, name_length, extra_length, comment_length, local = *header[8:13], header[16]
-        name_end = position + _CENTRAL.size + name_length
-        name = directory[position + _CENTRAL.size : name_end].decode()
-        size, packed, local = _zip64_values(directory[name_end : name_end + extra_length], size, packed, local)
-        if magic != b"PK\1\2":
-            raise ValueError("has a damaged zip directory")
-        if method != 0 or packed != size or flags & 1:
-            raise ValueError(f"has a compressed or encrypted record {name!r}")
-        local_header = _LOCAL.unpack(self.read(local, _LOCAL.size))
-        data = local + _LOCAL.size + local_header[9] + local_header[10]
-        if local_header[0] != b"PK\3\4" or data + size > directory_start:
-            raise ValueError(f"has a record {name!r} outside itself")
-        return name.partition("/")[2], (data, size), name_end + extra_length + comment_length
+
+def _directory_entry(directory: bytes, position: int) -> tuple[str, tuple[int, int], int]:
+    header = _CENTRAL.unpack_from(directory, position)
+    magic, flags, method = header[0], header[3], header[4]
+    packed, size, name_length, extra_length, comment_length, local = *header[8:13], header[16]
+    name_end = position + _CENTRAL.size + name_length
+    name = directory[position + _CENTRAL.size : name_end].decode()
+    size, packed, local = _zip64_values(directory[name_end : name_end + extra_length], size, packed, local)
+    if magic != b"PK\1\2":
+        raise ValueError("has a damaged zip directory")
+    if method != 0 or packed != size or flags & 1:
+        raise ValueError(f"has a compressed or encrypted record {name[:80]!r}")
+    return name.partition("/")[2], (local, size), name_end + extra_length + comment_length
 
 
 def _zip64_values(extra: bytes, size: int, packed: int, local: int) -> tuple[int, int, int]:
@@ -230,30 +299,30 @@ def _zip64_values(extra: bytes, size: int, packed: int, local: int) -> tuple[int
     return size, packed, local
 
 
-def _tensor_of(value: Any, dtype: DType, shape: tuple[int, ...]) -> tuple[str, int]:
-    """(storage key, first element) of a pickled tensor, which must be row-major and of this dtype and shape."""
+def tensor_place(value: Any) -> TensorPlace:
+    """What a pickled tensor says of itself.
+
+    Raises:
+        ValueError: not a plain tensor, an element type that is not known, or one that is not row-major.
+    """
     match value:
         case Call(
             function=function,
-            args=(PersistentId(value=("storage", storage, str(key), str(), int())), int(first), size, stride, bool(), *_),
-        ) if function == _REBUILD and isinstance(storage, Global):
-            found = _STORAGES.get(storage)
+            args=(PersistentId(value=("storage", Global() as storage, str(key), str(), int())), int(first), size, stride, *_),
+        ) if function == _REBUILD:
+            dtype = _STORAGES.get(storage)
         case _:
             raise ValueError("is not a plain tensor")
-    if found != dtype or size != shape:
-        held = found.name if found else storage
-        raise ValueError(f"holds {held} {_as_shape(size)}, .metadata says {dtype.name} {_as_shape(shape)}")
-    if not isinstance(stride, tuple) or len(stride) != len(shape) or first < 0:
+    if dtype is None:
+        raise ValueError(f"holds {str(storage)[:80]}, an element type that is not known")
+    if not isinstance(size, tuple) or len(size) > _MAX_DIMS or not all(type(n) is int and 0 <= n < _MAX_SIZE for n in size):
+        raise ValueError("has a damaged shape")
+    if not isinstance(stride, tuple) or len(stride) != len(size) or not 0 <= first < _MAX_SIZE:
         raise ValueError("has a damaged stride")
-    expected, _ = _row_major(shape)
-    if any(got != want for got, want, count in zip(stride, expected, shape, strict=True) if count != 1):
-        raise ValueError(f"has strides {stride}, expected row-major {expected}")
-    return key, first
-
-
-def _as_shape(size: Any) -> str:
-    plain = isinstance(size, tuple) and len(size) <= 8 and all(isinstance(count, int) for count in size)
-    return str(list(size)) if plain else "of no shape"
+    expected, _ = _row_major(size)
+    if any(got != want for got, want, count in zip(stride, expected, size, strict=True) if count != 1):
+        raise ValueError(f"has strides {str(stride)[:80]}, expected row-major {expected}")
+    return TensorPlace(dtype, size, key, first)
 
 
 def _row_major(shape: tuple[int, ...]) -> tuple[tuple[int, ...], int]:

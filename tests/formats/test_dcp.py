@@ -71,7 +71,7 @@ def test_what_torch_saves_is_read(tmp_path: Path) -> None:
         "a": ("float32", (2, 3)),
         "b.c": ("bfloat16", (4,)),
     }
-    assert read.objects == ("step",)
+    assert list(read.objects) == ["step"]
     assert all(tensor.is_covered_once() for tensor in read.tensors.values())
 
 

@@ -9,7 +9,8 @@ from mcore_longctx.convert.views.rows import TensorRows
 from mcore_longctx.convert.views.view import CONFIG, CheckpointView, check_dtype, count
 from mcore_longctx.errors import CheckpointError, ConversionError
 from mcore_longctx.families import ModelShape, hf_shapes, model_tensors, read_shape
-from mcore_longctx.formats.safetensors_io import StoredTensor, read_folder, read_json
+from mcore_longctx.formats.safetensors_io import INDEX, SINGLE, StoredTensor, read_folder, read_json
+from mcore_longctx.formats.torch_bin import is_bin_folder, read_bin_folder
 from mcore_longctx.recipe import CARD, read_card
 from mcore_longctx.rope import read_hf_rope
 
@@ -23,7 +24,7 @@ def open_hf(folder: Path) -> CheckpointView:
     config = read_json(folder / CONFIG)
     shape = read_shape(config, where=folder / CONFIG)
     rope = read_hf_rope(config, where=folder / CONFIG)
-    stored = read_folder(folder)
+    stored = read_bin_folder(folder) if _is_bin(folder) else read_folder(folder)
     expected = hf_shapes(model_tensors(shape))
     dropped = _derived_tensors(stored, shape)
     _check_names(set(stored) - set(dropped), set(expected), folder)
@@ -36,6 +37,11 @@ def open_hf(folder: Path) -> CheckpointView:
         tensors[name] = TensorRows.stored(tensor.dtype, tensor.shape, tensor.file, tensor.offset)
     card = read_card(folder) if (folder / CARD).exists() else None
     return CheckpointView(folder, "hf", config, shape, rope, tensors, card, dropped=tuple(dropped))
+
+
+def _is_bin(folder: Path) -> bool:
+    """Whether only `.bin` files are there; where both are, safetensors count, as for transformers."""
+    return is_bin_folder(folder) and not (folder / SINGLE).exists() and not (folder / INDEX).exists()
 
 
 def _derived_tensors(stored: Mapping[str, StoredTensor], shape: ModelShape) -> list[str]:

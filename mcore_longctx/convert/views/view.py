@@ -15,7 +15,7 @@ from mcore_longctx.formats.dtypes import WEIGHT_DTYPES, DType
 from mcore_longctx.recipe import CheckpointCard
 from mcore_longctx.rope import RopeScaling
 
-__all__ = ["CONFIG", "HF_FOLDER", "CheckpointView", "check_dtype", "count"]
+__all__ = ["CONFIG", "HF_FOLDER", "CheckpointView", "check_dtype", "count", "nonzero_padding"]
 
 HF_FOLDER = "hf"  # inside a torch_dist folder: config.json and tokenizer files of the model
 CONFIG = "config.json"
@@ -26,7 +26,7 @@ class CheckpointView:
     """A checkpoint as it would be in Hugging Face form. No tensor data is read before it is asked for.
 
     Attributes:
-        folder: where it lies.
+        folder: where it really lies, for a path that stood for the folder around it.
         format: `hf` or `torch_dist`.
         config: its `config.json`; for torch_dist that of the model it was imported from, whose rope may be older than `rope`.
         shape: sizes of the model.
@@ -35,6 +35,8 @@ class CheckpointView:
         card: `mcore_longctx.json`, if there is one.
         padding: Megatron key -> rows of vocabulary padding (torch_dist only).
         dropped: stored names that are knowingly left out: values that follow from others, optimizer state.
+        settings_folder: where config.json and the tokenizer files lie; None stands for `folder`.
+        notes: what could not be checked, in words for the user.
     """
 
     folder: Path
@@ -46,6 +48,8 @@ class CheckpointView:
     card: CheckpointCard | None = None
     padding: Mapping[str, TensorRows] = field(default_factory=dict)
     dropped: tuple[str, ...] = ()
+    settings_folder: Path | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def num_parameters(self) -> int:
@@ -56,6 +60,11 @@ class CheckpointView:
     def dtypes(self) -> dict[str, int]:
         """Element type -> how many tensors have it."""
         return dict(Counter(tensor.dtype.name for tensor in self.tensors.values()))
+
+
+def nonzero_padding(view: CheckpointView) -> list[str]:
+    """Megatron keys whose vocabulary padding is not zero, as training leaves it: an export drops these rows. Reads them."""
+    return [key for key, rows in view.padding.items() if any(any(band) for _, band in rows.bands())]
 
 
 def check_dtype(dtype: DType, where: str) -> None:
