@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from mcore_longctx.convert.copying.cast import widen
-from mcore_longctx.convert.disk import io_errors
-from mcore_longctx.convert.views import CheckpointView, open_checkpoint
-from mcore_longctx.convert.views.rows import BAND_BYTES, TensorRows
+from mcore_longctx.convert.checks.quantised import QuantisedTensor, is_quantised, open_quantised, relative_rms, with_scales
+from mcore_longctx.convert.disk import OpenFiles, io_errors
+from mcore_longctx.convert.quantization import MAX_RELATIVE_RMS
+from mcore_longctx.convert.views import BAND_BYTES, CheckpointView, TensorRows, open_checkpoint
+from mcore_longctx.formats.dtypes import WEIGHT_DTYPES
 from mcore_longctx.recipe import CARD
 
 __all__ = ["Report", "TensorDifference", "compare"]
@@ -21,7 +22,10 @@ _SHOWN = 20  # differing tensors that the text names
 
 @dataclass(frozen=True)
 class TensorDifference:
-    """How one tensor differs: in shape, in element type, or in `count` of its elements (`max_abs`, `max_rel` over all)."""
+    """How one tensor differs: in shape, in element type, or in `count` of its elements (`max_abs`, `max_rel` over all).
+
+    `first` is the index of the first element that differs, (row,) or (row, column).
+    """
 
     name: str
     shapes: tuple[tuple[int, ...], tuple[int, ...]]
@@ -29,7 +33,7 @@ class TensorDifference:
     count: int = 0
     max_abs: float = 0.0
     max_rel: float = 0.0
-    first_row: int | None = None
+    first: tuple[int, ...] | None = None
 
     def describe(self) -> str:
         """One line."""
@@ -39,7 +43,7 @@ class TensorDifference:
         if not self.count:
             return f"{self.name}: {dtype}values equal"
         return (
-            f"{self.name}: {dtype}{self.count:,} of {int(np.prod(self.shapes[0])):,} elements differ, first in row {self.first_row:,}; "
+            f"{self.name}: {dtype}{self.count:,} of {math.prod(self.shapes[0]):,} elements differ, first at {list(self.first or ())}; "
             f"max abs {self.max_abs:.3g}, max rel {self.max_rel:.3g}"
         )
 
@@ -59,6 +63,12 @@ class Report:
     ropes: tuple[tuple[str, str], tuple[str, str]] = (("", ""), ("", ""))
     cards: tuple[str, ...] = ()
     notes: tuple[str, ...] = field(default=())
+    quantised: tuple[QuantisedTensor, ...] = ()
+
+    @property
+    def too_far(self) -> tuple[QuantisedTensor, ...]:
+        """FP8 weights that are further from the other side than rounding to FP8 takes them."""
+        return tuple(tensor for tensor in self.quantised if not tensor.relative_rms <= MAX_RELATIVE_RMS)  # NaN is too far
 
     @property
     def rope_differs(self) -> bool:
@@ -67,8 +77,9 @@ class Report:
 
     @property
     def equal(self) -> bool:
-        """Whether nothing differs."""
-        return not (self.differences or self.only_first or self.only_second or self.sizes or self.cards or self.rope_differs)
+        """Whether nothing differs; of FP8 weights, by more than rounding."""
+        found = self.differences or self.only_first or self.only_second or self.sizes or self.cards or self.too_far
+        return not (found or self.rope_differs)
 
     def text(self) -> str:
         """For people: the verdict last."""
@@ -80,8 +91,16 @@ class Report:
         for side, names in (("A", self.only_first), ("B", self.only_second)):
             problems += [f"only in {side}: {name}" for name in names[:_SHOWN]] + _more(len(names))
         problems += [difference.describe() for difference in self.differences[:_SHOWN]] + _more(len(self.differences))
+        too_far = [
+            f"{tensor.name}: FP8, relative RMS {tensor.relative_rms:.3g}, more than {MAX_RELATIVE_RMS}" for tensor in self.too_far
+        ]
+        problems += too_far[:_SHOWN] + _more(len(too_far))
         lines += [f"differs: {problem}" for problem in problems]
         verdict = "equal" if self.equal else "DIFFERENT"
+        if self.quantised:
+            worst = max(self.quantised, key=lambda tensor: (math.isnan(tensor.relative_rms), tensor.relative_rms))
+            lines.append(f"FP8: {len(self.quantised):,} tensors, largest relative RMS {worst.relative_rms:.4g} ({worst.name})")
+            verdict += " but for rounding to FP8" if self.equal else ""
         return "\n".join([*lines, f"{verdict}: {self.compared:,} tensors compared, {self.compared_bytes:,} bytes"])
 
     def as_dict(self) -> dict[str, Any]:
@@ -103,31 +122,48 @@ class Report:
                     "shapes": [list(shape) for shape in difference.shapes],
                     "dtypes": list(difference.dtypes),
                     "elements": difference.count,
+                    "first": None if difference.first is None else list(difference.first),
                     "max_abs": _json_number(difference.max_abs),
                     "max_rel": _json_number(difference.max_rel),
                 }
                 for difference in self.differences
             ],
+            "quantised": [{"name": tensor.name, "relative_rms": _json_number(tensor.relative_rms)} for tensor in self.quantised],
             "notes": list(self.notes),
         }
 
 
 @io_errors()
-def compare(first: Path, second: Path) -> Report:
-    """Compare two folders, each Hugging Face or torch_dist: tensors, sizes, ropes.
+def compare(first: Path, second: Path, *, config: Path | None = None) -> Report:
+    """Compare two folders, each Hugging Face or torch_dist: tensors, sizes, ropes, lengths.
 
-    Bytes are compared first; only where they differ are the numbers decoded. Vocabulary padding and optimizer state do not
-    take part. Memory is constant.
+    Bytes are compared first; only where they differ are the numbers decoded, and of different element types the numbers are
+    compared. Vocabulary padding and optimizer state do not take part. FP8 weights with their scales are compared with those of an
+    ordinary checkpoint by relative RMS, up to what rounding explains; with other FP8 weights byte by byte. Memory is constant.
+
+    Args:
+        first: folder.
+        second: another.
+        config: config.json of the model, or its folder, for a torch_dist folder that brings none.
 
     Raises:
         CheckpointError: a folder is missing or damaged.
         ConfigError: a config.json asks for something that is not supported.
         ConversionError: a folder holds other tensors than its config.json says.
     """
-    views = open_checkpoint(first), open_checkpoint(second)
-    a, b = (view.tensors for view in views)
+    (one, its_scales), (other, other_scales) = _open(first, config), _open(second, config)
+    if its_scales and other_scales:
+        one, other, its_scales, other_scales = with_scales(one, its_scales), with_scales(other, other_scales), {}, {}
+    a, b = one.tensors, other.tensors
     common = [name for name in a if name in b]
-    found = (_compare_tensor(name, a[name], b[name]) for name in common)
+    scales = its_scales or other_scales
+    comparable = [name for name in common if name in scales and a[name].shape == b[name].shape]
+    files = OpenFiles(os.O_RDONLY)
+    try:
+        found = [_compare_tensor(name, a[name], b[name], files) for name in common if name not in comparable]
+    finally:
+        files.close()
+    pairs = {name: (a[name], b[name]) if its_scales else (b[name], a[name]) for name in comparable}
     return Report(
         first,
         second,
@@ -136,42 +172,55 @@ def compare(first: Path, second: Path) -> Report:
         tuple(difference for difference in found if difference is not None),
         tuple(name for name in a if name not in b),
         tuple(name for name in b if name not in a),
-        _compare_sizes(*views),
-        ((views[0].rope.describe(), views[0].rope.fingerprint()), (views[1].rope.describe(), views[1].rope.fingerprint())),
-        tuple(problem for view in views for problem in _check_card(view)),
-        tuple(note for view in views for note in _notes(view)),
+        _compare_sizes(one, other),
+        ((one.rope.describe(), one.rope.fingerprint()), (other.rope.describe(), other.rope.fingerprint())),
+        tuple(problem for view in (one, other) for problem in _check_card(view)),
+        tuple(note for view in (one, other) for note in _notes(view)) + _compare_ids(one, other),
+        tuple(relative_rms(name, weight, scales[name], exact) for name, (weight, exact) in pairs.items()),
     )
 
 
-def _compare_tensor(name: str, a: TensorRows, b: TensorRows) -> TensorDifference | None:
+def _open(folder: Path, config: Path | None) -> tuple[CheckpointView, dict[str, TensorRows]]:
+    """The checkpoint, and the scales of its FP8 weights."""
+    if is_quantised(folder):
+        return open_quantised(folder)
+    return open_checkpoint(folder, config=config), {}
+
+
+def _compare_tensor(name: str, a: TensorRows, b: TensorRows, files: OpenFiles) -> TensorDifference | None:
     shapes, dtypes = (a.shape, b.shape), (a.dtype.name, b.dtype.name)
     if a.shape != b.shape:
         return TensorDifference(name, shapes, dtypes)
-    count, max_abs, max_rel, first_row = 0, 0.0, 0.0, None
+    count, max_abs, max_rel, first = 0, 0.0, 0.0, None
     step = max(1, BAND_BYTES // max(a.row_bytes, b.row_bytes, 1))
     for row in range(0, a.rows, step):
         rows = min(step, a.rows - row)
-        band, other = a.read(row, rows), b.read(row, rows)
+        band, other = a.read_box(row, rows, 0, a.columns, files), b.read_box(row, rows, 0, b.columns, files)
         if a.dtype == b.dtype and band == other:
             continue
         differing, worst_abs, worst_rel, index = _compare_values(band, other, a, b)
-        if differing and first_row is None:
-            first_row = row + index // a.columns
+        if differing and first is None:
+            at = row + index // a.columns, index % a.columns
+            first = at[:1] if a.is_vector else at
         count, max_abs, max_rel = count + differing, _larger(max_abs, worst_abs), _larger(max_rel, worst_rel)
     if not count and a.dtype == b.dtype:
         return None
-    return TensorDifference(name, shapes, dtypes, count, max_abs, max_rel, first_row)
+    return TensorDifference(name, shapes, dtypes, count, max_abs, max_rel, first)
 
 
 def _compare_values(band: bytearray, other: bytearray, a: TensorRows, b: TensorRows) -> tuple[int, float, float, int]:
     """(elements that differ, largest absolute and relative difference, index of the first)."""
-    x, y = widen(band, a.dtype), widen(other, b.dtype)
+    import numpy as np
+
+    from mcore_longctx.convert.copying.cast import widen
+
     if a.dtype == b.dtype:  # in bits: 0.0 and -0.0 are two, a NaN equals itself
         size = a.dtype.itemsize
-        differs = np.any(
-            np.frombuffer(band, np.uint8).reshape(-1, size) != np.frombuffer(other, np.uint8).reshape(-1, size), axis=1
-        )
-    else:
+        differs = np.frombuffer(band, f"<u{size}") != np.frombuffer(other, f"<u{size}")
+    if a.dtype.name not in WEIGHT_DTYPES:  # FP8 on both sides: only whether bytes differ says anything without their scales
+        return int(differs.sum()), math.nan, math.nan, int(np.argmax(differs))
+    x, y = widen(band, a.dtype), widen(other, b.dtype)
+    if a.dtype != b.dtype:
         differs = (x != y) & ~(np.isnan(x) & np.isnan(y))
     if not differs.any():
         return 0, 0.0, 0.0, 0
@@ -184,12 +233,18 @@ def _compare_values(band: bytearray, other: bytearray, a: TensorRows, b: TensorR
 
 
 def _larger(first: float, second: float) -> float:
-    return second if np.isnan(second) or second > first else first  # NaN, once seen, stays
+    return second if math.isnan(second) or second > first else first  # NaN, once seen, stays
 
 
 def _compare_sizes(first: CheckpointView, second: CheckpointView) -> tuple[str, ...]:
-    a, b = first.shape.as_dict(), second.shape.as_dict()
+    a, b = ({**view.shape.as_dict(), "length": view.rope.resolved_max_position_embeddings} for view in (first, second))
     return tuple(f"{key}: {a[key]} and {b[key]}" for key in a if a[key] != b[key])
+
+
+def _compare_ids(first: CheckpointView, second: CheckpointView) -> tuple[str, ...]:
+    """Special tokens of config.json that differ: the weights do not, but what is made of them does."""
+    pairs = {key: (first.config.get(key), second.config.get(key)) for key in ("bos_token_id", "eos_token_id")}
+    return tuple(f"config.json: {key} is {a!r} in A and {b!r} in B" for key, (a, b) in pairs.items() if a != b)
 
 
 def _check_card(view: CheckpointView) -> list[str]:
@@ -201,7 +256,7 @@ def _check_card(view: CheckpointView) -> list[str]:
 def _notes(view: CheckpointView) -> list[str]:
     notes = []
     for key, rows in view.padding.items():
-        if any(any(band) for _, band in rows.bands()):
+        if any(band.count(0) != len(band) for _, band in rows.bands()):
             notes.append(f"{view.folder}: {key} has {rows.rows:,} rows of vocabulary padding, not zero (trained); not compared")
     if view.dropped:
         notes.append(
@@ -215,4 +270,4 @@ def _more(number: int) -> list[str]:
 
 
 def _json_number(value: float) -> float | str:
-    return value if np.isfinite(value) else str(value)
+    return value if math.isfinite(value) else str(value)
