@@ -77,7 +77,6 @@ _ABSENT = {
     "heterogeneous_layers_config_path": "--heterogeneous-layers-config-path",
     "heterogeneous_layers_config_encoded_json": "--heterogeneous-layers-config-encoded-json",
     "attention_output_gate": "--attention-output-gate",
-    "qk_layernorm": "--qk-layernorm",
     "qk_l2_norm": "--qk-l2-norm",
     "layernorm_zero_centered_gamma": "--apply-layernorm-1p",
     "window_size": "--window-size",
@@ -97,8 +96,6 @@ def _check_layers(args: Namespace, layers: Any) -> None:
             _refuse(f"{_flag(name)} is {getattr(args, name)}, our layers compute {wanted}", fix=f"give {_flag(name)} {wanted}")
     if not args.swiglu:
         _refuse("--swiglu is missing, and our layers compute nothing else", fix="give --swiglu")
-    if args.add_bias_linear:
-        _refuse("--disable-bias-linear is missing, and our layers have no biases", fix="give --disable-bias-linear")
     for name, flag in _ABSENT.items():
         if getattr(args, name):
             _refuse(
@@ -110,6 +107,11 @@ def _check_layers(args: Namespace, layers: Any) -> None:
             f"--attention-backend {args.attention_backend.name} asks for Megatron's attention in the place of ours, and it keeps"
             " s x s scores",
             fix="leave it out, or give auto, flash or fused",
+        )
+    if layers is spec.llama and args.qk_layernorm:
+        _refuse(
+            "--spec mcore_longctx.model.spec llama with --qk-layernorm: this spec has no norms of queries and keys",
+            fix="give --spec mcore_longctx.model.spec llama_block, or no --spec",
         )
     if layers is spec.llama and args.sequence_parallel:
         _refuse(

@@ -111,7 +111,6 @@ def test_what_our_layers_compute_otherwise(flags: str, message: str) -> None:
         "--num-experts 4",
         "--multi-latent-attention",
         "--attention-output-gate",
-        "--qk-layernorm",
         "--qk-l2-norm",
         "--apply-layernorm-1p",
         "--window-size 64,0",
@@ -129,10 +128,17 @@ def test_what_our_layers_do_not_have(flags: str) -> None:
     launcher.read_arguments([*RUN, *flags.split(), *spec])  # layers of the user's may have it
 
 
-@pytest.mark.parametrize("flag", ["--swiglu", "--disable-bias-linear"])
-def test_what_our_layers_always_do_must_be_said(flag: str) -> None:
-    with pytest.raises(LongctxError, match=rf"{flag} is missing, and our layers .*; give {flag}"):
-        launcher.read_arguments([text for text in RUN if text != flag])
+def test_what_our_layers_always_do_must_be_said() -> None:
+    with pytest.raises(LongctxError, match=r"--swiglu is missing, and our layers .*; give --swiglu"):
+        launcher.read_arguments([text for text in RUN if text != "--swiglu"])
+
+
+def test_norms_of_heads_need_the_spec_that_reads_the_config() -> None:
+    launcher.read_arguments([*RUN, "--qk-layernorm"])
+    assert refusal("--qk-layernorm", "--spec", "mcore_longctx.model.spec", "llama") == (
+        "command line: --spec mcore_longctx.model.spec llama with --qk-layernorm: this spec has no norms of queries and keys;"
+        " give --spec mcore_longctx.model.spec llama_block, or no --spec"
+    )
 
 
 @pytest.mark.parametrize(

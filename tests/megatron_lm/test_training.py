@@ -66,6 +66,15 @@ def test_losses_are_those_of_megatrons_own_layers_and_rope(data: list[str], rope
     assert same(ours, stock)
 
 
+@pytest.mark.parametrize("flags", [["--qk-layernorm"], ["--add-qkv-bias"], ["biases"]], ids=lambda flags: flags[0].strip("-"))
+def test_biases_and_norms_of_heads_are_trained_as_megatrons_own_layers_train_them(flags: list[str]) -> None:
+    line = command(["--mock-data"], *(flags if flags != ["biases"] else []), steps=4)
+    if flags == ["biases"]:
+        line.remove("--disable-bias-linear")
+    ours = losses(run([*line, "--longctx-recompute", "attention_kept", "--longctx-mlp-tile", "48"]))
+    assert same(ours, losses(run(line, before=megatrons_own_model)))
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_the_first_loss_is_that_of_transformers(data: list[str], tmp_path: Path, ranks: int) -> None:
     # every sample is this row, wherever GPTDataset starts to count; its first half has nearly all tokens without loss
