@@ -57,3 +57,37 @@ def test_another_model_or_rope_is_refused_with_both_values(tmp_path: Path) -> No
         CheckpointError, match=r"^here: rope differs: the checkpoint has llama3 factor 8 .*, expected llama3 factor 16 "
     ):
         card.check(shape=SHAPE, rope=replace(ROPE, factor=16), where="here")
+
+
+def test_a_card_says_which_family_the_model_is_of(tmp_path: Path) -> None:
+    shape = replace(SHAPE, family="qwen3", qk_layernorm=True)
+    write_card(tmp_path, CheckpointCard(shape=shape, rope=ROPE))
+    assert json.loads((tmp_path / CARD).read_text())["family"] == "qwen3"
+    assert read_card(tmp_path).shape == shape
+
+
+def test_a_card_of_before_there_were_families_is_a_llama(tmp_path: Path) -> None:
+    text = card_in(tmp_path)
+    for name in ("family", "add_qkv_bias", "add_bias_linear", "qk_layernorm"):
+        del text["shape"][name]
+    (tmp_path / CARD).write_text(json.dumps(text))
+    assert read_card(tmp_path).shape == SHAPE
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("num_layers", "2"), ("num_layers", True), ("hidden_size", 0), ("qk_layernorm", 1), ("a_new_field", 1)]
+)
+def test_a_card_with_an_impossible_shape_is_damaged(tmp_path: Path, name: str, value: Any) -> None:
+    text = card_in(tmp_path)
+    text["shape"][name] = value
+    (tmp_path / CARD).write_text(json.dumps(text))
+    with pytest.raises(CheckpointError, match=r"mcore_longctx\.json: damaged or of another version"):
+        read_card(tmp_path)
+
+
+def test_a_card_of_an_unknown_family_is_refused(tmp_path: Path) -> None:
+    text = card_in(tmp_path)
+    text["shape"]["family"] = "gemma"
+    (tmp_path / CARD).write_text(json.dumps(text))
+    with pytest.raises(CheckpointError, match="the model is of family 'gemma'; known are llama, mistral, qwen2, qwen3, skywork"):
+        read_card(tmp_path)
