@@ -13,7 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from mcore_longctx.convert import Execution, export_hf, import_hf
+from mcore_longctx.convert.copying import fp8, units
 from mcore_longctx.convert.copying.execute import QuantizedRows
+from mcore_longctx.convert.copying.fp8 import quantize_rows
 from mcore_longctx.convert.quantization import quantization_config, quantized_weights, write_quantize_report
 from mcore_longctx.errors import ConversionError
 from mcore_longctx.families import read_shape
@@ -152,6 +154,38 @@ def test_the_same_bytes_with_any_number_of_workers(folders, tmp_path):
     assert names == {path.name for path in (tmp_path / "out").iterdir()}
     for name in names:
         assert (fp8 / name).read_bytes() == (tmp_path / "out" / name).read_bytes(), name
+
+
+def test_a_run_that_was_stopped_goes_on_and_the_report_counts_its_rows(folders, tmp_path, monkeypatch):
+    _, checkpoint, _ = folders
+    monkeypatch.setattr(units, "UNIT_BYTES", 20_000)
+    often = Execution(fsync=False)  # the journal does not wait for 256 MB
+    export_hf(checkpoint, tmp_path / "whole", quantize="fp8", how=often)
+    calls = []
+
+    def stop_after(count):
+        def quantize(rows, **names):
+            calls.append(names)
+            if len(calls) == count:
+                raise KeyboardInterrupt
+            return quantize_rows(rows, **names)
+
+        return quantize
+
+    monkeypatch.setattr(fp8, "quantize_rows", stop_after(10))
+    with pytest.raises(KeyboardInterrupt):
+        export_hf(checkpoint, tmp_path / "out", quantize="fp8", how=often)
+    assert not (tmp_path / "out").exists()
+    assert len(calls) == 10
+    calls.clear()
+    monkeypatch.setattr(fp8, "quantize_rows", stop_after(None))
+    export_hf(checkpoint, tmp_path / "out", quantize="fp8", how=often)
+    again = len(calls)
+    calls.clear()
+    export_hf(checkpoint, tmp_path / "third", quantize="fp8", how=often)
+    assert 0 < again < len(calls)  # what the journal says is done is not done again
+    for path in (tmp_path / "whole").iterdir():
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
 
 
 def test_a_row_with_nan_is_refused_by_tensor_and_row_and_nothing_looks_finished(tmp_path):
