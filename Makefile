@@ -56,7 +56,7 @@ test-modelopt:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || { echo "make: needs Python 3.11; say which: make test-modelopt PYTHON=/path/to/python3.11"; exit 2; }
 	$(MAKE) setup VENV=$(MODELOPT) PYTHON=$(PYTHON)
 	$(MODELOPT)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints/py311.txt -e '.[dev,quantize]'
-	$(MODELOPT)/bin/python -m pytest tests/model/test_quantize.py tests/cli/test_quantize.py tests/convert/test_fp8.py $(PYTEST_ARGS)
+	$(MODELOPT)/bin/python -m pytest tests/model/test_quantize.py tests/cli/test_quantize.py tests/cli/test_quantize_docs.py tests/convert/test_fp8.py $(PYTEST_ARGS)
 
 lint: setup
 	$(BIN)/ruff check .
