@@ -77,6 +77,8 @@ def strange_values(settings: dict[str, Any], count: int, seed: int) -> Iterator[
         changed = copy.deepcopy(settings)
         for _ in range(rng.choice((1, 1, 2))):
             place = rng.choice([changed, *(value for value in changed.values() if isinstance(value, dict) and value)])
+            if not place:
+                break
             key = rng.choice(list(place))
             place[key] = rng.choice(STRANGE)
             if rng.random() < 0.2:
