@@ -9,12 +9,19 @@ from typing import Any, Literal
 
 from mcore_longctx.convert.copying.execute import Execution, Written, execute
 from mcore_longctx.convert.disk import io_errors
-from mcore_longctx.convert.outputs import LAYOUT, check_manifest, source_files, target_dtype, write_output_manifest
+from mcore_longctx.convert.outputs import (
+    LAYOUT,
+    check_manifest,
+    settings_folder,
+    source_files,
+    target_dtype,
+    write_output_manifest,
+)
 from mcore_longctx.convert.plans.hf_layout import HfLayout, plan_hf
 from mcore_longctx.convert.plans.plan import Plan
 from mcore_longctx.convert.quantization import quantization_config, quantized_weights, write_quantize_report
 from mcore_longctx.convert.sidecars import export_config, tokenizer_sha256, write_hf_sidecars
-from mcore_longctx.convert.views import HF_FOLDER, CheckpointView, open_torch_dist
+from mcore_longctx.convert.views import CheckpointView, open_torch_dist
 from mcore_longctx.errors import ConfigError
 from mcore_longctx.manifest import MANIFEST, sha256_file
 from mcore_longctx.recipe import CheckpointCard, write_card
@@ -37,14 +44,14 @@ def export_hf(
     from_master: bool = False,
     quantize: Literal["fp8"] | None = None,
     how: Execution | None = None,
-) -> None:
+) -> bool:
     """Convert the torch_dist `checkpoint` to the Hugging Face folder `out`, bit for bit. Optimizer state is left out.
 
     config.json is that of the imported model with the rope that the checkpoint was trained with, in both spellings, and its
     maximum length.
 
     Args:
-        checkpoint: torch_dist folder.
+        checkpoint: torch_dist folder, or the folder around `iter_*` and `release` of Megatron-LM.
         out: folder to make.
         config: config.json of the model, or its folder, for a checkpoint that brings none.
         rope: written in place of the checkpoint's; the weights stay as they are.
@@ -53,6 +60,9 @@ def export_hf(
         from_master: take the optimizer's float32 weights in place of the model's.
         quantize: `fp8`: the linear weights of the layers become float8_e4m3fn with a scale a row.
         how: workers, fsync, checksums; None: one process.
+
+    Returns:
+        Whether this process finished the output: True, but under srun for one task alone.
 
     Raises:
         CheckpointError: `checkpoint` is missing, foreign, unfinished, damaged or changed since it was written.
@@ -69,10 +79,11 @@ def export_hf(
             write_quantize_report(folder, written.quantized)
         manifest = job.view.folder / MANIFEST
         made_of = {"source_manifest_sha256": sha256_file(manifest)} if manifest.exists() else {}
-        facts = {"rope_fingerprint": job.rope.fingerprint(), **made_of}
+        unchecked = {"notes": list(job.view.notes)} if job.view.notes else {}
+        facts = {"rope_fingerprint": job.rope.fingerprint(), **made_of, **unchecked}
         write_output_manifest(folder, "export", job.layout.files, written, **facts)
 
-    execute(job.plan, out, finish, how)
+    return execute(job.plan, out, finish, how)
 
 
 @io_errors()
@@ -93,7 +104,6 @@ def plan_export(
 @dataclass(frozen=True)
 class _Job:
     view: CheckpointView
-    model_folder: Path  # config.json and tokenizer
     rope: RopeScaling
     dtype: str  # what config.json says
     quantization: Mapping[str, Any] | None
@@ -114,9 +124,8 @@ def _prepare(
 ) -> _Job:
     if shard_bytes < 1:
         raise ConfigError(f"files of {shard_bytes:,} bytes", where="--shard-size")
-    extra: Any = {} if config is None and not from_master else {"config": config, "from_master": from_master}
-    view = open_torch_dist(checkpoint, **extra)
-    check_manifest(view.folder, "checkpoint", hashes=hashes)
+    view = open_torch_dist(checkpoint, config=config, from_master=from_master)
+    check_manifest(view, hashes=hashes)
     if rope is not None and rope.head_dim != view.shape.kv_channels:
         raise ConfigError(f"a rope of head_dim {rope.head_dim}, the model has {view.shape.kv_channels}", where=checkpoint)
     target = target_dtype(dtype)
@@ -125,9 +134,6 @@ def _prepare(
     quantization = quantization_config() if quantize else None
     dtypes = view.dtypes
     name = dtype or max(dtypes, key=lambda found: dtypes[found])
-    model_folder = view.folder / HF_FOLDER
-    if config is not None:
-        model_folder = config if config.is_dir() else config.parent
     settings = {
         "layout": LAYOUT,
         "config": export_config(view, rope=rope or view.rope, dtype=name, quantization=quantization),
@@ -137,13 +143,13 @@ def _prepare(
         "from_master": from_master,
         "quantize": quantize,
     }
-    plan = Plan("export", settings, source_files(view, model_folder), layout.files, layout.fills, layout.small)
-    return _Job(view, model_folder, rope or view.rope, name, quantization, layout, plan)
+    plan = Plan("export", settings, source_files(view), layout.files, layout.fills, layout.small)
+    return _Job(view, rope or view.rope, name, quantization, layout, plan)
 
 
 def _write_files(job: _Job, folder: Path) -> None:
     view = job.view
-    write_hf_sidecars(view, folder, source=job.model_folder, rope=job.rope, dtype=job.dtype, quantization=job.quantization)
+    write_hf_sidecars(view, folder, source=settings_folder(view), rope=job.rope, dtype=job.dtype, quantization=job.quantization)
     stage, iteration = ("base", 0) if view.card is None else (view.card.stage, view.card.iteration)
     tokenizer = tokenizer_sha256(folder)
     write_card(

@@ -38,7 +38,7 @@ def import_hf(
     stacked: bool = True,
     vocab_multiple: int = VOCAB_MULTIPLE,
     how: Execution | None = None,
-) -> None:
+) -> bool:
     """Convert the model in `hf` to the torch_dist checkpoint `out`, bit for bit.
 
     `out` also gets `hf/` (config and tokenizer), a card and, last, a manifest.
@@ -52,6 +52,9 @@ def import_hf(
         stacked: one tensor over all layers, else one a layer.
         vocab_multiple: embedding and head are padded with zero rows to a multiple of this x `chunks_for_tp`.
         how: workers, fsync, checksums; None: one process.
+
+    Returns:
+        Whether this process finished the output: True, but under srun for one task alone.
 
     Raises:
         CheckpointError: `hf` is missing, damaged or not what its manifest says.
@@ -69,7 +72,7 @@ def import_hf(
         changed = {} if rope is None else {"source_rope": {"fingerprint": was.fingerprint(), "in_words": was.describe()}}
         write_checkpoint_files(folder, job.layout, card, hf, written, **changed)
 
-    execute(job.plan, out, finish, how)
+    return execute(job.plan, out, finish, how)
 
 
 @io_errors()
@@ -129,7 +132,7 @@ def _prepare(
         "stacked": stacked,
         "vocab_rows": vocab_rows,
     }
-    plan = Plan("import", settings, source_files(view, hf), layout.files, layout.fills, layout.small)
+    plan = Plan("import", settings, source_files(view), layout.files, layout.fills, layout.small)
     return _Job(view, rope or view.rope, layout, plan)
 
 
@@ -144,4 +147,4 @@ def _check_source(view: CheckpointView, *, hashes: bool) -> None:
             where=view.folder,
             fix=f"restore {CONFIG}, or remove mcore_longctx.json if the change is meant",
         )
-    check_manifest(view.folder, "export", hashes=hashes)
+    check_manifest(view, hashes=hashes)

@@ -12,6 +12,7 @@ from mcore_longctx.convert.disk import io_errors
 from mcore_longctx.convert.outputs import (
     LAYOUT,
     check_manifest,
+    settings_folder,
     source_files,
     write_checkpoint_files,
     write_output_manifest,
@@ -20,10 +21,11 @@ from mcore_longctx.convert.plans.hf_layout import HfLayout, plan_hf
 from mcore_longctx.convert.plans.plan import Blend, Plan
 from mcore_longctx.convert.plans.torch_dist_layout import TorchDistLayout, plan_torch_dist
 from mcore_longctx.convert.sidecars import copy_sidecars, tokenizer_sha256
-from mcore_longctx.convert.views import CONFIG, HF_FOLDER, CheckpointView, open_checkpoint
+from mcore_longctx.convert.views import CONFIG, CheckpointView, open_checkpoint
 from mcore_longctx.errors import ConfigError, ConversionError
 from mcore_longctx.families import model_tensors
 from mcore_longctx.formats.dcp_read import read_torch_dist
+from mcore_longctx.formats.safetensors_io import shard_names
 from mcore_longctx.manifest import MANIFEST, sha256_file
 from mcore_longctx.recipe import CheckpointCard, write_card
 
@@ -31,7 +33,7 @@ __all__ = ["merge", "plan_merge"]
 
 
 @io_errors()
-def merge(a: Path, b: Path, out: Path, *, weights: tuple[float, float] = (0.5, 0.5), how: Execution | None = None) -> None:
+def merge(a: Path, b: Path, out: Path, *, weights: tuple[float, float] = (0.5, 0.5), how: Execution | None = None) -> bool:
     """Write `weights[0]` x A + `weights[1]` x B, computed in float32, in the format, layout and element types of A.
 
     Config, tokenizer and card are A's. Optimizer state is left out; rows of vocabulary padding become zero.
@@ -42,6 +44,9 @@ def merge(a: Path, b: Path, out: Path, *, weights: tuple[float, float] = (0.5, 0
         out: folder to make.
         weights: of A and of B; finite. They need not add up to 1.
         how: workers, fsync, checksums; None: one process.
+
+    Returns:
+        Whether this process finished the output: True, but under srun for one task alone.
 
     Raises:
         CheckpointError: one is missing, damaged or not what its manifest says.
@@ -55,18 +60,18 @@ def merge(a: Path, b: Path, out: Path, *, weights: tuple[float, float] = (0.5, 0
     def finish(folder: Path, written: Written) -> None:
         manifests = [sha256_file(view.folder / MANIFEST) if (view.folder / MANIFEST).exists() else None for view in job.views]
         merged = {"weights": list(weights), "source_manifest_sha256": manifests}
-        card = _card(job)
+        card, model_folder = _card(job), settings_folder(job.views[0])
         if isinstance(job.layout, TorchDistLayout):
-            write_checkpoint_files(folder, job.layout, card, job.model_folder, written, merge=merged)
+            write_checkpoint_files(folder, job.layout, card, model_folder, written, merge=merged)
             return
-        copy_sidecars(job.model_folder, folder)
-        shutil.copyfile(job.model_folder / CONFIG, folder / CONFIG)
+        copy_sidecars(model_folder, folder)
+        shutil.copyfile(model_folder / CONFIG, folder / CONFIG)
         write_card(folder, card)
         job.layout.describe(folder)
         facts = {"rope_fingerprint": card.rope.fingerprint(), "merge": merged}
         write_output_manifest(folder, "export", job.layout.files, written, **facts)
 
-    execute(job.plan, out, finish, how)
+    return execute(job.plan, out, finish, how)
 
 
 @io_errors()
@@ -78,7 +83,6 @@ def plan_merge(a: Path, b: Path, *, weights: tuple[float, float] = (0.5, 0.5)) -
 @dataclass(frozen=True)
 class _Job:
     views: tuple[CheckpointView, CheckpointView]
-    model_folder: Path  # config.json and tokenizer of A
     layout: HfLayout | TorchDistLayout
     plan: Plan
 
@@ -89,18 +93,13 @@ def _prepare(a: Path, b: Path, weights: tuple[float, float], *, hashes: bool) ->
     first, second = (open_checkpoint(path) for path in (a, b))
     _check_alike(first, second)
     for view in (first, second):
-        if view.card is not None:
-            check_manifest(view.folder, "export" if view.format == "hf" else "checkpoint", hashes=hashes)
+        check_manifest(view, hashes=hashes)
     blends = {name: Blend(((rows, weights[0]), (second.tensors[name], weights[1]))) for name, rows in first.tensors.items()}
     layout = _hf_layout(first, blends) if first.format == "hf" else _torch_dist_layout(first, blends)
-    files = {file.path: file for view in (first, second) for file in source_files(view, _model_folder(view))}
+    files = {file.path: file for view in (first, second) for file in source_files(view)}
     settings = {"layout": LAYOUT, "weights": list(weights), "shape": first.shape.as_dict(), "rope": first.rope.as_dict()}
     plan = Plan("merge", settings, tuple(files.values()), layout.files, layout.fills, layout.small)
-    return _Job((first, second), _model_folder(first), layout, plan)
-
-
-def _model_folder(view: CheckpointView) -> Path:
-    return view.folder if view.format == "hf" else view.folder / HF_FOLDER
+    return _Job((first, second), layout, plan)
 
 
 def _check_alike(first: CheckpointView, second: CheckpointView) -> None:
@@ -115,7 +114,7 @@ def _check_alike(first: CheckpointView, second: CheckpointView) -> None:
         refuse(f"another model ({key} {theirs[key]}, not {ours[key]})")
     if first.rope.fingerprint() != second.rope.fingerprint():
         refuse(f"another rope ({second.rope.describe()}, not {first.rope.describe()})")
-    if tokenizer_sha256(_model_folder(first)) != tokenizer_sha256(_model_folder(second)):
+    if tokenizer_sha256(settings_folder(first)) != tokenizer_sha256(settings_folder(second)):
         refuse("another tokenizer", "a token must mean the same in both")
 
 
@@ -127,6 +126,8 @@ def _hf_layout(view: CheckpointView, blends: dict[str, Blend]) -> HfLayout:
         file = places[name].file
         assert file is not None
         shards.setdefault(file.name, []).append(name)
+    if not all(name.endswith(".safetensors") for name in shards):  # A's are .bin
+        shards = dict(zip(shard_names(len(shards)), shards.values(), strict=True))
     return plan_hf(blends, dtype=None, shard_bytes=shards)
 
 
@@ -153,5 +154,5 @@ def _torch_dist_layout(view: CheckpointView, blends: dict[str, Blend]) -> TorchD
 def _card(job: _Job) -> CheckpointCard:
     view = job.views[0]
     stage, iteration = ("base", 0) if view.card is None else (view.card.stage, view.card.iteration)
-    tokenizer = tokenizer_sha256(job.model_folder)
+    tokenizer = tokenizer_sha256(settings_folder(view))
     return CheckpointCard(shape=view.shape, rope=view.rope, tokenizer_sha256=tokenizer, stage=stage, iteration=iteration)

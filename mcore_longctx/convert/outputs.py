@@ -22,6 +22,7 @@ from mcore_longctx.recipe import CARD, CheckpointCard, write_card
 __all__ = [
     "LAYOUT",
     "check_manifest",
+    "settings_folder",
     "source_files",
     "target_dtype",
     "write_checkpoint_files",
@@ -40,17 +41,28 @@ def target_dtype(name: str | None) -> DType | None:
     return BY_TORCH[name]
 
 
-def check_manifest(folder: Path, kind: str, *, hashes: bool) -> None:
-    """Compare the files of a source with its manifest: sizes always, hashes if asked for. No manifest: nothing to compare."""
-    if (folder / MANIFEST).exists():
-        verify_manifest(folder, kind, hashes=hashes)
+def check_manifest(view: CheckpointView, *, hashes: bool) -> None:
+    """Compare the files of a checkpoint of ours with its manifest: sizes always, hashes if asked for.
+
+    Raises:
+        CheckpointError: they differ, or a torch_dist folder with our card has no manifest: it was not finished.
+    """
+    if view.card is None or (view.format == "hf" and not (view.folder / MANIFEST).exists()):
+        return
+    verify_manifest(view.folder, "export" if view.format == "hf" else "checkpoint", hashes=hashes)
 
 
-def source_files(view: CheckpointView, model_folder: Path) -> tuple[SourceFile, ...]:
-    """Every file that a conversion of `view` reads; `model_folder` holds its config.json and tokenizer."""
+def settings_folder(view: CheckpointView) -> Path:
+    """Where its config.json and tokenizer files lie."""
+    return view.settings_folder or view.folder
+
+
+def source_files(view: CheckpointView) -> tuple[SourceFile, ...]:
+    """Every file that a conversion of `view` reads."""
     weights = {piece.file for rows in view.tensors.values() for piece in rows.pieces if piece.file is not None}
     settings = [view.folder / name for name in (CARD, MANIFEST, INDEX, METADATA, METADATA_JSON)]
-    settings += [model_folder / name for name in (CONFIG, *carried_files(model_folder))]
+    beside = settings_folder(view)
+    settings += [beside / name for name in (CONFIG, *carried_files(beside))]
     return tuple(_as_it_is(path) for path in (*sorted(weights), *settings) if path.is_file())
 
 

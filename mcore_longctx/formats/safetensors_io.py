@@ -30,6 +30,7 @@ __all__ = [
     "read_index",
     "read_json",
     "read_shards",
+    "shard_names",
 ]
 
 INDEX = "model.safetensors.index.json"
@@ -252,9 +253,12 @@ def plan_shards(sizes: Mapping[str, int], shard_bytes: int) -> dict[str, list[st
             filled = 0
         groups[-1].append(name)
         filled += size
-    if len(groups) == 1:
-        return {SINGLE: groups[0]}
-    return {f"model-{number:05d}-of-{len(groups):05d}.safetensors": group for number, group in enumerate(groups, 1)}
+    return dict(zip(shard_names(len(groups)), groups, strict=True))
+
+
+def shard_names(count: int) -> list[str]:
+    """What `count` files of weights are called."""
+    return [SINGLE] if count == 1 else [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
 def index_text(shards: Mapping[str, Iterable[str]], total_bytes: int) -> str:

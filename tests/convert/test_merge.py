@@ -14,7 +14,7 @@ import torch
 from mcore_longctx.convert import export_hf, import_hf, merge, plan_merge
 from mcore_longctx.errors import CheckpointError, ConfigError, LongctxError
 from mcore_longctx.formats.dcp_read import read_torch_dist
-from mcore_longctx.manifest import sha256_file, verify_manifest
+from mcore_longctx.manifest import sha256_file, verify_manifest, write_manifest
 from mcore_longctx.recipe import CheckpointCard, read_card, write_card
 from mcore_longctx.rope import RopeScaling
 from tests.convert.hf_folders import llama_config, random_weights, read_weights, write_folder
@@ -72,7 +72,7 @@ def test_megatron_checkpoints_are_merged_in_the_layout_of_the_first(tmp_path: Pa
         tmp_path / "a",
         CheckpointCard(shape=card.shape, rope=card.rope, tokenizer_sha256=card.tokenizer_sha256, stage="x", iteration=7),
     )
-    (tmp_path / "a" / "manifest.json").unlink()
+    write_manifest(tmp_path / "a", "checkpoint")
     merge(tmp_path / "a", tmp_path / "b", tmp_path / "out", weights=(0.25, 0.75))
     assert read_torch_dist(tmp_path / "out").tensors.keys() == read_torch_dist(tmp_path / "a").tensors.keys()
     for key, tensor in read_torch_dist(tmp_path / "out").tensors.items():
@@ -83,10 +83,28 @@ def test_megatron_checkpoints_are_merged_in_the_layout_of_the_first(tmp_path: Pa
         ]
     assert read_card(tmp_path / "out") == read_card(tmp_path / "a")
     manifest = verify_manifest(tmp_path / "out", "checkpoint")
-    assert manifest["merge"]["source_manifest_sha256"] == [None, sha256_file(tmp_path / "b" / "manifest.json")]
+    hashes = [sha256_file(tmp_path / name / "manifest.json") for name in "ab"]
+    assert manifest["merge"] == {"weights": [0.25, 0.75], "source_manifest_sha256": hashes}
     assert (manifest["stage"], manifest["iteration"]) == ("x", 7)
     export_hf(tmp_path / "out", tmp_path / "out-hf")
     assert_close(tmp_path / "out-hf", blended(a, b, 0.25, 0.75))
+
+
+def test_shards_that_torch_wrote_become_safetensors(tmp_path: Path) -> None:
+    a, b = random_weights(CONFIG, seed=1), random_weights(CONFIG, seed=2)
+    write_folder(tmp_path / "a", CONFIG, a)
+    write_folder(tmp_path / "b", CONFIG, b)
+    (tmp_path / "a" / "model.safetensors").unlink()
+    names = list(a)
+    parts = {"pytorch_model-00001-of-00002.bin": names[:9], "pytorch_model-00002-of-00002.bin": names[9:]}
+    for file, part in parts.items():
+        torch.save({name: a[name] for name in part}, tmp_path / "a" / file)
+    index = {"metadata": {}, "weight_map": {name: file for file, part in parts.items() for name in part}}
+    (tmp_path / "a" / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    merge(tmp_path / "a", tmp_path / "b", tmp_path / "out")
+    assert_close(tmp_path / "out", blended(a, b, 0.5, 0.5))
+    weight_map = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
+    assert {name for name, file in weight_map.items() if file == "model-00001-of-00002.safetensors"} == set(names[:9])
 
 
 def refused(folder: Path, **arguments: Any) -> str:
