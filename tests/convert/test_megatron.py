@@ -41,6 +41,11 @@ class Case:
     dtype: str = "float32"
     shards: str = "10GB"
     padding: int = 128  # rows that Megatron's model has
+    imported: dict[str, Any] = dataclasses.field(default_factory=dict)  # settings of the import
+
+    @property
+    def per_layer(self) -> bool:
+        return not self.imported.get("stacked", True)
 
 
 CASES = (
@@ -49,6 +54,8 @@ CASES = (
     Case("llama3 rope in shards", {"rope_scaling": LLAMA3_ROPE, "max_position_embeddings": 65536}, shards="60KB"),
     Case("more padding", {}, padding=256),
     Case("bf16", {}, dtype="bfloat16"),
+    Case("chunks for two", {}, imported={"chunks_for_tp": 2, "vocab_multiple": 16}),
+    Case("layer by layer", {}, padding=256, imported={"chunks_for_tp": 2, "stacked": False}),
 )
 # what Megatron saves again; each save starts processes of its own and costs seconds
 SAVES = [(CASES[0], 1, 1), (CASES[0], 2, 1), (CASES[1], 1, 2), *((case, 2, 2) for case in CASES)]
@@ -61,7 +68,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     reference = {}
     for case in CASES:
         reference[case.name] = transformers_model(folder / case.name / "hf", case)
-        import_hf(folder / case.name / "hf", folder / case.name / "megatron")
+        import_hf(folder / case.name / "hf", folder / case.name / "megatron", **case.imported)
     try:
         ranks = run_processes(load_and_save_again, 4, str(folder), timeout=280)
     finally:
@@ -134,7 +141,7 @@ def load_and_save_again(folder: str) -> dict[str, Any] | None:
             )
             for case in CASES:
                 model = plain_gpt_model(Path(folder) / case.name / "hf", case, tp, pp)
-                load(model, Path(folder) / case.name / "megatron")
+                load(model, Path(folder) / case.name / "megatron", per_layer=case.per_layer)
                 found = forward(model)
                 if found is not None:
                     logits[case.name, tp, pp] = found[0, :, :126].numpy()
@@ -196,13 +203,19 @@ def plain_gpt_model(hf: Path, case: Case, tp: int, pp: int) -> Any:
     return model.to(getattr(torch, case.dtype)).eval()
 
 
-def load(model: Any, folder: Path) -> None:
+def load(model: Any, folder: Path, *, per_layer: bool) -> None:
     from megatron.core import dist_checkpointing
 
-    loaded = dist_checkpointing.load({"model": model.sharded_state_dict()}, str(folder))["model"]
+    weights = model.sharded_state_dict(metadata=metadata_of(per_layer=per_layer))
+    loaded = dist_checkpointing.load({"model": weights}, str(folder))["model"]
     result = model.load_state_dict(loaded, strict=False)
     lost = [key for key in (*result.missing_keys, *result.unexpected_keys) if not key.endswith("_extra_state")]
     assert not lost, lost
+
+
+def metadata_of(*, per_layer: bool) -> dict[str, bool]:
+    """What Megatron names one key a layer by."""
+    return {"non_homogeneous_layers": per_layer, "singleton_local_shards": False}
 
 
 def forward(model: Any) -> torch.Tensor | None:
@@ -240,7 +253,7 @@ def save(model: Any, folder: Path, *, per_layer: bool) -> None:
     from megatron.core.dist_checkpointing import ShardedTensor
     from megatron.core.dist_checkpointing.dict_utils import nested_values
 
-    weights = model.sharded_state_dict(metadata={"non_homogeneous_layers": per_layer, "singleton_local_shards": False})
+    weights = model.sharded_state_dict(metadata=metadata_of(per_layer=per_layer))
     moments = {
         number: dataclasses.replace(tensor, key=f"optimizer.state.exp_avg.{tensor.key}")
         for number, tensor in enumerate(nested_values(weights))
@@ -291,6 +304,11 @@ def test_the_saves_are_as_various_as_they_should_be(results: dict[str, Any]) -> 
     assert {chunk.sizes for chunk in stacked.chunks} == {(1, 64, 48)}
     padded = read_torch_dist(saved_folder(results["folder"], CASES[3], 2, 2)).tensors["output_layer.weight"]
     assert padded.shape == (256, 64)
+    imported = read_torch_dist(results["folder"] / CASES[5].name / "megatron").tensors
+    assert {chunk.sizes for chunk in imported[key].chunks} == {(1, 64, 48)}
+    assert imported["output_layer.weight"].shape == (128, 64)
+    imported = read_torch_dist(results["folder"] / CASES[6].name / "megatron").tensors
+    assert {chunk.sizes for chunk in imported["decoder.layers.3.mlp.linear_fc2.weight"].chunks} == {(64, 48)}
     facts = inspect_folder(saved_folder(results["folder"], case, 2, 2))
     assert facts["optimizer_bytes"] > 0
     assert facts["files"] > 1
