@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from mcore_longctx.convert import compare, export_hf, import_hf, open_checkpoint
 from mcore_longctx.errors import CheckpointError, ConversionError
@@ -254,3 +256,110 @@ def test_what_is_not_a_checkpoint_is_refused(tmp_path: Path) -> None:
     (hf / "model.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
     with pytest.raises(ConversionError, match=r"21 tensors missing \(first: lm_head.weight\)"):
         compare(hf, hf)
+
+
+def test_another_length_is_a_difference(tmp_path: Path) -> None:
+    """The fingerprint of a rope does not hold its length, and servers go by it."""
+    a = write_folder(tmp_path / "a", llama_config())
+    report = compare(a, write_folder(tmp_path / "b", llama_config(max_position_embeddings=1024)))
+    assert not report.rope_differs
+    assert report.sizes == ("length: 512 and 1024",)
+    assert not report.equal
+
+
+def test_other_special_tokens_are_noted(tmp_path: Path) -> None:
+    a = write_folder(tmp_path / "a", llama_config(eos_token_id=2))
+    report = compare(a, write_folder(tmp_path / "b", llama_config(eos_token_id=[2, 3])))
+    assert report.equal
+    assert "note: config.json: eos_token_id is 2 in A and [2, 3] in B" in report.text()
+
+
+@pytest.fixture(scope="module")
+def fp8(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("fp8")
+    import_hf(write_folder(root / "hf", llama_config(), dtype="bfloat16"), root / "megatron")
+    export_hf(root / "megatron", root / "fp8", quantize="fp8")
+    return root
+
+
+DOWN = "model.layers.1.mlp.down_proj.weight"
+
+
+@pytest.mark.parametrize("sides", [("fp8", "hf"), ("hf", "fp8"), ("megatron", "fp8")])
+def test_fp8_weights_are_compared_with_what_they_stand_for(fp8: Path, sides: tuple[str, str]) -> None:
+    report = compare(fp8 / sides[0], fp8 / sides[1])
+    assert report.equal
+    assert report.text().endswith("equal but for rounding to FP8: 21 tensors compared, " + f"{report.compared_bytes:,} bytes")
+    assert len(report.quantised) == 14
+    stored, exact = load_file(fp8 / "fp8" / "model.safetensors"), load_file(fp8 / "hf" / "model.safetensors")
+    for tensor in report.quantised:
+        wide = exact[tensor.name].double()
+        error = stored[tensor.name].double() * stored[tensor.name + "_scale"].double() - wide
+        assert tensor.relative_rms == pytest.approx(float(error.norm() / wide.norm()), rel=1e-9)
+        assert 0.01 < tensor.relative_rms < 0.04
+    assert json.loads(json.dumps(report.as_dict()))["quantised"][0]["relative_rms"] > 0.01
+
+
+@pytest.mark.parametrize("kind", ["tensor", "block", "flat"])
+def test_scales_of_every_shape_are_heeded(fp8: Path, tmp_path: Path, kind: str) -> None:
+    """One for all, one a block (here of 16 x 8, the last ones cut), one a row without a second axis: made by torch alone."""
+    folder = Path(shutil.copytree(fp8 / "fp8", tmp_path / kind))
+    stored, exact = load_file(folder / "model.safetensors"), load_file(fp8 / "hf" / "model.safetensors")
+    for name in [name for name in stored if stored[name].dtype == torch.float8_e4m3fn]:
+        del stored[name + "_scale"]
+        wide = exact[name].double()
+        rows, columns = wide.shape
+        high, low = {"tensor": (rows, columns), "block": (16, 8), "flat": (1, columns)}[kind]
+        blocks = torch.nn.functional.pad(wide, (0, -columns % low, 0, -rows % high)).unfold(0, high, high).unfold(1, low, low)
+        scale = (blocks.abs().amax((2, 3)) / 448).float()
+        full = scale.double().repeat_interleave(high, 0)[:rows].repeat_interleave(low, 1)[:, :columns]
+        stored[name] = (wide / full).to(torch.float8_e4m3fn)
+        shapes = {"tensor": (), "block": tuple(scale.shape), "flat": (rows,)}
+        stored[name + ("_scale_inv" if kind == "block" else "_scale")] = scale.reshape(shapes[kind])
+    save_file(stored, folder / "model.safetensors")
+    settings: dict[str, Any] = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+    if kind == "block":
+        settings["weight_block_size"] = [16, 8]
+    elif kind == "flat":
+        settings = {"quant_method": "modelopt", "quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}
+        (folder / "hf_quant_config.json").write_text(json.dumps({"quantization": {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}}))
+    set_config(folder, quantization_config=settings)
+    report = compare(folder, fp8 / "megatron")
+    assert report.equal, report.text()
+    assert all(0.01 < tensor.relative_rms < 0.04 for tensor in report.quantised)
+
+
+def damage(folder: Path, name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors[name] = change(tensors[name]).contiguous()
+    save_file(tensors, folder / "model.safetensors")
+
+
+def test_fp8_weights_that_are_not_those_are_found(fp8: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(fp8 / "fp8", tmp_path / "out"))
+    damage(folder, DOWN + "_scale", lambda scale: scale.flip(0))
+    report = compare(folder, fp8 / "hf")
+    assert [tensor.name for tensor in report.too_far] == [DOWN]
+    assert f"differs: {DOWN}: FP8, relative RMS" in report.text()
+    assert "DIFFERENT: 21" in report.text()
+    damage(folder, "model.norm.weight", lambda weight: weight + 1)  # what is not quantised must be the same bits
+    assert [difference.name for difference in compare(folder, fp8 / "hf").differences] == ["model.norm.weight"]
+
+
+def test_two_fp8_folders_are_compared_byte_by_byte(fp8: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(fp8 / "fp8", tmp_path / "out"))
+    assert compare(folder, fp8 / "fp8").equal
+    assert compare(folder, fp8 / "fp8").quantised == ()
+    damage(folder, DOWN + "_scale", lambda scale: scale * 1.001)
+    assert [difference.name for difference in compare(folder, fp8 / "fp8").differences] == [DOWN + " (scale)"]
+    damage(folder, DOWN, lambda weight: weight.view(torch.uint8).bitwise_xor(1).view(torch.float8_e4m3fn))
+    report = compare(folder, fp8 / "fp8")
+    assert [difference.name for difference in report.differences] == [DOWN, DOWN + " (scale)"]
+    json.dumps(report.as_dict(), allow_nan=False)
+
+
+def test_an_fp8_folder_with_a_hole_in_its_scales_is_refused(fp8: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(fp8 / "fp8", tmp_path / "out"))
+    damage(folder, DOWN + "_scale", lambda scale: scale * 0)
+    with pytest.raises(ConversionError, match=r"down_proj\.weight_scale: holds 0, expected positive finite numbers"):
+        compare(folder, fp8 / "hf")
