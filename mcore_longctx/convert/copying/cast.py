@@ -39,16 +39,16 @@ def numbers(source: TensorRows | Blend, box: Box, files: OpenFiles) -> Numbers:
     if isinstance(source, TensorRows):
         return _read(source, box, files)
     total = np.zeros(box[1] * box[3], np.float32)
-    for tensor, weight in source.parts:
-        term = _read(tensor, box, files).astype(np.float32)
-        term *= np.float32(weight)
-        total += term
+    with np.errstate(over="ignore", invalid="ignore"):  # what becomes infinite is found when it is stored
+        for tensor, weight in source.parts:
+            total += _read(tensor, box, files).astype(np.float32) * np.float32(weight)
     return total
 
 
 def _read(source: TensorRows, box: Box, files: OpenFiles) -> Numbers:
     found = np.frombuffer(source.read_box(*box, files), _NUMPY[source.dtype.name])
-    return found if found.dtype.itemsize > 4 else found.astype(np.float32, copy=False)
+    with np.errstate(invalid="ignore"):  # a signalling NaN
+        return found if found.dtype.itemsize > 4 else found.astype(np.float32, copy=False)
 
 
 def stored(values: Numbers, dtype: DType, *, name: str) -> memoryview:
@@ -59,7 +59,7 @@ def stored(values: Numbers, dtype: DType, *, name: str) -> memoryview:
     """
     wanted = _NUMPY[dtype.name]
     source = _odd_float32(values) if values.dtype.itemsize > 4 and wanted.kind == "V" else values
-    with np.errstate(over="ignore"):  # counted below
+    with np.errstate(over="ignore", invalid="ignore"):  # counted below; NaN stays NaN
         rounded = source.astype(wanted)
     if np.isinf(rounded).any():
         lost = int((np.isinf(rounded) & np.isfinite(values)).sum())
@@ -81,7 +81,7 @@ def _odd_float32(values: Numbers) -> Numbers:
 
     Source: Boldo and Melquiond, "Emulation of FMA and correctly rounded sums: proved algorithms using rounding to odd" (2008).
     """
-    with np.errstate(over="ignore"):
+    with np.errstate(over="ignore", invalid="ignore"):
         nearest = values.astype(np.float32)
     down = np.where(np.abs(nearest) > np.abs(values), np.nextafter(nearest, np.float32(0)), nearest)
     bits = down.view(np.uint32)

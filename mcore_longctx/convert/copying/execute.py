@@ -106,7 +106,7 @@ def execute(plan: Plan, out: Path, finish: Callable[[Path, Written], None], how:
             _check_sources(plan)
             sums = _sums(record, units)
             partial.complete(record, sums)
-            hashes = {plan.files[number].name: digest for number, digest in record.sha256.items()} if how.checksum else {}
+            hashes = {plan.files[number].name: digest for number, digest in sorted(record.sha256.items())} if how.checksum else {}
             finish(partial.folder, Written(tuple(sums), hashes))
             if how.fsync:
                 _sync_tree(partial.folder)

@@ -46,6 +46,7 @@ class Record:
         complete: everything is done; the sums of all units are in `sums`.
         failed: what a process said when it gave up in this start.
         bytes: how long the journals are; grows while their processes live.
+        readable: how many of them are before the first line that is damaged.
     """
 
     facts: dict[str, Any] | None = None
@@ -57,6 +58,7 @@ class Record:
     sums: list[QuantizedRows] = field(default_factory=list)
     failed: str = ""
     bytes: int = 0
+    readable: int = 0
 
     def add(self, other: Record) -> None:
         """Take in what another journal says."""
@@ -106,6 +108,7 @@ def read_record(data: bytes, start: str) -> Record:
                 _take(entry, record, ours=ours)
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             break
+        record.readable += len(line) + 1
     return record
 
 
@@ -178,8 +181,8 @@ class Journal:
             return False
 
     def begin(self, facts: dict[str, Any]) -> None:
-        """Go on writing after its last whole line, or write the first one."""
-        self._end = self._bytes().rfind(b"\n") + 1 if self.read().facts is not None else 0
+        """Go on writing after its last good line, or write the first one."""
+        self._end = self.read().readable
         os.ftruncate(self._descriptor, self._end)
         if not self._end:
             self.add(facts)

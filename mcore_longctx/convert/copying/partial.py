@@ -60,10 +60,7 @@ class Partial:
         if record.facts is None and names:
             raise self._foreign()
         self._compare(record.facts)
-        if record.complete:
-            for path in self.folder.glob("*.partial-*-*"):  # of a file that was being written when we were killed
-                path.unlink()
-        elif unknown := names - {file.name for file in self.plan.files}:
+        if not record.complete and (unknown := names - {file.name for file in self.plan.files}):
             raise ConfigError(f"holds {min(unknown)}, which no conversion put there", where=self.folder, fix="move it away")
         if record.prepared:
             self._check_targets()
@@ -228,6 +225,8 @@ class Partial:
                 return False
             if record.failed:
                 raise StorageError(f"another rank gave up: {record.failed}", where=self.out, fix="run it again to go on")
+            if self.step.size == 1:
+                raise RuntimeError(f"{count} things to do, not all are in the journal, and nobody else does them")
             stall.look(record.bytes, f"rank {', '.join(map(str, sorted(behind)))} behind")
 
     # ------------------------------------------------------------------ the end
