@@ -1,8 +1,9 @@
 """Load model weights from a torch_dist folder, whoever wrote it, at any layout.
 
-Only tensors are read. A torch_dist folder holds pickles in three places, and none of them is trusted: `.metadata` must name nothing
-outside an allow-list before torch reads it, `common.pt` and the `_extra_state` objects are not read at all. So folders of
-megatron-core 0.16 (with a common.pt) and 0.19 (without) load alike.
+Only tensors are read. A torch_dist folder holds pickles in three places, and none of them is trusted: `.metadata` is decoded as inert
+data (`formats.dcp_read`), checked, and handed to torch as the objects that torch's own reader would have made of it, so that nobody
+unpickles the file; `common.pt` and the `_extra_state` objects are not read at all. So folders of megatron-core 0.16 (with a common.pt)
+and 0.19 (without) load alike.
 """
 
 from __future__ import annotations
@@ -10,22 +11,37 @@ from __future__ import annotations
 import pickle
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core.dist_checkpointing.dict_utils import extract_matching_values, nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factory_merges
 from megatron.core.dist_checkpointing.state_dict_utils import load_preprocess
+from megatron.core.dist_checkpointing.strategies.cached_metadata_filesystem_reader import CachedMetadataFileSystemReader
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistLoadShardedStrategy
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.filesystem import FileSystemReader, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
 from mcore_longctx.errors import CheckpointError
+from mcore_longctx.formats.dcp_read import METADATA, METADATA_JSON, TorchDist, read_torch_dist
 from mcore_longctx.megatron_compat import device_context
 
 __all__ = ["load_model_weights", "read_metadata"]
 
 _EXTRA_STATE = "_extra_state"
+_READ = FileSystemReader.read_metadata.__name__
 _LAYERS = "decoder.layers."
 _VOCABULARY = ("embedding.word_embeddings.weight", "output_layer.weight")  # padded differently at each TP
 
@@ -45,14 +61,15 @@ def load_model_weights(model: Any, folder: Path) -> None:
             have a tensor that the model's have not, or its metadata names something that a checkpoint has no use for.
     """
     folder = Path(folder)
-    stored = read_metadata(folder)
+    saved = _read_checked(folder)
+    stored = _shapes(saved)
     with device_context():
         wanted = model.sharded_state_dict(metadata=_request_style(stored))
         wanted, _, factories = load_preprocess(wanted)
         wanted, _ = extract_matching_values(wanted, lambda leaf: isinstance(leaf, ShardedTensor))
         _check_stored(wanted, stored, model, folder)
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), _metadata_given(_as_torch_metadata(saved)):
                 warnings.simplefilter("ignore")  # megatron-core calls torch by older names
                 loaded = TorchDistLoadShardedStrategy().load(wanted, folder)
         except (CheckpointException, RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError) as error:
@@ -70,56 +87,51 @@ def read_metadata(folder: Path) -> dict[str, tuple[int, ...] | None]:
     Raises:
         CheckpointError: nothing here, not finished, damaged, or naming Python objects outside the allow-list.
     """
-    path = folder / ".metadata"
+    return _shapes(_read_checked(folder))
+
+
+def _read_checked(folder: Path) -> TorchDist:
     if not folder.is_dir() or not any(folder.iterdir()):
         raise CheckpointError("no checkpoint here", where=folder, fix="check the path")
-    if not path.is_file() or not (folder / "metadata.json").is_file():
-        missing = ".metadata" if not path.is_file() else "metadata.json"
-        raise CheckpointError(f"no {missing}: not a torch_dist checkpoint, or one that was not finished", where=folder)
+    for name in (METADATA, METADATA_JSON):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"no {name}: not a torch_dist checkpoint, or one that was not finished", where=folder)
+    return read_torch_dist(folder)
+
+
+def _shapes(saved: TorchDist) -> dict[str, tuple[int, ...] | None]:
+    return {key: tensor.shape for key, tensor in saved.tensors.items()} | dict.fromkeys(saved.objects)
+
+
+def _as_torch_metadata(saved: TorchDist) -> Metadata:
+    """What torch's reader would have made of the `.metadata` that was checked."""
+    entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+    storage: dict[MetadataIndex, _StorageInfo] = {}
+    for key, tensor in saved.tensors.items():
+        properties = TensorProperties(dtype=getattr(torch, tensor.dtype.name))
+        chunks = [ChunkStorageMetadata(torch.Size(chunk.offsets), torch.Size(chunk.sizes)) for chunk in tensor.chunks]
+        entries[key] = TensorStorageMetadata(properties, torch.Size(tensor.shape), chunks)
+        for chunk, described in zip(tensor.chunks, chunks, strict=True):
+            storage[MetadataIndex(key, described.offsets)] = _StorageInfo(chunk.file.name, chunk.offset, chunk.length)
+    for key, item in saved.objects.items():
+        entries[key] = BytesStorageMetadata()
+        storage[MetadataIndex(key)] = _StorageInfo(item.file.name, item.offset, item.length)
+    return Metadata(entries, storage_data=storage, storage_meta=StorageMeta())
+
+
+@contextmanager
+def _metadata_given(metadata: Metadata) -> Iterator[None]:
+    """Torch's readers take this instead of unpickling `.metadata`, whatever lies in the folder by now."""
+    # megatron-core 0.19 keeps what was read under the folder's path, for the whole process
+    forget = getattr(CachedMetadataFileSystemReader, "clear_metadata_cache", lambda: None)
+    original = FileSystemReader.read_metadata
+    forget()
+    setattr(FileSystemReader, _READ, lambda *_, **__: metadata)
     try:
-        with path.open("rb") as file:
-            metadata = _AllowListUnpickler(file, path).load()
-        entries = metadata.state_dict_metadata.items()
-    except CheckpointError:
-        raise
-    except Exception as error:  # a damaged pickle can raise anything
-        raise CheckpointError("damaged", where=path, fix="use another copy of the checkpoint") from error
-    return {key: tuple(entry.size) if isinstance(entry, TensorStorageMetadata) else None for key, entry in entries}
-
-
-_ALLOWED = {
-    "torch": {"Size", "device", "strided", *(f"{kind}{bits}" for kind in ("float", "int", "uint") for bits in (8, 16, 32, 64))}
-    | {"bfloat16", "bool", "float8_e4m3fn", "float8_e5m2", "contiguous_format"},
-    "torch.serialization": {"_get_layout"},
-    "torch.distributed.checkpoint.metadata": {
-        *("Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata"),
-        *("TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING"),
-    },
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo", "_StoragePrefix"},
-    "torch.distributed.checkpoint.planner": {
-        *("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData"),
-    },
-    "megatron.core.dist_checkpointing.strategies.torch": {"MCoreMetadata", "MCoreSavePlan"},
-    "pathlib": {"Path", "PosixPath", "PurePosixPath"},
-    "collections": {"OrderedDict", "defaultdict"},
-}
-
-
-class _AllowListUnpickler(pickle.Unpickler):
-    """Refuses every global that a checkpoint's metadata has no use for, before anything is called."""
-
-    def __init__(self, file: Any, path: Path) -> None:
-        super().__init__(file)
-        self.path = path
-
-    def find_class(self, module: str, name: str) -> Any:
-        if name not in _ALLOWED.get(module, ()):
-            raise CheckpointError(
-                f"names the Python object {module}.{name}, which a checkpoint has no use for",
-                where=self.path,
-                fix="do not load this folder; get it from a source that you trust",
-            )
-        return super().find_class(module, name)
+        yield
+    finally:
+        setattr(FileSystemReader, _READ, original)
+        forget()
 
 
 def _reason(error: BaseException) -> str:
