@@ -55,7 +55,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def judged(folder: Path, target: str, seed: int, count: int) -> dict[str, Any]:
     command = [sys.executable, "-m", "tests.convert.fuzz_cases", target, str(folder), str(seed), str(count)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=240, env=ENVIRONMENT)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=100, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
     report: dict[str, Any] = json.loads(done.stdout)
     return report

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -227,15 +228,14 @@ def print_results(results: dict[str, Measured], gigabytes: float, bare: int) -> 
         assert cpu is not None
         assert peak is not None
         told = f" ({Spread.of(result.told)} inside)" if result.told else ""
-        above = f"{(peak - bare) / MIB:,.1f}" if name not in (CP, CP_SYNC) else "-"
+        memory = ["-", "-"] if name in (CP, CP_SYNC) else [f"{peak / MIB:,.1f}", f"{(peak - bare) / MIB:,.1f}"]
         return [
             name,
             f"{wall.median:.3g}{told}",
             against or "-",
             cpu,
             f"{cpu.median / gigabytes:.3g}",
-            f"{peak / MIB:,.1f}",
-            above,
+            *memory,
         ]
 
     headers = ("contender", "wall s", "/ limit of the same round", "CPU-s", "CPU-s / GB", "peak MiB", "above bare Python")
@@ -246,8 +246,11 @@ def print_results(results: dict[str, Measured], gigabytes: float, bare: int) -> 
 
 
 def bare_interpreter(work: Work) -> int:
-    """Peak resident bytes of one that does nothing."""
-    return run([sys.executable, "-c", "pass"], log=work.log).largest
+    """Peak resident bytes of one that does nothing, from itself: what the kernel tells of a child begins with its parent's size."""
+    run([sys.executable, "-c", "print(open('/proc/self/status').read())"], log=work.log, memory=False)
+    found = re.search(r"^VmHWM:\s+(\d+) kB", work.log.read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1]) * 1024
 
 
 def targets(verb: str, results: dict[str, Measured], bare: int) -> Iterator[tuple[str, str, str, str]]:

@@ -21,7 +21,7 @@ __all__ = ["SIZES", "config_of", "tensor_bytes", "tensors_of", "write_model"]
 
 # layers, hidden, ffn, heads, groups, vocabulary; heads of 128. 8b, 70b and 405b: Llama-3.1
 SIZES = {
-    "tiny": (2, 256, 512, 2, 1, 512),
+    "tiny": (2, 256, 512, 8, 4, 512),
     "1.5b": (22, 2048, 8192, 16, 4, 48000),
     "8b": (32, 4096, 14336, 32, 8, 128256),
     "70b": (80, 8192, 28672, 64, 8, 128256),
