@@ -185,7 +185,7 @@ def test_what_another_start_prepared_is_not_taken_for_this_one(made: Made, expec
         patch.setattr(partial, "STALL_SECONDS", 0.3)
         assert codes(rank(0, 2, made, out)) == [1]  # rank 1 never came
         assert codes(rank(1, 2, made, out, job=2)) == [1]
-        assert not (tmp_path / "out.partial" / "journal-1.jsonl").exists()
+        assert (tmp_path / "out.partial" / "journal-1.jsonl").read_bytes() == b""
     assert codes(rank(1, 2, made, out, job=3, checksum=True), rank(0, 2, made, out, job=3, checksum=True)) == [0, 10]
     assert hashes(out) == expected
 

@@ -123,6 +123,8 @@ def _refuse_existing(out: Path) -> None:
 def _copy(plan: Plan, units: list[Unit], partial: Partial, step: Step, how: Execution) -> None:
     """Do this rank's units that no journal lists, and hash its files; wait for what it needs of the others."""
     record = partial.read()
+    if partial.is_over():
+        return
     mine = [i for i in step.share(len(units)) if i not in record.units and not record.complete]
     total = sum(part.bytes for i in mine for part in units[i])
     copying = run_tasks(_copying(units, partial, how), mine, how.workers)

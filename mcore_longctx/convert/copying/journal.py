@@ -137,18 +137,22 @@ def rows_entry(sums: Iterable[QuantizedRows]) -> dict[str, Any]:
 class Journal:
     """The journal of this process, locked."""
 
-    def __init__(self, path: Path, start: str, *, fsync: bool) -> None:
+    def __init__(self, path: Path, start: str, *, fsync: bool, make: bool = True) -> None:
         """Open or make it, and lock it.
 
         Raises:
+            FileNotFoundError: it is not there, and not to be made.
             InUseError: another process holds it.
             CheckpointError: the file system knows no locks.
             StorageError: the file cannot be made.
         """
         self.path, self.start, self.fsync = path, start, fsync
         try:
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+            flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT if make else 0)
+            self._descriptor = os.open(path, flags, 0o666)
         except OSError as error:
+            if not make and error.errno == errno.ENOENT:
+                raise
             raise storage_error(error, path) from None
         try:
             fcntl.lockf(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

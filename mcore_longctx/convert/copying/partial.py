@@ -67,6 +67,8 @@ class Partial:
         check_free_space(self.folder, self._missing_bytes(), self.out)
         self.journal.begin(self.facts)
         self._make_targets()
+        for rank in range(1, self.step.size):
+            (self.folder / journal_name(rank)).touch()
         self.journal.add({"ready": True})
         self.journal.sync()
 
@@ -98,9 +100,9 @@ class Partial:
             if os.path.lexists(self.out):
                 raise ConfigError("output is already there", where=self.out, fix="choose another name or remove it")
 
-    def _open(self, path: Path) -> Journal:
+    def _open(self, path: Path, *, make: bool = True) -> Journal:
         try:
-            return Journal(path, self.start, fsync=self.fsync)
+            return Journal(path, self.start, fsync=self.fsync, make=make)
         except InUseError as error:
             raise InUseError(error.what, where=self.out, fix=error.fix) from None
 
@@ -162,18 +164,21 @@ class Partial:
     def join(self) -> bool:
         """Wait until rank 0 has prepared the folder. False: there is nothing left to do."""
         stall = _Stall(self.out)
-        while not self._is_over():
+        while not self.is_over():
             record = self._other(self.folder / journal_name(0))
             self._compare(record.facts)
             if record.ready:
-                self._journal = self._open(self.folder / journal_name(self.step.rank))
+                try:  # rank 0 has made it, and takes it away when all is done: whoever comes too late leaves nothing in the output
+                    self._journal = self._open(self.folder / journal_name(self.step.rank), make=False)
+                except FileNotFoundError:
+                    return False
                 self._compare(self.journal.read().facts)
                 self.journal.begin(self.facts)
                 return True
             stall.look(record.bytes, f"rank 0 has not prepared {self.folder.name}")
         return False
 
-    def _is_over(self) -> bool:
+    def is_over(self) -> bool:
         """Whether rank 0 has all that it needs of the others."""
         return self.step.rank > 0 and (os.path.lexists(self.out) or os.path.lexists(self.aside))
 
@@ -210,7 +215,7 @@ class Partial:
     def wait_until_complete(self) -> None:
         """Wait until rank 0 has all that it needs."""
         stall = _Stall(self.out)
-        while not self._is_over():
+        while not self.is_over():
             stall.look(self._other(self.folder / journal_name(0)).bytes, "rank 0 does not finish")
 
     def _wait(self, count: int, done_in: Callable[[Record], Container[int]]) -> bool:
@@ -221,7 +226,7 @@ class Partial:
             behind = {self.step.owner(number, count) for number in range(count) if number not in done}
             if not behind:
                 return True
-            if self._is_over():
+            if self.is_over():
                 return False
             if record.failed:
                 raise StorageError(f"another rank gave up: {record.failed}", where=self.out, fix="run it again to go on")
@@ -235,10 +240,9 @@ class Partial:
         digests = {str(number): digest for number, digest in sorted(record.sha256.items())}
         self.journal.add({"complete": True, "sha256": digests, **rows_entry(sums)})
         self.journal.sync()
+        self.journal.move(self.aside)  # first: another rank that finds less in the journals than there was sees why
         for path in self.folder.glob(_JOURNALS):
-            if path != self.journal.path:
-                path.unlink()
-        self.journal.move(self.aside)
+            path.unlink()
 
     def rename(self) -> None:
         """Give the output its name, and remove the journal."""
