@@ -300,7 +300,7 @@ def main() -> None:
     target, folder, seed, count = sys.argv[1:]
     units.UNIT_BYTES = UNIT_BYTES
     resource.setrlimit(resource.RLIMIT_AS, (ADDRESS_SPACE, ADDRESS_SPACE))
-    print(json.dumps(run(TARGETS[target], Path(folder), int(seed), int(count))))
+    json.dump(run(TARGETS[target], Path(folder), int(seed), int(count)), sys.stdout)
 
 
 if __name__ == "__main__":

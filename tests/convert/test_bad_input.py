@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import struct
 import subprocess
@@ -153,7 +152,7 @@ NORM, Q = "model.norm.weight", "model.layers.0.self_attn.q_proj.weight"
         (lambda h: h[NORM].update(shape=[2**40, 2**40]), "128 bytes, shape [1099511627776, 1099511627776] needs"),
         (lambda h: h[NORM].update(data_offsets=[0, 2**63]), "data_offsets are not two offsets"),
         (lambda h: h[NORM].update(data_offsets=[True, 129]), "data_offsets are not two offsets"),
-        (lambda h: h[NORM].update(data_offsets=h[Q]["data_offsets"][:1] + [h[Q]["data_offsets"][0] + 128]), "before tensor"),
+        (lambda h: h[NORM].update(data_offsets=[h[Q]["data_offsets"][0], h[Q]["data_offsets"][0] + 128]), "before tensor"),
         (lambda h: h[NORM].update(strides=[1]), "the entry is not dtype, shape and data_offsets"),
         (lambda h: h.pop(Q), "hole before tensor"),
         (lambda h: h.update({"again": h[NORM]}), "overlap before tensor"),
@@ -171,7 +170,11 @@ def test_a_header_of_a_strange_length_is_refused_without_reading_it(tmp_path: Pa
     hf = write_folder(tmp_path / "hf", llama_config())
     path = hf / "model.safetensors"
     data = path.read_bytes()
-    for length, message in ((2**63, "is not one of a safetensors file"), (10**8, "shorter than its header"), (0, "not a safetensors")):
+    for length, message in (
+        (2**63, "is not one of a safetensors file"),
+        (10**8, "shorter than its header"),
+        (0, "not a safetensors"),
+    ):
         path.write_bytes(struct.pack("<Q", length) + data[8:])
         assert message in import_refused(hf)
     path.write_bytes(b"version https://git-lfs")
@@ -353,7 +356,7 @@ def test_an_output_that_exists_is_kept(checkpoint: Path) -> None:
     shutil.rmtree(out)
     out.symlink_to("nowhere")
     assert "output is already there" in import_refused(checkpoint.parent / "hf")
-    assert os.readlink(out) == "nowhere"
+    assert out.readlink() == Path("nowhere")
 
 
 def test_conversion_never_imports_torch_or_an_unpickler(tmp_path: Path) -> None:
