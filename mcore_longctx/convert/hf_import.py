@@ -19,12 +19,11 @@ from mcore_longctx.convert.plans.torch_dist_layout import TorchDistLayout, padde
 from mcore_longctx.convert.sidecars import tokenizer_sha256
 from mcore_longctx.convert.views import CONFIG, CheckpointView, open_hf
 from mcore_longctx.errors import ConfigError, ConversionError
+from mcore_longctx.families.shape import VOCAB_MULTIPLE
 from mcore_longctx.recipe import CheckpointCard
 from mcore_longctx.rope import RopeScaling
 
-__all__ = ["VOCAB_MULTIPLE", "import_hf", "plan_import"]
-
-VOCAB_MULTIPLE = 128  # Megatron-LM's make_vocab_size_divisible_by
+__all__ = ["import_hf", "plan_import"]
 
 
 @io_errors()
