@@ -114,7 +114,9 @@ class LogitsReport:
         return "\n".join(lines)
 
 
-def compare_logits(first: Path, second: Path, *, tokens: Sequence[int] | None = None, text: Path | None = None) -> LogitsReport:
+def compare_logits(
+    first: Path, second: Path, *, tokens: Sequence[int] | None = None, text: Path | None = None, config: Path | None = None
+) -> LogitsReport:
     """Compare the logits of two checkpoints of either format in float32, in one process, one model in memory at a time.
 
     Args:
@@ -123,13 +125,14 @@ def compare_logits(first: Path, second: Path, *, tokens: Sequence[int] | None = 
         tokens: ids to feed, at least 256; None: pseudo-random ids, the same each time.
         text: UTF-8 file whose log-probabilities are compared, its first 4,096 tokens in windows of 512; tokenized by the tokenizer of
             `first`, or of `second` where it has none.
+        config: config.json of the model, or its folder, for a torch_dist checkpoint without a card.
 
     Raises:
         ConfigError: transformers is not installed, ids outside the vocabulary, or a model that does not fit into memory.
         CheckpointError: one of the folders cannot be read, or they have different vocabularies.
         DataError: the text cannot be read, or there is no tokenizer for it.
     """
-    sources = read_source(first), read_source(second)
+    sources = read_source(first, config), read_source(second, config)
     if sources[0].shape.vocab_size != sources[1].shape.vocab_size:
         raise CheckpointError(
             f"vocabulary has {sources[1].shape.vocab_size:,} entries, that of {first} {sources[0].shape.vocab_size:,}",

@@ -18,13 +18,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mcore_longctx.convert.views import locate_checkpoint
 from mcore_longctx.errors import CheckpointError, ConfigError
 from mcore_longctx.families import ModelShape, config_for_export, family_of, model_tensors, read_shape
 from mcore_longctx.formats.dcp_read import is_torch_dist
 from mcore_longctx.megatron_compat import device_context, training_device
 from mcore_longctx.model import build_gpt_model, destroy_process_groups, init_process_groups
 from mcore_longctx.model.weights import load_model_weights
-from mcore_longctx.recipe.card import read_card
+from mcore_longctx.recipe.card import CARD, read_card
 from mcore_longctx.recipe.schema import Parallel
 from mcore_longctx.rope import RopeScaling, read_hf_rope
 
@@ -39,13 +40,15 @@ class ModelSource:
     shape: ModelShape
     rope: RopeScaling
     is_megatron: bool
+    described_by: str  # where sizes and rope were read
 
     @property
     def reader(self) -> str:
         """Which program builds the model, from which files."""
-        if self.is_megatron:
-            return f"megatron-core {megatron.core.__version__}, from its card and tensors"
-        return f"transformers {_transformers().__version__}, from its config.json and safetensors"
+        program = (
+            f"megatron-core {megatron.core.__version__}" if self.is_megatron else f"transformers {_transformers().__version__}"
+        )
+        return f"{program}, from its tensors and {self.described_by}"
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -67,28 +70,37 @@ class RunningModel:
     attention_factor: float
 
 
-def read_source(folder: Path) -> ModelSource:
+def read_source(path: Path, given: Path | None = None) -> ModelSource:
     """Sizes and rope of a checkpoint of either format.
+
+    Args:
+        path: its folder, or the folder around it (`locate_checkpoint`).
+        given: config.json of the model, or its folder, for a torch_dist checkpoint without a card.
 
     Raises:
         CheckpointError: no checkpoint here, or a torch_dist folder without its card.
         ConfigError: a config.json that is not supported; transformers is needed and not installed.
     """
-    if is_torch_dist(folder) or not (folder / "config.json").is_file():
-        if not is_torch_dist(folder):
-            raise CheckpointError("no config.json and no .metadata: not a checkpoint", where=folder, fix="check the path")
-        card = read_card(folder)
-        return ModelSource(folder, card.shape, card.rope, is_megatron=True)
+    folder = locate_checkpoint(path)
+    if is_torch_dist(folder):
+        if given is None or (folder / CARD).exists():
+            card = read_card(folder)
+            return ModelSource(folder, card.shape, card.rope, is_megatron=True, described_by="its card")
+        return _of_config(folder, given if given.is_file() else given / "config.json", is_megatron=True)
     _transformers()
-    config = _config(folder)
-    where = folder / "config.json"
     if (folder / "hf_quant_config.json").exists():  # of modelopt; older ones leave config.json as it is
         raise ConfigError(
             "written by modelopt: transformers would take the raw fp8 numbers for weights, without an error",
             where=folder,
             fix="use the bf16 model",
         )
-    return ModelSource(folder, read_shape(config, where=where), read_hf_rope(config, where=where), is_megatron=False)
+    return _of_config(folder, folder / "config.json", is_megatron=False)
+
+
+def _of_config(folder: Path, path: Path, *, is_megatron: bool) -> ModelSource:
+    config = _read_config(path)
+    described_by = str(path) if is_megatron else "its config.json"
+    return ModelSource(folder, read_shape(config, where=path), read_hf_rope(config, where=path), is_megatron, described_by)
 
 
 @contextmanager
@@ -145,7 +157,7 @@ def _hf(source: ModelSource) -> RunningModel:
 
 def _load_hf(folder: Path) -> Any:
     transformers = _transformers()
-    path, settings = str(folder.absolute()), _config(folder)
+    path, settings = str(folder.absolute()), _read_config(folder / "config.json")
     try:
         if family_of(settings).exported_as:  # readable without the code that it came with
             patched = config_for_export({key: value for key, value in settings.items() if key != "auto_map"})
@@ -159,7 +171,8 @@ def _load_hf(folder: Path) -> Any:
             attn_implementation="eager",
             trust_remote_code=False,
             local_files_only=True,
-            use_safetensors=True,
+            use_safetensors=any(folder.glob("*.safetensors")),  # else .bin, of which torch reads tensors only
+            weights_only=True,
             output_loading_info=True,
         )
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
@@ -172,8 +185,7 @@ def _load_hf(folder: Path) -> Any:
     return model.eval()
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
+def _read_config(path: Path) -> dict[str, Any]:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -123,12 +123,19 @@ def test_without_transformers_one_line_says_what_to_install(folders, monkeypatch
 
 def test_a_folder_that_is_none_is_refused(folders, tmp_path):
     for pair in ((folders["none"][0], tmp_path), (tmp_path, folders["none"][1])):
-        with pytest.raises(CheckpointError, match=r"no config\.json and no \.metadata: not a checkpoint; check the path"):
+        with pytest.raises(CheckpointError, match=r"neither config\.json nor \.metadata: not a checkpoint; check the path"):
             compare_logits(*pair)
     foreign = shutil.copytree(folders["none"][0], tmp_path / "foreign")
     (foreign / "mcore_longctx.json").unlink()
     with pytest.raises(CheckpointError, match=r"no mcore_longctx\.json here"):
         compare_logits(foreign, folders["none"][1])
+    # Megatron-LM's own: a folder around it, no card, a config that the user gives
+    foreign.rename(tmp_path / "iter_0000007")
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("7")
+    for config in (folders["none"][1], folders["none"][1] / "config.json"):
+        report = compare_logits(tmp_path, folders["none"][1], config=config)
+        assert report.equal
+        assert report.readers[0].endswith(f"from its tensors and {folders['none'][1] / 'config.json'}")
 
 
 def test_any_pair_of_formats_is_compared_and_said(folders, tmp_path):
@@ -209,6 +216,15 @@ def test_weights_that_transformers_would_make_up_or_drop_are_named(folders, tmp_
     save_file({**weights, "lm_head.weight": gone, **bias}, copy / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=r"finds 1 unexpected tensors \(first: model.layers.0.self_attn.q_proj.bias\)"):
         compare_logits(folders["none"][0], copy)
+
+
+def test_bin_files_are_read(folders, tmp_path):
+    from safetensors.torch import load_file
+
+    copy = Path(shutil.copytree(folders["none"][1], tmp_path / "copy"))
+    torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
+    (copy / "model.safetensors").unlink()
+    assert compare_logits(folders["none"][0], copy).equal
 
 
 def test_code_beside_the_weights_is_not_loaded(folders, tmp_path):
