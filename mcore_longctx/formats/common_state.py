@@ -95,7 +95,7 @@ def _name(value: Any) -> str:
     match value:
         case Global(module="torch", name=name):
             return name[:80]
-        case Call(function=name) | Instance(cls=name):
+        case (Global() as name) | Call(function=name) | Instance(cls=name):
             return f"not shown ({str(name)[:80]})"
         case PersistentId():
             return "not shown (a tensor)"

@@ -157,7 +157,7 @@ def check_padding(rows: int, shape: ModelShape, common: Mapping[str, Any] | None
     args = args if isinstance(args, Mapping) else {}
     multiple, tp = args.get("make_vocab_size_divisible_by"), args.get("tensor_model_parallel_size")
     if type(multiple) is int and type(tp) is int and 0 < multiple * tp <= 1 << 32:
-        units = [1, multiple * tp, multiple]
+        units = [1, multiple * tp]
     else:
         splits = [tp for tp in range(1, shape.num_attention_heads + 1) if shape.num_attention_heads % tp == 0][:64]
         powers = [1 << power for power in range(_LARGEST_UNIT.bit_length())]
