@@ -13,6 +13,8 @@ from jinja2 import FunctionLoader
 from jinja2.sandbox import SandboxedEnvironment
 from markupsafe import Markup
 
+from mcore_longctx.convert.checks.commands import serve_commands
+from mcore_longctx.families import ModelShape
 from mcore_longctx.manifest import versions, write_atomic
 from mcore_longctx.recipe.schema import Recipe
 from mcore_longctx.report import plots
@@ -33,6 +35,7 @@ from mcore_longctx.report.results import (
     summary_rows,
 )
 from mcore_longctx.report.run_folder import Column, RunFolder, read_run_folder
+from mcore_longctx.rope import RopeScaling
 from mcore_longctx.tasks.statistics import mean_interval
 
 __all__ = ["NEEDLE_PICTURE", "REPORT", "write_report"]
@@ -93,6 +96,7 @@ def _content(folder: RunFolder) -> dict[str, Any]:
         "data": _data(folder),
         "recipe": _recipe(folder),
         "verify": _verify(folder.verify) if folder.verify is not None else None,
+        "serving": _serving(folder),
         "steps": _steps(folder),
         "versions": folder.run.get("versions") or versions(),
     }
@@ -282,6 +286,20 @@ def _recipe(folder: RunFolder) -> dict[str, Any]:
         "stages": [_stage_in_words(recipe, i) for i in range(len(recipe.stages))] if recipe is not None else [],
         "facts": _recipe_facts(recipe) if recipe is not None else [],
     }
+
+
+def _serving(folder: RunFolder) -> list[str]:
+    """The commands that serve the export at its length; none where there is no export."""
+    weight_bytes = sum(path.stat().st_size for path in (folder.path / "export").glob("*.safetensors"))
+    card = folder.cards.get(folder.recipe.stages[-1].name) if folder.recipe is not None and folder.recipe.stages else None
+    if not weight_bytes or card is None:
+        return []
+    try:
+        shape, rope = ModelShape.from_dict(card["shape"]), RopeScaling.from_dict(card["rope"])
+    except (KeyError, TypeError, ValueError):
+        return []
+    length = rope.resolved_max_position_embeddings
+    return serve_commands(shape, length, weight_bytes=weight_bytes, path="export") if length is not None else []
 
 
 def _model_in_words(shape: Mapping[str, Any]) -> str:

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
+import argparse
 import json
+import re
 from pathlib import Path
 
 import pytest
+import torch
 
-from mcore_longctx.convert import describe_folder, export_hf, import_hf, inspect_folder
+from mcore_longctx.convert import Execution, describe_folder, export_hf, import_hf, inspect_folder
 from mcore_longctx.errors import CheckpointError
-from mcore_longctx.rope import read_hf_rope
+from mcore_longctx.rope import RopeScaling, read_hf_rope
 from tests.convert.hf_folders import LLAMA3_ROPE, llama_config, random_weights, write_folder
 
 CONFIG = llama_config(rope_scaling=LLAMA3_ROPE, max_position_embeddings=65536)
@@ -33,14 +36,15 @@ def test_a_checkpoint_is_described(tmp_path: Path) -> None:
     import_hf(write_folder(tmp_path / "hf", CONFIG), tmp_path / "megatron")
     facts = inspect_folder(tmp_path / "megatron")
     assert (facts["format"], facts["parameters"], facts["padded_vocab_size"]) == ("torch_dist", PARAMETERS, 128)
-    assert (facts["stage"], facts["iteration"], facts["manifest"], facts["optimizer_bytes"]) == ("base", 0, "holds", 0)
+    assert (facts["stage"], facts["iteration"], facts["optimizer_bytes"]) == ("base", 0, 0)
+    assert facts["manifest"] == "holds; of 1 files the size alone is known"
     text = describe_folder(facts)
     for words in ("vocabulary 126 (padded to 128)", "stage       base, iteration 0", "manifest    holds", "common.pt"):
         assert words in text
 
 
 def test_a_broken_manifest_is_said_aloud(tmp_path: Path) -> None:
-    import_hf(write_folder(tmp_path / "hf", CONFIG), tmp_path / "megatron")
+    import_hf(write_folder(tmp_path / "hf", CONFIG), tmp_path / "megatron", how=Execution(checksum=True))
     with (tmp_path / "megatron" / "__0_0.distcp").open("r+b") as file:
         file.seek(5000)
         file.write(b"x")
@@ -74,3 +78,65 @@ def test_a_folder_that_holds_nothing_is_refused(tmp_path: Path) -> None:
         inspect_folder(tmp_path / "none")
     with pytest.raises(CheckpointError, match="not a checkpoint"):
         inspect_folder(tmp_path)
+
+
+def test_layers_are_folded_into_a_table(tmp_path: Path) -> None:
+    hf = write_folder(tmp_path / "hf", CONFIG, dtype="bfloat16")
+    import_hf(hf, tmp_path / "megatron")
+    table = inspect_folder(hf)["table"]
+    assert sum(row["count"] for row in table) == 21
+    assert {"name": "model.layers.{0..1}.mlp.up_proj.weight", "shape": [24, 32], "dtype": "bfloat16", "count": 2} in table
+    assert {"name": "lm_head.weight", "shape": [126, 32], "dtype": "bfloat16", "count": 1} in table
+    stacked = inspect_folder(tmp_path / "megatron")["table"]
+    assert {"name": "decoder.layers.mlp.linear_fc1.weight", "shape": [2, 48, 32], "dtype": "bfloat16", "count": 1} in stacked
+    assert re.search(
+        r"model\.layers\.\{0\.\.1\}\.mlp\.up_proj\.weight +24 x 32 +bfloat16 +2\n", describe_folder(inspect_folder(hf))
+    )
+
+
+def test_readers_that_err_are_named(tmp_path: Path) -> None:
+    config = llama_config(rope_scaling={**LLAMA3_ROPE, "low_freq_factor": 2.0}, max_position_embeddings=65536)
+    hf = write_folder(tmp_path / "hf", config)
+    import_hf(hf, tmp_path / "megatron")
+    for folder in (hf, tmp_path / "megatron"):
+        facts = inspect_folder(folder)
+        assert {"Megatron-LM", "Megatron-Bridge", "mbridge"} <= {one["program"] for one in facts["rope_readers"]}
+        assert "misread by  mbridge: makes it linear interpolation by 8" in describe_folder(facts)
+
+
+def test_a_rope_that_nobody_can_be_told_is_said_aloud(tmp_path: Path) -> None:
+    rope = RopeScaling(type="yarn", ramp="rotations", head_dim=16, rope_theta=5e5, factor=8, original_max_position_embeddings=512)
+    import_hf(write_folder(tmp_path / "hf", llama_config()), tmp_path / "megatron", rope=rope)
+    (found,) = inspect_folder(tmp_path / "megatron")["rope_readers"]
+    assert "an export is refused: yarn with ramp rotations" in found["does"]
+
+
+def test_the_folder_around_iterations_is_its_newest(tmp_path: Path) -> None:
+    import_hf(write_folder(tmp_path / "hf", CONFIG), tmp_path / "out" / "iter_0000020")
+    import_hf(tmp_path / "hf", tmp_path / "out" / "iter_0000010")
+    (tmp_path / "out" / "latest_checkpointed_iteration.txt").write_text("20")
+    facts = inspect_folder(tmp_path / "out")
+    assert facts["path"] == str(tmp_path / "out" / "iter_0000020")
+    assert f"the newest in {tmp_path / 'out'}" in describe_folder(facts)
+
+
+def test_the_flags_of_another_program_are_shown(tmp_path: Path) -> None:
+    """`common.pt` as Megatron-LM's trainer writes it, by torch itself."""
+    import_hf(write_folder(tmp_path / "hf", CONFIG), tmp_path / "megatron")
+    for name in ("mcore_longctx.json", "manifest.json"):
+        (tmp_path / "megatron" / name).unlink()
+    args = argparse.Namespace(num_layers=2, rotary_base=500000, use_rope_scaling=True, rope_scaling_factor=8.0, secret="x")
+    torch.save({"args": args, "iteration": 700, "checkpoint_version": 3.0}, tmp_path / "megatron" / "common.pt")
+    facts = inspect_folder(tmp_path / "megatron")
+    assert facts["iteration"] == 700
+    assert facts["arguments"] == {"num_layers": 2, "rotary_base": 500000, "use_rope_scaling": True, "rope_scaling_factor": 8.0}
+    assert "flags       rope_scaling_factor 8.0" in describe_folder(facts)
+    json.dumps(facts)
+
+
+def test_a_quantised_folder_is_described(tmp_path: Path) -> None:
+    import_hf(write_folder(tmp_path / "hf", CONFIG, dtype="bfloat16"), tmp_path / "megatron")
+    export_hf(tmp_path / "megatron", tmp_path / "fp8", quantize="fp8")
+    facts = inspect_folder(tmp_path / "fp8")
+    assert facts["dtypes"] == {"bfloat16": 7, "float8_e4m3fn": 14}
+    assert facts["manifest"].startswith("holds")

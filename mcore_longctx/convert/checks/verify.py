@@ -11,7 +11,9 @@ from typing import Any
 from mcore_longctx.convert.checks.quantised import QuantisedTensor, is_quantised, open_quantised, relative_rms, with_scales
 from mcore_longctx.convert.disk import OpenFiles, io_errors, read_into
 from mcore_longctx.convert.quantization import MAX_RELATIVE_RMS
-from mcore_longctx.convert.views import BAND_BYTES, CheckpointView, TensorRows, open_checkpoint
+from mcore_longctx.convert.views import BAND_BYTES, CheckpointView, TensorRows, locate_checkpoint, open_checkpoint
+from mcore_longctx.errors import ConfigError
+from mcore_longctx.formats.dcp_read import is_torch_dist
 from mcore_longctx.formats.dtypes import WEIGHT_DTYPES
 from mcore_longctx.recipe import CARD
 
@@ -151,6 +153,8 @@ def compare(first: Path, second: Path, *, config: Path | None = None) -> Report:
         ConfigError: a config.json asks for something that is not supported.
         ConversionError: a folder holds other tensors than its config.json says.
     """
+    if config is not None and all(_brings_config(folder) for folder in (first, second)):
+        raise ConfigError("both folders bring their own config.json", where="--config", fix="leave it out")
     (one, its_scales), (other, other_scales) = _open(first, config), _open(second, config)
     if its_scales and other_scales:
         one, other, its_scales, other_scales = with_scales(one, its_scales), with_scales(other, other_scales), {}, {}
@@ -184,7 +188,12 @@ def _open(folder: Path, config: Path | None) -> tuple[CheckpointView, dict[str, 
     """The checkpoint, and the scales of its FP8 weights."""
     if is_quantised(folder):
         return open_quantised(folder)
-    return open_checkpoint(folder, config=config), {}
+    return open_checkpoint(folder, config=None if _brings_config(folder) else config), {}
+
+
+def _brings_config(path: Path) -> bool:
+    folder = locate_checkpoint(path)
+    return not is_torch_dist(folder) or (folder / CARD).exists()
 
 
 def _compare_tensor(name: str, a: TensorRows, b: TensorRows, files: OpenFiles) -> TensorDifference | None:
