@@ -3,6 +3,8 @@
 import os
 import random
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -282,3 +284,77 @@ def test_numbers_that_do_not_fit_name_the_tensor(tmp_path: Path) -> None:
         ) as caught:
             run(plan, tmp_path / "out", workers=workers)
         assert caught.value.exit_code == 2
+
+
+# ------------------------------------------------------------------ memory
+COPY = """
+import resource, sys
+if len(sys.argv) > 1:
+    from pathlib import Path
+    from mcore_longctx.convert.copying.execute import Execution, execute
+    from mcore_longctx.convert.plans.plan import Fill, Plan, TargetFile
+    from mcore_longctx.convert.views import TensorRows
+    from mcore_longctx.formats.dtypes import BY_TORCH
+    source, out, rows, wanted = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), BY_TORCH[sys.argv[4]]
+    tensor = TensorRows.stored(BY_TORCH["bfloat16"], (rows, 1024), source, 0)
+    fills = (Fill(0, 0, tensor, 0, rows, 0, 1024, wanted, "t"),)
+    plan = Plan("import", {}, (), (TargetFile("w", fills[0].bytes),), fills, lambda: iter(()))
+    execute(plan, out, lambda *_: None, Execution(fsync=False))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.parametrize(("wanted", "megabytes"), [("bfloat16", 48), ("float32", 64)])
+def test_memory_does_not_grow_with_the_model(tmp_path: Path, wanted: str, megabytes: int) -> None:
+    rows, source = 100_000, tmp_path / "source"
+    with source.open("wb") as file:
+        for _ in range(rows // 1000):
+            file.write(random.Random(0).randbytes(2_048_000))
+
+    def peak(*arguments: object) -> int:
+        command = [sys.executable, "-c", COPY, *map(str, arguments)]
+        return int(subprocess.run(command, check=True, capture_output=True, text=True, timeout=120).stdout)
+
+    assert peak(source, tmp_path / "out", rows, wanted) - peak() < megabytes << 10  # 205 MB are read
+
+
+# ------------------------------------------------------------------ ranges
+def ranges(tmp_path: Path, *, cut: int = 0) -> tuple[Plan, bytes]:
+    """Three neighbours of a source with a hole, of which the last two change places."""
+    size, source = 1 << 21, tmp_path / "source"
+    data = random.Random(0).randbytes(size) + bytes(size) + random.Random(1).randbytes(size)
+    with source.open("wb") as file:
+        for at in (0, 2 * size):
+            os.pwrite(file.fileno(), data[at : at + size], at)
+    os.truncate(source, 3 * size - cut)
+    tensor = TensorRows.stored(BF16, (3072, 1024), source, 0)
+    places = ((0, 0), (1024, 2 * size), (2048, size))
+    fills = tuple(Fill(0, offset, tensor, row, 1024, 0, 1024, BF16, "t") for row, offset in sorted(places, key=lambda p: p[1]))
+    return Plan("import", {}, (), (TargetFile("w", 3 * size),), fills, lambda: iter(())), data[:size] + data[2 * size :] + bytes(
+        size
+    )
+
+
+def test_ranges_that_are_neighbours_on_one_side_alone_stay_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for unit_bytes in (1 << 16, 3 << 20, 64 << 20):
+        monkeypatch.setattr(units, "UNIT_BYTES", unit_bytes)
+        plan, expected = ranges(tmp_path)
+        assert run(plan, tmp_path / f"out{unit_bytes}", fsync=False)
+        assert (tmp_path / f"out{unit_bytes}" / "w").read_bytes() == expected
+
+
+def test_neighbours_in_the_source_do_not_become_neighbours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(units, "UNIT_BYTES", 64 << 20)
+    source = tmp_path / "s"
+    source.write_bytes(bytes(range(200)))
+    tensor = TensorRows.stored(BF16, (100,), source, 0)
+    fills = (Fill(0, 0, tensor, 0, 50, 0, 1, BF16, "a"), Fill(0, 150, tensor, 50, 50, 0, 1, BF16, "b"))
+    assert run(Plan("import", {}, (), (TargetFile("w", 250),), fills, lambda: iter(())), tmp_path / "out")
+    assert (tmp_path / "out" / "w").read_bytes() == bytes(range(100)) + bytes(50) + bytes(range(100, 200))
+
+
+def test_the_missing_end_of_a_source_is_no_hole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(units, "UNIT_BYTES", 64 << 20)
+    plan, _ = ranges(tmp_path, cut=1 << 21)
+    with pytest.raises(CheckpointError, match="source: ended while it was read; it changed or is damaged"):
+        run(plan, tmp_path / "out", fsync=False)
