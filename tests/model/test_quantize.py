@@ -248,11 +248,11 @@ def test_a_folder_with_a_wrong_scale_or_weight_is_an_error(tmp_path, changes, me
 def test_settings_that_disagree_or_lack_the_cache_are_an_error(tmp_path):
     out = _written(tmp_path / "out")
     with pytest.raises(DifferenceFound, match="expected FP8 and the same in both"):
-        quantize._check_settings(out, kv=True)
+        quantize._check_written(tmp_path / "hf", out, ["k_proj"], kv=True)
     with pytest.raises(DifferenceFound, match="missing"):
         quantize._check_written(tmp_path / "hf", out, ["v_proj"], kv=False)
     other = json.loads((out / "hf_quant_config.json").read_text())
     other["quantization"]["exclude_modules"] = []
     (out / "hf_quant_config.json").write_text(json.dumps(other))
     with pytest.raises(DifferenceFound, match="the same in both"):
-        quantize._check_settings(out, kv=False)
+        quantize._check_written(tmp_path / "hf", out, ["k_proj"], kv=False)
