@@ -26,8 +26,8 @@ __all__ = [
     "LayoutError",
     "LongctxError",
     "NoProgress",
-    "StorageError",
     "StoppedBySignal",
+    "StorageError",
     "TrainingError",
 ]
 

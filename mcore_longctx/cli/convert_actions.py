@@ -30,7 +30,8 @@ def import_(args: argparse.Namespace) -> int:
     }
     if args.dry_run:
         return _show_plan(convert.plan_import(args.hf, **settings), args.out)
-    convert.import_hf(args.hf, args.out, **settings, how=_execution(args))
+    if not convert.import_hf(args.hf, args.out, **settings, how=_execution(args)):
+        return 0  # another task of the step finished it
     return _describe(args.out)
 
 
@@ -48,7 +49,8 @@ def export(args: argparse.Namespace) -> int:
     }
     if args.dry_run:
         return _show_plan(convert.plan_export(args.checkpoint, **settings), args.out)
-    convert.export_hf(args.checkpoint, args.out, **settings, how=_execution(args))
+    if not convert.export_hf(args.checkpoint, args.out, **settings, how=_execution(args)):
+        return 0  # another task of the step finished it
     return _describe_quantized(args.out) if args.quantize else _describe(args.out)
 
 
@@ -59,7 +61,8 @@ def merge(args: argparse.Namespace) -> int:
     weights = _weights(args.weights)
     if args.dry_run:
         return _show_plan(convert.plan_merge(args.first, args.second, weights=weights), args.out)
-    convert.merge(args.first, args.second, args.out, weights=weights, how=_execution(args))
+    if not convert.merge(args.first, args.second, args.out, weights=weights, how=_execution(args)):
+        return 0  # another task of the step finished it
     return _describe(args.out)
 
 
@@ -75,7 +78,7 @@ def verify(args: argparse.Namespace) -> int:
     if args.logits:
         from mcore_longctx.evaluate.logits import compare_logits
 
-        logits = compare_logits(args.first, args.second, text=args.text)
+        logits = compare_logits(args.first, args.second, text=args.text, config=args.config)
         equal, facts = equal and logits.equal, {**facts, "equal": equal and logits.equal, "logits": logits.as_dict()}
         texts.append(logits.text())
     text = json.dumps(facts, indent=1)

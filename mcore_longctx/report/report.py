@@ -384,7 +384,7 @@ def _verify(verify: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows.append(
         (
             "logits",
-            f"{words[logits.get('equal')]} within {logits.get('tolerance', 0):g}, read by transformers {logits.get('transformers', '?')}",
+            f"{words[logits.get('equal')]} within {logits.get('tolerance', 0):g}, {' against '.join(logits.get('readers', ()))}",
         )
     )
     rows.append(("inverse frequencies", words[logits.get("inverse_frequencies_equal")]))
