@@ -108,6 +108,7 @@ def yarn(factor: float, **settings: Any) -> dict[str, Any]:
         (yarn(128.0, original_max_position_embeddings=8192), M, M, M),
         (yarn(8.0), M, M, 8 * M),
         ({"rope_type": "llama3", "factor": 512.0, "original_max_position_embeddings": 8192}, 4 * M, 4 * M, 4 * M),
+        ({"rope_type": "llama3", "factor": 8.0}, 131072, 131072, 131072),  # read in SGLang's function, not run
         ({"rope_type": "linear", "factor": 8.0}, 131072, M, M),
         ({"rope_type": "dynamic", "factor": 8.0}, 131072, M, M),
         ({"rope_type": "linear", "factor": 8.0}, M, 8 * M, 8 * M),

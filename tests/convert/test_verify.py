@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mcore_longctx.convert import compare, export_hf, import_hf, open_checkpoint
-from mcore_longctx.errors import CheckpointError, ConversionError
+from mcore_longctx.errors import CheckpointError, ConfigError, ConversionError
 from tests.convert.hf_folders import LLAMA3_ROPE, llama_config, random_weights, write_folder
 
 Weights = dict[str, torch.Tensor]
@@ -363,3 +363,13 @@ def test_an_fp8_folder_with_a_hole_in_its_scales_is_refused(fp8: Path, tmp_path:
     damage(folder, DOWN + "_scale", lambda scale: scale * 0)
     with pytest.raises(ConversionError, match=r"down_proj\.weight_scale: holds 0, expected positive finite numbers"):
         compare(folder, fp8 / "hf")
+
+
+def test_a_foreign_checkpoint_is_compared_by_the_config_given(fp8: Path, tmp_path: Path) -> None:
+    foreign = Path(shutil.copytree(fp8 / "megatron", tmp_path / "foreign"))
+    (foreign / "mcore_longctx.json").unlink()
+    (foreign / "manifest.json").unlink()
+    assert compare(foreign, fp8 / "hf", config=fp8 / "hf").equal
+    assert compare(fp8 / "hf", foreign, config=fp8 / "hf" / "config.json").equal
+    with pytest.raises(ConfigError, match="both folders bring their own"):
+        compare(fp8 / "megatron", fp8 / "hf", config=fp8 / "hf")
