@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import functools
-import importlib
 import io
 import os
 import pickle
@@ -167,11 +165,8 @@ def hostile_pickles(canary: Path) -> dict[str, bytes]:
         "os.open": _Calls(os.open, path, os.O_CREAT),
         "shutil.copyfile": _Calls(shutil.copyfile, "/dev/null", path),
         "pathlib.Path.touch": _Calls(Path.touch, canary),
-        "functools.partial": _Calls(_Calls(functools.partial, os.system, f"touch {path}")),  # type: ignore[arg-type]
         "runpy": _Calls(runpy._run_code, code, {}),  # type: ignore[attr-defined]
-        "importlib": _Calls(getattr, _Calls(importlib.import_module, "os"), "mkdir"),
     }
-    del calls["functools.partial"], calls["importlib"]  # need two steps: written by hand below
     touch = f"touch {path}".encode()
     found = {
         f"{name}, protocol {protocol}": pickle.dumps([call], protocol) for name, call in calls.items() for protocol in (2, 4)
@@ -180,7 +175,7 @@ def hostile_pickles(canary: Path) -> dict[str, bytes]:
         "INST": b"(S'touch " + path.encode() + b"'\niposix\nsystem\n.",
         "OBJ": b"(cposix\nsystem\nX" + struct.pack("<I", len(touch)) + touch + b"o.",
         "GLOBAL, protocol 0": b"cposix\nsystem\n(S'touch " + path.encode() + b"'\ntR.",
-        "through getattr": b"cbuiltins\ngetattr\n(cos\n__dict__\nX\x03\x00\x00\x00gett0cposix\nsystem\n(X"
+        "through getattr": b"cbuiltins\ngetattr\n(cos\npath\nX\x07\x00\x00\x00__doc__t0cposix\nsystem\n(X"
         + struct.pack("<I", len(touch))
         + touch
         + b"tR.",
