@@ -209,6 +209,8 @@ def _take(result: Measured, contender: Contender, work: Work, round_: int, *, me
         result.error = f"failed: {str(error).strip().splitlines()[-1][:120]}"
         return
     print(f"  round {round_ + 1}, {contender.name}: {cost.wall:.2f} s", file=sys.stderr, flush=True)
+    if contender.peer:
+        result.told.append(json.loads(work.log.read_text().splitlines()[-1])["wall"])
     if memory:
         result.memory = cost
         wrong = contender.check(work.out) if contender.check else None
@@ -216,8 +218,6 @@ def _take(result: Measured, contender: Contender, work: Work, round_: int, *, me
             raise SystemExit(f"{contender.name} made other weights: {wrong}")
     if keep_time:
         result.costs[round_] = cost
-    if contender.peer:
-        result.told.append(json.loads(work.log.read_text().splitlines()[-1])["wall"])
 
 
 def print_results(results: dict[str, Measured], gigabytes: float, bare: int) -> None:
