@@ -21,7 +21,7 @@ def test_the_four_actions_work_from_the_command_line(tmp_path: Path, capsys: pyt
     assert "equal: 21 tensors compared" in capsys.readouterr().out
     assert json.loads((tmp_path / "verify.json").read_text())["equal"] is True
     assert main(["convert", "inspect", out, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["manifest"] == "holds"
+    assert json.loads(capsys.readouterr().out)["manifest"].startswith("holds; of ")
     assert main(["convert", "inspect", out]) == 0
     assert "Hugging Face folder" in capsys.readouterr().out
 
@@ -36,4 +36,4 @@ def test_a_difference_is_exit_code_1_and_bad_input_2(tmp_path: Path, capsys: pyt
     assert main(["convert", "export", a, str(tmp_path / "out"), "--shard-size", "big"]) == 2
     assert "--shard-size: 'big' is not a file size; write 5GB or 500MB" in capsys.readouterr().err
     assert main(["convert", "import", a, b]) == 2
-    assert "output folder is already there" in capsys.readouterr().err
+    assert "output is already there" in capsys.readouterr().err
