@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from mcore_longctx.convert import import_hf
+from mcore_longctx.convert import Execution, import_hf
 from mcore_longctx.data import IndexedWriter
 from mcore_longctx.families import ModelShape, read_shape
 from mcore_longctx.formats.dcp_read import read_torch_dist
@@ -39,7 +39,7 @@ ROPE = RopeScaling(type="llama3", head_dim=16, rope_theta=10000.0, factor=2, ori
 def make_world(folder: Path) -> Path:
     """FOLDER/base, a torch_dist checkpoint with the model's own rope, and FOLDER/data/set, packed samples."""
     weights = {name: tensor * 0.05 if tensor.dim() > 1 else tensor * 0 + 1 for name, tensor in random_weights(CONFIG).items()}
-    import_hf(write_folder(folder / "hf", CONFIG, weights), folder / "base")
+    import_hf(write_folder(folder / "hf", CONFIG, weights), folder / "base", how=Execution(checksum=True))
     write_data(folder / "data")
     return folder
 
