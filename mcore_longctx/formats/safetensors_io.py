@@ -126,8 +126,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
 
 
 def _checked_entries(header: dict[str, Any], path: Path, *, data_start: int, file_size: int) -> dict[str, StoredTensor]:
-    notes = header.pop("__metadata__", None) or {}
-    if not isinstance(notes, dict) or not all(isinstance(note, str) for note in notes.values()):
+    notes = header.pop("__metadata__", None)
+    if notes is not None and not (isinstance(notes, dict) and all(isinstance(note, str) for note in notes.values())):
         raise CheckpointError("__metadata__ is not text by name", where=path, fix=_AGAIN)
     if len(header) > MAX_TENSORS:
         raise CheckpointError(f"{len(header):,} tensors, more than {MAX_TENSORS:,}", where=path)
