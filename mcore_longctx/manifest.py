@@ -23,6 +23,7 @@ from mcore_longctx.errors import CheckpointError, ConfigError
 __all__ = [
     "MANIFEST",
     "fsync_folder",
+    "fsync_tree",
     "is_alive",
     "partial_path",
     "read_manifest",
@@ -106,13 +107,7 @@ def staged_folder(final: Path) -> Iterator[Path]:
     partial.mkdir()
     try:
         yield partial
-        for path in sorted(partial.rglob("*")):
-            if path.is_dir():
-                fsync_folder(path)
-            elif path.is_file():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-        fsync_folder(partial)
+        fsync_tree(partial)
         if final.exists():
             raise ConfigError("output folder appeared while it was being written", where=final)
         partial.rename(final)
@@ -251,6 +246,17 @@ def fsync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def fsync_tree(folder: Path) -> None:
+    """Make everything in `folder` last, its names too."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir():
+            fsync_folder(path)
+        elif path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+    fsync_folder(folder)
 
 
 def _remove_leftovers(final: Path) -> None:

@@ -73,7 +73,10 @@ def _add_import(actions: Any) -> None:
 def _add_export(actions: Any) -> None:
     parser = actions.add_parser("export", help="torch_dist checkpoint -> Hugging Face folder")
     parser.add_argument(
-        "checkpoint", type=Path, metavar="CHECKPOINT", help="folder with .metadata, an iter_* or release folder, or the folder above"
+        "checkpoint",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="folder with .metadata, an iter_* or release folder, or the folder above",
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="Hugging Face folder to make")
     _add_config(parser)
@@ -84,7 +87,9 @@ def _add_export(actions: Any) -> None:
     )
     parser.add_argument("--from-master", action="store_true", help="take the optimizer's float32 weights in place of the model's")
     parser.add_argument(
-        "--quantize", choices=("fp8",), help="linear weights as float8_e4m3 with a scale a row (compressed-tensors); no GPU needed"
+        "--quantize",
+        choices=("fp8",),
+        help="linear weights as float8_e4m3 with a scale a row (compressed-tensors); no GPU needed",
     )
     _add_execution(parser)
 
@@ -112,7 +117,9 @@ def _add_inspect(actions: Any) -> None:
 
 
 def _add_check(actions: Any) -> None:
-    parser = actions.add_parser("check", help="what vLLM, SGLang and transformers will make of a Hugging Face folder; exit 1 on errors")
+    parser = actions.add_parser(
+        "check", help="what vLLM, SGLang and transformers will make of a Hugging Face folder; exit 1 on errors"
+    )
     parser.add_argument("path", type=Path, metavar="PATH", help="Hugging Face folder")
     parser.add_argument("--json", action="store_true", help="print as JSON")
 
@@ -146,7 +153,10 @@ def _add_rope(parser: argparse.ArgumentParser) -> None:
 
 def _add_dtype(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--dtype", choices=("keep", "bf16", "fp16", "fp32"), default="keep", help="element type of the weights (default: as they are)"
+        "--dtype",
+        choices=("keep", "bf16", "fp16", "fp32"),
+        default="keep",
+        help="element type of the weights (default: as they are)",
     )
 
 
@@ -157,9 +167,13 @@ def _add_execution(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="compare the source with its manifest's sha256 and list sha256 of what is written (reads everything once more)",
     )
-    parser.add_argument("--no-fsync", action="store_true", help="do not wait for the disk, as cp; a power cut may cost the output")
     parser.add_argument(
-        "--srun", action="store_true", help="this is one of the tasks of an srun step, which share the work; OUT is on a shared disk"
+        "--no-fsync", action="store_true", help="do not wait for the disk, as cp; a power cut may cost the output"
+    )
+    parser.add_argument(
+        "--srun",
+        action="store_true",
+        help="this is one of the tasks of an srun step, which share the work; OUT is on a shared disk",
     )
     parser.add_argument("--dry-run", action="store_true", help="say what would be written; reads headers only")
 

@@ -227,7 +227,7 @@ def test_a_second_run_on_the_same_output_is_refused_while_the_first_lives(tmp_pa
 
 
 def test_two_runs_at_the_same_moment_make_one_output(tmp_path: Path) -> None:
-    for number in range(15):
+    for number in range(40):
         made, out = make_plan(tmp_path / str(number), number), tmp_path / f"out{number}"
         codes = sorted(wait(pid) for pid in [forked(lambda made=made, out=out: run(made.plan, out)) for _ in range(3)])
         assert codes[0] == 0

@@ -33,7 +33,7 @@ from mcore_longctx.convert.copying.workers import Report, Work, end_with, run_ta
 from mcore_longctx.convert.disk import io_errors
 from mcore_longctx.convert.plans.plan import Plan
 from mcore_longctx.errors import CheckpointError, ConfigError, StoppedBySignal
-from mcore_longctx.manifest import fsync_folder
+from mcore_longctx.manifest import fsync_tree
 
 __all__ = ["Execution", "QuantizedRows", "Written", "execute"]
 
@@ -109,7 +109,7 @@ def execute(plan: Plan, out: Path, finish: Callable[[Path, Written], None], how:
             hashes = {plan.files[number].name: digest for number, digest in sorted(record.sha256.items())} if how.checksum else {}
             finish(partial.folder, Written(tuple(sums), hashes))
             if how.fsync:
-                _sync_tree(partial.folder)
+                fsync_tree(partial.folder)
             _refuse_existing(out)
             partial.rename()
         return True
@@ -205,16 +205,6 @@ def _check_sources(plan: Plan) -> None:
             raise CheckpointError(
                 "changed while it was read", where=source.path, fix="remove the unfinished output and run again"
             )
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in sorted(folder.rglob("*")):
-        if path.is_dir():
-            fsync_folder(path)
-        elif path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    fsync_folder(folder)
 
 
 @contextmanager

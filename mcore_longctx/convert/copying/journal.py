@@ -141,7 +141,7 @@ class Journal:
         """Open or make it, and lock it.
 
         Raises:
-            FileNotFoundError: it is not there, and not to be made.
+            FileNotFoundError: it is not there and not to be made, or its folder is not there.
             InUseError: another process holds it.
             CheckpointError: the file system knows no locks.
             StorageError: the file cannot be made.
@@ -151,7 +151,7 @@ class Journal:
             flags = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW | (os.O_CREAT if make else 0)
             self._descriptor = os.open(path, flags, 0o666)
         except OSError as error:
-            if not make and error.errno == errno.ENOENT:
+            if error.errno == errno.ENOENT:
                 raise
             raise storage_error(error, path) from None
         try:

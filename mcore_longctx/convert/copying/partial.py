@@ -53,7 +53,6 @@ class Partial:
     # ------------------------------------------------------------------ rank 0: take and prepare it
     def prepare(self) -> None:
         """Lock the folder, compare what its journal says with the plan, and make all files in their full size."""
-        self.out.parent.mkdir(parents=True, exist_ok=True)
         self._journal = self._lock()
         record = self.journal.read()
         names = {path.name for path in self.folder.iterdir() if not path.match(_JOURNALS)}
@@ -74,31 +73,44 @@ class Partial:
 
     def _lock(self) -> Journal:
         while True:
-            if os.path.lexists(self.aside):
-                journal = self._open(self.aside)
-                if not journal.still_there:  # a run that ended in between
-                    journal.close()
-                    continue
-                if self.folder.is_dir():
-                    journal.move(self.folder / journal_name(0))
-                    return journal
-                self._compare(journal.read().facts)  # of an output that has been moved since: a kill came before its removal
-                self.aside.unlink()
-                journal.close()
-            if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
-                raise self._foreign()
-            self.folder.mkdir(exist_ok=True)
-            names = {path.name for path in self.folder.iterdir()}
-            if os.path.lexists(self.aside):
-                continue
-            if names and journal_name(0) not in names:
-                raise self._foreign()
-            journal = self._open(self.folder / journal_name(0))
-            if journal.still_there:
-                return journal
-            journal.close()
             if os.path.lexists(self.out):
                 raise ConfigError("output is already there", where=self.out, fix="choose another name or remove it")
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                journal = self._lock_aside() or self._lock_inside()
+            except FileNotFoundError:  # a run that ended in between took it away
+                continue
+            if journal is not None:
+                return journal
+
+    def _lock_aside(self) -> Journal | None:
+        """The journal of a run that had everything and was killed before the output had its name."""
+        if not os.path.lexists(self.aside):
+            return None
+        journal = self._open(self.aside, make=False)
+        if journal.still_there and self.folder.is_dir():
+            journal.move(self.folder / journal_name(0))
+            return journal
+        if journal.still_there:
+            self._compare(journal.read().facts)  # of an output that has been moved since: a kill came before its removal
+            self.aside.unlink()
+        journal.close()
+        return None
+
+    def _lock_inside(self) -> Journal | None:
+        if self.folder.is_symlink() or (self.folder.exists() and not self.folder.is_dir()):
+            raise self._foreign()
+        self.folder.mkdir(exist_ok=True)
+        names = {path.name for path in self.folder.iterdir()}
+        if os.path.lexists(self.aside):
+            return None
+        if names and journal_name(0) not in names:
+            raise self._foreign()
+        journal = self._open(self.folder / journal_name(0))
+        if journal.still_there:
+            return journal
+        journal.close()
+        return None
 
     def _open(self, path: Path, *, make: bool = True) -> Journal:
         try:
