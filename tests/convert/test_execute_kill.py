@@ -162,10 +162,11 @@ def test_a_killed_worker_ends_the_run_in_one_line(made: Made, expected: dict[str
         return real(self, unit)
 
     monkeypatch.setattr(kernels.Copier, "copy", deadly)
+    before = set(children(os.getpid()))
     with pytest.raises(StorageError, match=r"a worker was killed by signal 9 .*; run it again to go on") as caught:
         run(made.plan, tmp_path / "out", workers=3, checksum=True)
     assert caught.value.exit_code == 1
-    assert children(os.getpid()) == []
+    assert set(children(os.getpid())) <= before
     monkeypatch.undo()
     monkeypatch.setattr(units, "UNIT_BYTES", 700)
     run(made.plan, tmp_path / "out", workers=2, checksum=True)

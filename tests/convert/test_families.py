@@ -57,7 +57,7 @@ def logits_of_all(folder: str) -> dict[tuple[str, str, int, int], Any]:
                 checkpoint = Path(folder) / name / "megatron"
                 config = json.loads((Path(folder) / name / "hf" / "config.json").read_text())
                 stock = stock_model(config, tp, pp)
-                load(stock, checkpoint)
+                load(stock, checkpoint, per_layer=False)
                 found["stock", name, tp, pp] = forward(stock, causal_mask())
                 card = read_card(checkpoint)
                 ours = build_gpt_model(card.shape, card.rope, parallel, precision="fp32", seq_length=LENGTH, seed=None)

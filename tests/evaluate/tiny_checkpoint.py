@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mcore_longctx.convert import import_hf
+from mcore_longctx.convert import Execution, import_hf
 from mcore_longctx.families import ModelShape
 from mcore_longctx.recipe.schema import EvaluateSection, LossByPositionSection, NeedleSection, Parallel, TokenCount
 from mcore_longctx.rope import RopeScaling, write_hf_rope
@@ -78,7 +78,7 @@ def make(folder: Path) -> Path:
     hf = folder / "hf"
     hf_model(OWN).save_pretrained(hf, safe_serialization=True)
     write_tokenizer(hf)
-    import_hf(hf, folder / "base")
+    import_hf(hf, folder / "base", how=Execution(checksum=True))
     (folder / "held-out.txt").write_text(held_out_text(), encoding="utf-8")
     return folder
 
