@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from mcore_longctx.convert import compare, export_hf, import_hf
 from mcore_longctx.evaluate import compare_logits
@@ -20,6 +21,22 @@ from tests.convert.test_megatron import load
 from tests.multiproc import run_processes
 
 LAYOUTS = ((1, 1), (2, 1), (1, 2), (2, 2))  # tensor x pipeline parallel, in four processes
+# rope_scaling and max_position_embeddings as a config.json has them
+ROPES: dict[str, tuple[dict[str, Any] | None, int]] = {
+    "plain": (None, 512),
+    "linear": ({"rope_type": "linear", "factor": 4.0}, 512),
+    "llama3": (
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "original_max_position_embeddings": 512,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+        },
+        4096,
+    ),
+    "yarn": ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}, 2048),
+}
 TOLERANCE = 1e-5  # of the largest logit, float32: order of sums
 
 
@@ -63,7 +80,22 @@ def logits_of_all(folder: str) -> dict[tuple[str, str, int, int], Any]:
                 ours = build_gpt_model(card.shape, card.rope, parallel, precision="fp32", seq_length=LENGTH, seed=None)
                 load_model_weights(ours, checkpoint)
                 found["ours", name, tp, pp] = forward(ours.eval(), None)
+                save(ours, Path(folder) / name / f"saved-tp{tp}-pp{pp}")
     return {key: logits.numpy() for key, logits in found.items() if logits is not None}
+
+
+def save(model: Any, folder: Path) -> None:
+    """Megatron's own save, written in the rank's process."""
+    import torch.distributed as dist
+    from megatron.core import dist_checkpointing
+
+    from mcore_longctx.train.checkpoint import _InThisProcess
+
+    if dist.get_rank() == 0:
+        folder.mkdir()
+    dist.barrier()
+    metadata = {"singleton_local_shards": False, "non_homogeneous_layers": False}
+    dist_checkpointing.save(model.sharded_state_dict(metadata=metadata), str(folder), _InThisProcess("torch_dist", 1))
 
 
 def stock_model(config: dict[str, Any], tp: int, pp: int) -> Any:
@@ -170,6 +202,59 @@ def test_a_round_trip_gives_the_same_bytes_and_a_folder_that_transformers_reads(
     model = AutoModelForCausalLM.from_pretrained(folder / "out", attn_implementation="eager", dtype=torch.float32).eval()
     with torch.no_grad():
         assert torch.equal(model(token_ids()).logits[0], imported[1][name])
+
+
+@pytest.mark.multiproc
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: "tp{}-pp{}".format(*layout))
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_megatron_saved_at_any_layout_leaves_with_the_same_bytes(
+    imported: Any, by_megatron: Any, tmp_path: Path, name: str, layout: tuple[int, int]
+) -> None:
+    folder = imported[0] / name
+    export_hf(folder / "saved-tp{}-pp{}".format(*layout), tmp_path / "out", config=folder / "hf")
+    assert read_weights(tmp_path / "out") == read_weights(folder / "hf")
+
+
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_with_every_rope_in_shards_leaves_with_the_same_bytes_and_frequencies(
+    imported: Any, tmp_path: Path, name: str, rope: str
+) -> None:
+    source = imported[0] / name / "hf"
+    config = json.loads((source / "config.json").read_text())
+    for spelling in ("rope_scaling", "rope_parameters", "rope_theta"):
+        config.pop(spelling, None)
+    config |= {"rope_theta": 500000.0, "rope_scaling": ROPES[rope][0], "max_position_embeddings": ROPES[rope][1]}
+    hf = in_shards(source, tmp_path / "hf", config)
+    import_hf(hf, tmp_path / "megatron", chunks_for_tp=2)
+    export_hf(tmp_path / "megatron", tmp_path / "out", shard_bytes=100_000)
+    assert read_weights(tmp_path / "out") == read_weights(source)
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
+    exported = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert torch.equal(frequencies(exported), frequencies(config))
+    assert compare(hf, tmp_path / "out").equal
+
+
+def in_shards(source: Path, folder: Path, config: dict[str, Any]) -> Path:
+    """The model of `source` in three files, with another config."""
+    folder.mkdir()
+    names = sorted(weights := load_file(source / "model.safetensors"))
+    places = {name: f"model-{number % 3 + 1:05d}-of-00003.safetensors" for number, name in enumerate(names)}
+    for file in set(places.values()):
+        save_file({name: weights[name] for name in names if places[name] == file}, folder / file, {"format": "pt"})
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def frequencies(config: dict[str, Any]) -> torch.Tensor:
+    """Inverse frequencies as transformers makes them of a config, whatever it thinks of the family's name."""
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+    sizes = ("hidden_size", "num_attention_heads", "head_dim", "rope_theta", "rope_scaling", "max_position_embeddings")
+    frequencies: torch.Tensor = LlamaRotaryEmbedding(LlamaConfig(**{key: config[key] for key in sizes if key in config})).inv_freq
+    return frequencies
 
 
 def test_skywork_leaves_as_the_llama_that_it_is(imported: Any) -> None:
