@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import struct
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def merge(a: Path, b: Path, out: Path, *, weights: tuple[float, float] = (0.5, 0
         a: Hugging Face folder, or torch_dist folder.
         b: another of the same format, shape, rope and tokenizer.
         out: folder to make.
-        weights: of A and of B; finite. They need not add up to 1.
+        weights: of A and of B; finite in float32. They need not add up to 1.
         how: workers, fsync, checksums; None: one process.
 
     Returns:
@@ -50,7 +51,7 @@ def merge(a: Path, b: Path, out: Path, *, weights: tuple[float, float] = (0.5, 0
 
     Raises:
         CheckpointError: one is missing, damaged or not what its manifest says.
-        ConversionError: they are not of one format, model, rope or tokenizer.
+        ConversionError: they are not of one format, model, rope or tokenizer, or a sum is too large for float32 or for A's type.
         ConfigError: a weight that is not finite, or `out` exists.
         StorageError: the disk is full or failed.
     """
@@ -88,8 +89,9 @@ class _Job:
 
 
 def _prepare(a: Path, b: Path, weights: tuple[float, float], *, hashes: bool) -> _Job:
-    if not all(math.isfinite(weight) for weight in weights):
-        raise ConfigError(f"weights {weights[0]} and {weights[1]}; expected two finite numbers", where="--weights")
+    if not all(_is_finite_float32(weight) for weight in weights):
+        what = f"weights {weights[0]} and {weights[1]}; expected two numbers that are finite in float32"
+        raise ConfigError(what, where="--weights")
     first, second = (open_checkpoint(path) for path in (a, b))
     _check_alike(first, second)
     for view in (first, second):
@@ -100,6 +102,13 @@ def _prepare(a: Path, b: Path, weights: tuple[float, float], *, hashes: bool) ->
     settings = {"layout": LAYOUT, "weights": list(weights), "shape": first.shape.as_dict(), "rope": first.rope.as_dict()}
     plan = Plan("merge", settings, tuple(files.values()), layout.files, layout.fills, layout.small)
     return _Job((first, second), layout, plan)
+
+
+def _is_finite_float32(number: float) -> bool:
+    try:
+        return math.isfinite(struct.unpack("<f", struct.pack("<f", number))[0])
+    except OverflowError:
+        return False
 
 
 def _check_alike(first: CheckpointView, second: CheckpointView) -> None:

@@ -27,7 +27,7 @@ def through(data: bytes, source: DType, target: DType, tmp_path: Path) -> bytes:
     (tmp_path / "t").write_bytes(data)
     rows = len(data) // source.itemsize
     tensor = TensorRows.stored(source, (rows,), tmp_path / "t", 0)
-    numbers = cast.numbers(tensor, (0, rows, 0, 1), OpenFiles(os.O_RDONLY))
+    numbers = cast.numbers(tensor, (0, rows, 0, 1), OpenFiles(os.O_RDONLY), name="t")
     return bytes(cast.stored(numbers, target, name="t"))
 
 
@@ -112,7 +112,7 @@ def test_a_blend_is_a_sum_in_float32_rounded_once(tmp_path: Path) -> None:
     sources.write()
     weights = (0.3, 0.45, 0.25)
     blend = Blend(tuple((tensor, weight) for (tensor, _), weight in zip(tensors, weights, strict=True)))
-    found = cast.numbers(blend, (2, 5, 1, 4), OpenFiles(os.O_RDONLY))
+    found = cast.numbers(blend, (2, 5, 1, 4), OpenFiles(os.O_RDONLY), name="t")
     parts = [
         torch.frombuffer(
             bytearray(cut_box(data, tensor.dtype.itemsize, 7, (2, 5, 1, 4))), dtype=getattr(torch, tensor.dtype.name)

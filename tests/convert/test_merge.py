@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mcore_longctx.convert import export_hf, import_hf, merge, plan_merge
-from mcore_longctx.errors import CheckpointError, ConfigError, LongctxError
+from mcore_longctx.errors import CheckpointError, ConfigError, ConversionError, LongctxError
 from mcore_longctx.formats.dcp_read import read_torch_dist
 from mcore_longctx.manifest import sha256_file, verify_manifest, write_manifest
 from mcore_longctx.recipe import CheckpointCard, read_card, write_card
@@ -152,11 +152,42 @@ def test_what_does_not_belong_together_is_refused(
     assert message.format(folder=tmp_path) in refused(tmp_path)
 
 
-@pytest.mark.parametrize("weights", [(math.nan, 0.5), (0.5, math.inf)])
+@pytest.mark.parametrize("weights", [(math.nan, 0.5), (0.5, math.inf), (1e39, 0.0), (0.5, -3.5e38)])
 def test_weights_must_be_finite(tmp_path: Path, weights: tuple[float, float]) -> None:
     write_folder(tmp_path / "a", CONFIG)
     write_folder(tmp_path / "b", CONFIG)
-    assert "expected two finite numbers" in refused(tmp_path, weights=weights)
+    assert "--weights: weights" in (line := refused(tmp_path, weights=weights))
+    assert line.endswith("expected two numbers that are finite in float32")
+
+
+@pytest.mark.parametrize("target", ["float32", "bfloat16", "float64"])
+@pytest.mark.parametrize(
+    ("x", "y", "weights"), [(2.0, 2.0, (3e38, 3e38)), (4.0, 4.0, (3e38, -3e38)), (1e300, 1.0, (0.5, 0.5)), (1.0, 1e300, (0.5, 0.0))]
+)
+def test_a_sum_that_is_not_finite_though_its_parts_are_is_refused(
+    tmp_path: Path, x: float, y: float, weights: tuple[float, float], target: str
+) -> None:
+    parts = {name: random_weights(CONFIG, "float64" if max(x, y) > 1e38 else target, seed=1) for name in "ab"}
+    for name, number in (("a", x), ("b", y)):
+        parts[name] = {key: tensor.clone().fill_(0.0) for key, tensor in parts[name].items()}
+        parts[name]["model.norm.weight"][3] = number
+        write_folder(tmp_path / name, CONFIG, parts[name])
+    with pytest.raises(ConversionError, match=r"^model\.norm\.weight: 1 of \d+ sums looked at are too large for float32"):
+        merge(tmp_path / "a", tmp_path / "b", tmp_path / "out", weights=weights)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_is_not_finite_in_a_part_may_be_so_in_the_sum(tmp_path: Path) -> None:
+    a, b = random_weights(CONFIG, "float32", seed=1), random_weights(CONFIG, "float32", seed=2)
+    a["model.norm.weight"][:3] = torch.tensor([math.inf, math.nan, -math.inf])
+    b["model.norm.weight"][:3] = torch.tensor([-math.inf, 1.0, 1.0])
+    for name, weights in (("a", a), ("b", b)):
+        write_folder(tmp_path / name, CONFIG, weights)
+    merge(tmp_path / "a", tmp_path / "b", tmp_path / "out")
+    data = read_weights(tmp_path / "out")["model.norm.weight"][2]
+    found = torch.frombuffer(bytearray(data), dtype=torch.float32)
+    assert found[:2].isnan().all()
+    assert found[2] == -math.inf
 
 
 def test_an_output_that_exists_is_refused_and_kept(tmp_path: Path) -> None:

@@ -30,18 +30,31 @@ def widen(data: bytes | bytearray, dtype: DType) -> np.ndarray[Any, np.dtype[np.
     return np.frombuffer(data, _NUMPY[dtype.name]).astype(np.float64)
 
 
-def numbers(source: TensorRows | Blend, box: Box, files: OpenFiles) -> Numbers:
+def numbers(source: TensorRows | Blend, box: Box, files: OpenFiles, *, name: str) -> Numbers:
     """The elements of a box, as float32 (exactly; float64 stays what it is), or the weighted sum of several tensors.
 
     Returns:
         [rows x columns], row-major. A sum is made in float32, part after part, in the order of the parts.
+
+    Raises:
+        ConversionError: a sum that is not finite where all its parts are: a number or a weight too large for float32.
     """
     if isinstance(source, TensorRows):
         return _read(source, box, files)
     total = np.zeros(box[1] * box[3], np.float32)
-    with np.errstate(over="ignore", invalid="ignore"):  # what becomes infinite is found when it is stored
+    with np.errstate(over="ignore", invalid="ignore"):  # looked for below: nothing later could tell it from an infinite source
         for tensor, weight in source.parts:
             total += _read(tensor, box, files).astype(np.float32) * np.float32(weight)
+    lost = ~np.isfinite(total)
+    if lost.any():
+        for tensor, _ in source.parts:
+            lost &= np.isfinite(_read(tensor, box, files))
+    if lost.any():
+        raise ConversionError(
+            f"{int(lost.sum()):,} of {total.size:,} sums looked at are too large for float32, though all numbers in them are finite",
+            where=name,
+            fix="choose smaller weights",
+        )
     return total
 
 

@@ -188,7 +188,7 @@ class Copier:
         for first, count in bands(part.rows, step):
             self.pause()
             row = fill.row + part.first + first
-            numbers = cast.numbers(fill.source, (row, count, fill.column, fill.columns), self.sources)
+            numbers = cast.numbers(fill.source, (row, count, fill.column, fill.columns), self.sources, name=fill.name)
             begin = part.offset + first * part.row_bytes
             if fill.scales is None:
                 write_all(descriptor, cast.stored(numbers, fill.dtype, name=fill.name), begin, target)
