@@ -63,6 +63,13 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "mla": (False,),
     "kv_lora_rank": (0,),
     "q_lora_rank": (0,),  # DeepSeek: latent attention
+    # keys that transformers itself heeds in whatever model has them (4.57 and 5.23; `modeling_utils`, `masking_utils`, `cache_utils`)
+    "is_causal": (True,),  # false: every token sees those after it
+    "per_layer_config": ({}, []),  # sizes of single layers
+    "pruned_heads": ({},),
+    "num_kv_shared_layers": (0,),
+    "kv_sharing_modes": ([],),
+    "transformers_weights": (),  # another file than the one that is read here
 }
 _MIXTURE = ("num_experts", "num_local_experts", "n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_")
 _OTHER_MODELS = {
@@ -133,8 +140,14 @@ def check_architecture(config: Mapping[str, Any], where: object, known: tuple[st
             )
 
 
-def refuse_sliding_window(config: Mapping[str, Any], where: object) -> None:
-    """Raise ConfigError for a sliding window that is on."""
+def refuse_sliding_window(config: Mapping[str, Any], where: object, *, default: int | None = None) -> None:
+    """Raise ConfigError for a sliding window that is on. `default`: what transformers takes where config.json does not say."""
+    if default is not None and "sliding_window" not in config:
+        raise ConfigError(
+            f"sliding_window is missing, and transformers then takes {default:,}",
+            where=where,
+            fix="set it to null if the model has no window",
+        )
     if config.get("sliding_window") is not None:
         raise ConfigError(
             f"sliding_window is {_short(config['sliding_window'])}, and attention here sees every token before it: another model",

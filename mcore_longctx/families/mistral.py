@@ -15,7 +15,7 @@ __all__ = ["MISTRAL"]
 
 def _read(config: Mapping[str, Any], where: object) -> ModelShape:
     """The window of the first 7B is refused, not dropped: with it a layer sees 4,096 tokens, without it all of them."""
-    refuse_sliding_window(config, where)
+    refuse_sliding_window(config, where, default=4096)
     return read_sizes(config, where, family="mistral")
 
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mcore_longctx.families.family import Family
-from mcore_longctx.families.hf_config import read_sizes
+from mcore_longctx.families.hf_config import read_sizes, refuse_sliding_window
 from mcore_longctx.families.llama import LLAMA
 from mcore_longctx.families.shape import ModelShape
 
@@ -21,6 +21,7 @@ __all__ = ["SKYWORK"]
 
 
 def _read(config: Mapping[str, Any], where: object) -> ModelShape:
+    refuse_sliding_window(config, where)
     return read_sizes(config, where, family="llama")
 
 

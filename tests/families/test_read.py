@@ -33,7 +33,8 @@ TYPES = ("llama", "mistral", "qwen2", "qwen3", "skywork")
 
 
 def config_of(model_type: str, **changes: Any) -> dict[str, Any]:
-    return {"model_type": model_type, **BASE, **changes}
+    window = {"sliding_window": None} if model_type == "mistral" else {}  # transformers' default is a window of 4,096
+    return {"model_type": model_type, **BASE, **window, **changes}
 
 
 # From the published config.json files: sizes, and keys that must not disturb.
@@ -62,8 +63,7 @@ def test_names_and_shapes_are_those_of_transformers(model_type: str, changes: di
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    window = {"sliding_window": None} if model_type == "mistral" else {}
-    config = AutoConfig.for_model(**config_for_export(config_of(model_type, **changes, **window)))
+    config = AutoConfig.for_model(**config_for_export(config_of(model_type, **changes)))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     tied = {"lm_head.weight"} if changes.get("tie_word_embeddings") else set()
@@ -83,6 +83,7 @@ def test_names_and_shapes_are_those_of_transformers(model_type: str, changes: di
         {"num_experts": 0, "num_local_experts": None, "quantization_config": None, "partial_rotary_factor": 1},
         {"is_encoder_decoder": False, "vision_config": None, "a_key_of_tomorrow": {"x": [1, 2]}, "attention_dropout": 0.1},
         {"hidden_act": None},
+        {"is_causal": True, "is_decoder": False, "pruned_heads": {}, "num_kv_shared_layers": None},
     ],
     ids=lambda changes: next(iter(changes)),
 )
@@ -111,6 +112,16 @@ def test_keys_that_change_nothing_pass(model_type: str, harmless: dict[str, Any]
         ({"use_qk_norm": True}, "use_qk_norm is True: it changes"),
         ({"no_rope_layers": [1, 0]}, "no_rope_layers is [1, 0]: it changes"),
         ({"rope_interleaved": True}, "rope_interleaved is True: it changes"),
+        ({"is_causal": False}, "is_causal is False: it changes"),
+        ({"is_causal": 0}, "is_causal is 0: it changes"),
+        (
+            {"per_layer_config": {"0": {"num_key_value_heads": 1}}},
+            "per_layer_config is {'0': {'num_key_value_heads': 1}}: it changes",
+        ),
+        ({"pruned_heads": {"0": [1]}}, "pruned_heads is {'0': [1]}: it changes"),
+        ({"num_kv_shared_layers": 1}, "num_kv_shared_layers is 1: it changes"),
+        ({"kv_sharing_modes": ["own", "reuse"]}, "kv_sharing_modes is ['own', 'reuse']: it changes"),
+        ({"transformers_weights": "other.safetensors"}, "transformers_weights is 'other.safetensors': it changes"),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', only 'silu' is supported"),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is not 1; partly rotated heads are not supported"),
         (
@@ -159,6 +170,12 @@ def test_what_changes_the_mathematics_or_has_no_place_is_refused_by_name(
             config_of("mistral", sliding_window=4096),
             "sliding_window is 4,096, and attention here sees every token before it: another model; set sliding_window to null",
         ),
+        (
+            {key: value for key, value in config_of("mistral").items() if key != "sliding_window"},
+            "sliding_window is missing, and transformers then takes 4,096; set it to null if the model has no window",
+        ),
+        (config_of("llama", sliding_window=4096), "sliding_window is 4,096, and attention here sees every token before it"),
+        (config_of("skywork", sliding_window=4096), "sliding_window is 4,096, and attention here sees every token before it"),
         (config_of("qwen2", use_sliding_window=True), "use_sliding_window is true: attention here sees every token before it"),
         (config_of("qwen3", use_sliding_window=True), "use_sliding_window is true: attention here sees every token before it"),
         (config_of("qwen3", attention_bias=True), "attention_bias is true: Megatron has no matching layer; see docs/families.md"),
