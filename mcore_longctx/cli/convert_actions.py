@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,10 +70,13 @@ def merge(args: argparse.Namespace) -> int:
 def verify(args: argparse.Namespace) -> int:
     """Compare two checkpoints; 1 if they differ."""
     from mcore_longctx.convert import compare
+    from mcore_longctx.convert.disk import io_errors
     from mcore_longctx.manifest import write_atomic
 
     if args.text is not None and not args.logits:
         raise ConfigError("--text compares log-probabilities", where="convert verify", fix="give --logits, too")
+    if args.json_file is not None:
+        _check_file(args.json_file)
     report = compare(args.first, args.second, config=args.config)
     equal, facts, texts = report.equal, report.as_dict(), [report.text()]
     if args.logits:
@@ -83,7 +87,8 @@ def verify(args: argparse.Namespace) -> int:
         texts.append(logits.text())
     text = json.dumps(facts, indent=1)
     if args.json_file is not None:
-        write_atomic(args.json_file, text + "\n")
+        with io_errors():
+            write_atomic(args.json_file, text + "\n")
     print(text if args.json else "\n".join(texts))
     return 0 if equal else 1
 
@@ -109,9 +114,18 @@ def check(args: argparse.Namespace) -> int:
 def _execution(args: argparse.Namespace) -> Execution:
     from mcore_longctx.convert import Execution
 
-    if args.workers < 1:
-        raise ConfigError(f"--workers {args.workers}: expected 1 or more", where="convert")
     return Execution(workers=args.workers, fsync=not args.no_fsync, checksum=args.checksum, srun=args.srun)
+
+
+def _check_file(path: Path) -> None:
+    """Raise ConfigError where no file can be written: a comparison may take long."""
+    folder = path.absolute().parent
+    if path.is_dir():
+        raise ConfigError("is a folder", where=path, fix="name a file")
+    if not folder.is_dir():
+        raise ConfigError("its folder is not there", where=path, fix="make the folder")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError("its folder cannot be written", where=path, fix="choose another")
 
 
 def _rope(spec: str | None, source: Path, config: Path | None) -> RopeScaling | None:
@@ -169,7 +183,8 @@ def _weights(text: str) -> tuple[float, float]:
 def _parse_bytes(text: str) -> int:
     """Bytes from `5GB`, `500MB`, `1000000` (decimal units, as transformers counts them)."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(|KB|MB|GB)", text.strip(), re.IGNORECASE)
-    size = int(float(match[1]) * {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}[match[2].upper()]) if match else 0
-    if size < 1:
-        raise ConfigError(f"{text!r} is not a file size", where="--shard-size", fix="write 5GB or 500MB")
-    return size
+    size = float(match[1]) * {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}[match[2].upper()] if match else 0.0
+    if not 1 <= size < 2**63:
+        shown = text if len(text) <= 40 else f"{text[:37]}..."
+        raise ConfigError(f"{shown!r} is not a file size", where="--shard-size", fix="write 5GB or 500MB")
+    return int(size)

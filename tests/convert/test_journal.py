@@ -57,7 +57,7 @@ def units_copied(made: Made, out: Path, patch: pytest.MonkeyPatch, **how: object
 
 # ------------------------------------------------------------------ torn and damaged
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(part=st.floats(0, 1), tail=st.sampled_from([b"", b"\0\0\0\0", b"\xff{", b'{"unit": "x"}\n', b'{"unit": 3\n', b"[]\n"]))
+@given(part=st.floats(0, 1), tail=st.sampled_from([b"", b"\0\0\0\0", b"\xff{", b'{"unit": "x"}\n', b'{"unit": 1e400}\n', b'{"unit": 3\n', b"[]\n"]))
 def test_a_journal_that_ends_anywhere_leads_to_the_same_bytes(part: float, tail: bytes, tmp_path_factory) -> None:
     folder = tmp_path_factory.mktemp("torn")
     made = make_plan(folder / "sources", 12, tensors=8, size=60)
@@ -77,6 +77,13 @@ def test_no_bytes_break_the_reader(data: bytes, start: str) -> None:
     read_record(data, start)
     read_record(first + data, start)
     assert read_record(first + b'{"unit": 4}\n' + data, start).units[4] == []
+
+
+@pytest.mark.parametrize("line", [b'{"unit": 1e400}', b'{"unit": -1e400}', b'{"file": 1e400, "sha256": ""}', b'{"unit": NaN}'])
+def test_a_number_that_is_none_is_damage(line: bytes) -> None:
+    first = b'{"journal": 1, "plan": "p"}\n{"start": "", "fsync": true}\n'
+    record = read_record(first + line + b'\n{"unit": 4}\n', "")
+    assert (record.units, record.sha256, record.readable) == ({}, {}, len(first))
 
 
 def test_only_whole_lines_count() -> None:

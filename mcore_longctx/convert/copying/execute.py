@@ -37,6 +37,7 @@ from mcore_longctx.manifest import fsync_tree
 
 __all__ = ["Execution", "QuantizedRows", "Written", "execute"]
 
+MOST_WORKERS = 256  # each is a process and a pipe of this one, which may have 1,024 files open
 SYNC_BYTES = 256 << 20  # a worker makes what it wrote last, and reports it, about so often
 
 
@@ -45,7 +46,7 @@ class Execution:
     """How a plan is carried out; none of it changes a byte of the output.
 
     Attributes:
-        workers: processes on this machine.
+        workers: processes on this machine, at most MOST_WORKERS.
         fsync: make files last before they get their name. False: as `cp` does; a crash of the machine may lose an output that
             looks finished (a killed process does not).
         checksum: hash what is written (the manifest then holds sha256 of every file).
@@ -56,6 +57,11 @@ class Execution:
     fsync: bool = True
     checksum: bool = False
     srun: bool = False
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError where there are too few or too many workers."""
+        if not 1 <= self.workers <= MOST_WORKERS:
+            raise ConfigError(f"{self.workers:,} workers; expected 1 to {MOST_WORKERS}", where="--workers")
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,7 @@ def read_record(data: bytes, start: str) -> Record:
                 record.failed = str(entry["failed"]) if ours else ""
             elif trusted:
                 _take(entry, record, ours=ours)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             break
         record.readable += len(line) + 1
     return record

@@ -22,6 +22,7 @@ from mcore_longctx.formats.torch_archive import object_item, tensor_frame
 __all__ = ["TorchDistLayout", "padded_vocab_size", "plan_torch_dist"]
 
 FILE_BYTES = 4 << 30  # a new .distcp file is begun after this many bytes
+MOST_VOCAB_MULTIPLE = 1 << 20  # more rows than any vocabulary has
 NO_STATE = [None]  # the object that megatron-core stores for a module without extra state
 
 
@@ -76,10 +77,12 @@ def padded_vocab_size(shape: ModelShape, multiple: int, chunks_for_tp: int) -> i
     """Rows of the embedding as Megatron pads it: the next multiple of `multiple` x TP (make_vocab_size_divisible_by).
 
     Raises:
-        ConfigError: a multiple or a size that is not positive.
+        ConfigError: a multiple or a size that is not positive, or a multiple beyond any vocabulary.
     """
-    if multiple < 1:
-        raise ConfigError(f"a vocabulary multiple of {multiple}; expected 1 or more", where="--vocab-multiple")
+    if not 1 <= multiple <= MOST_VOCAB_MULTIPLE:
+        raise ConfigError(
+            f"a vocabulary multiple of {multiple:,}; expected 1 to {MOST_VOCAB_MULTIPLE:,}", where="--vocab-multiple"
+        )
     if chunks_for_tp < 1:
         raise ConfigError(f"chunks for {chunks_for_tp} tensor-parallel ranks; expected 1 or more", where="--chunks-for-tp")
     step = multiple * chunks_for_tp
