@@ -12,6 +12,7 @@ from mcore_longctx.convert.disk import io_errors
 from mcore_longctx.convert.outputs import (
     LAYOUT,
     check_manifest,
+    dtype_option,
     settings_folder,
     source_files,
     target_dtype,
@@ -136,12 +137,12 @@ def _prepare(
     name = dtype or max(dtypes, key=lambda found: dtypes[found])
     settings = {
         "layout": LAYOUT,
-        "config": export_config(view, rope=rope or view.rope, dtype=name, quantization=quantization),
-        "rope": (rope or view.rope).as_dict(),
-        "dtype": dtype,
-        "shard_bytes": shard_bytes,
-        "from_master": from_master,
+        "dtype": dtype_option(dtype),
+        "shard-size": shard_bytes,
+        "from-master": from_master,
         "quantize": quantize,
+        "rope": (rope or view.rope).as_dict(),
+        "config": export_config(view, rope=rope or view.rope, dtype=name, quantization=quantization),
     }
     plan = Plan("export", settings, source_files(view), layout.files, layout.fills, layout.small)
     return _Job(view, rope or view.rope, name, quantization, layout, plan)

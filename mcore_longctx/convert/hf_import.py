@@ -10,6 +10,7 @@ from mcore_longctx.convert.disk import io_errors
 from mcore_longctx.convert.outputs import (
     LAYOUT,
     check_manifest,
+    dtype_option,
     source_files,
     target_dtype,
     write_checkpoint_files,
@@ -123,13 +124,13 @@ def _prepare(
     )
     settings = {
         "layout": LAYOUT,
-        "shape": view.shape.as_dict(),
+        "dtype": dtype_option(dtype),
+        "chunks-for-tp": chunks_for_tp,
+        "vocab-multiple": vocab_multiple,
+        "layer-keys": "stacked" if stacked else "per-layer",
         "rope": (rope or view.rope).as_dict(),
-        "rope_changed": rope is not None,
-        "dtype": dtype,
-        "chunks_for_tp": chunks_for_tp,
-        "stacked": stacked,
-        "vocab_rows": vocab_rows,
+        "rope given": rope is not None,
+        "shape": view.shape.as_dict(),
     }
     plan = Plan("import", settings, source_files(view), layout.files, layout.fills, layout.small)
     return _Job(view, rope or view.rope, layout, plan)

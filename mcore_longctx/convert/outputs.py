@@ -22,6 +22,7 @@ from mcore_longctx.recipe import CARD, CheckpointCard, write_card
 __all__ = [
     "LAYOUT",
     "check_manifest",
+    "dtype_option",
     "settings_folder",
     "source_files",
     "target_dtype",
@@ -39,6 +40,11 @@ def target_dtype(name: str | None) -> DType | None:
     if name not in WEIGHT_DTYPES:
         raise ConfigError(f"dtype {name!r} is none of {', '.join(WEIGHT_DTYPES)}", where="--dtype")
     return BY_TORCH[name]
+
+
+def dtype_option(name: str | None) -> str:
+    """`--dtype` as the user writes it: `keep`, `bf16`, ..., for the settings of a plan."""
+    return {None: "keep", "bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}.get(name, str(name))
 
 
 def check_manifest(view: CheckpointView, *, hashes: bool) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from mcore_longctx.cli.main import main
+from mcore_longctx.errors import StorageError
 from tests.convert.hf_folders import llama_config, read_weights, write_folder
 
 
@@ -67,3 +68,42 @@ def test_a_result_that_cannot_be_written_is_said_before_the_comparison(
     assert main(["convert", "verify", hf, hf, "--json-file", str(file)]) == 2
     what = "is a folder; name a file" if place == "." else "its folder is not there; make the folder"
     assert capsys.readouterr().err == f"mcore-longctx: {file}: {what}\n"
+
+
+@pytest.mark.parametrize(
+    ("action", "first", "then", "what"),
+    [
+        ("import", [], ["--dtype", "bf16"], "dtype was keep, now bf16"),
+        ("import", ["--dtype", "fp16"], [], "dtype was fp16, now keep"),
+        ("import", [], ["--layer-keys", "per-layer"], "layer-keys was stacked, now per-layer"),
+        ("import", [], ["--chunks-for-tp", "2"], "chunks-for-tp was 1, now 2"),
+        ("import", [], ["--vocab-multiple", "1"], "vocab-multiple was 128, now 1"),
+        ("import", [], ["--rope", "linear:2"], "rope.type was none, now linear"),
+        ("export", [], ["--dtype", "bf16"], "dtype was keep, now bf16"),
+        ("export", [], ["--shard-size", "1MB"], "shard-size was 5000000000, now 1000000"),
+        ("export", [], ["--quantize", "fp8"], "quantize was None, now fp8"),
+        ("export", ["--rope", "linear:2"], ["--rope", "linear:4"], "rope.factor was 2.0, now 4.0"),
+    ],
+)
+def test_another_command_than_the_one_that_was_killed_is_told_by_its_option(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, action, first, then, what
+) -> None:
+    source = write_folder(tmp_path / "hf", llama_config())
+    if action == "export":
+        assert main(["convert", "import", str(source), str(tmp_path / "checkpoint")]) == 0
+        source = tmp_path / "checkpoint"
+    base = ["convert", action, str(source), str(tmp_path / "base")]
+
+    def stop(*_: object) -> None:
+        raise StorageError("no power", where="here")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mcore_longctx.convert.copying.kernels.Copier.copy", stop)
+        assert main([*base, *first]) == 1
+    capsys.readouterr()
+    assert main([*base, *then]) == 2
+    said = f"base.partial: belongs to a run with other inputs ({what}); remove it, or choose another output"
+    assert capsys.readouterr().err == f"mcore-longctx: {tmp_path}/{said}\n"
+    if (action, then) == ("import", ["--dtype", "bf16"]):
+        assert f"\n    {said}\n" in (Path(__file__).parents[2] / "docs" / "convert.md").read_text()
+    assert main([*base, *first]) == 0

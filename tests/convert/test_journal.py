@@ -160,6 +160,7 @@ def test_what_changed_is_named(made: Made, tmp_path: Path) -> None:
 
     refused(plan, "dtype was None, now keep")
     refused(replace(made.plan, settings={"seed": 13}), "seed was 12, now 13")
+    refused(replace(made.plan, settings={"seed": 12, "config": {"torch_dtype": "x"}}), "config was None, now {'torch_dtype': 'x'}")
     refused(replace(made.plan, kind="import"), "it was export, now import")
     touched = (replace(first, mtime_ns=first.mtime_ns + 1), *made.plan.sources[1:])
     refused(replace(made.plan, sources=touched), f"{first.path} changed")
@@ -169,6 +170,22 @@ def test_what_changed_is_named(made: Made, tmp_path: Path) -> None:
     refused(replace(made.plan, fills=moved), "its units of work are others")
     run(made.plan, out)
     made.check(out)
+
+
+def test_settings_inside_settings_are_compared_key_by_key(made: Made) -> None:
+    config = {"a": 1, "long": "x" * 70 + "1", "rope": {"type": "none", "factors": (1.0, 2.0)}}
+
+    def between(new: object) -> str | None:
+        plans = (replace(made.plan, settings={"dtype": "keep", "config": value}) for value in (config, new))
+        old, now = (units.facts_of(plan) for plan in plans)
+        return units.difference(json.loads(json.dumps(old)), now)
+
+    assert between(dict(config)) is None
+    assert between(config | {"a": 2}) == "config.a was 1, now 2"
+    assert between(config | {"b": 2}) == "config.b was None, now 2"
+    assert between({"long": config["long"], "rope": config["rope"]}) == "config.a was 1, now None"
+    assert between(config | {"long": "x" * 70 + "2"}) == "config.long changed"
+    assert between(config | {"rope": {"type": "yarn", "factors": (1.0, 2.0)}}) == "config.rope.type was none, now yarn"
 
 
 @pytest.mark.parametrize("change", ["name", "row", "column", "dtype", "source", "scales", "file size"])

@@ -213,7 +213,7 @@ def test_a_plan_writes_every_byte_once_but_the_padding(tmp_path: Path) -> None:
             ends[file] = offset + length
         assert [ends[number] for number in range(len(plan.files))] == [file.bytes for file in plan.files]
         itemsize = plan.fills[0].dtype.itemsize
-        rows = {1: 125, 2: 125, 4: 381}.get(plan.settings.get("chunks_for_tp", 0), 0)  # 131 rows to 256 and 512
+        rows = {1: 125, 2: 125, 4: 381}.get(plan.settings.get("chunks-for-tp", 0), 0)  # 131 rows to 256 and 512
         assert holes == 2 * rows * 32 * itemsize
         assert [(fill.file, fill.offset) for fill in plan.fills] == sorted((fill.file, fill.offset) for fill in plan.fills)
 

@@ -7,8 +7,9 @@ restart.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,7 +80,7 @@ def facts_of(plan: Plan) -> dict[str, Any]:
         "version": __version__,
         "plan": _hash(plan),
         "kind": plan.kind,
-        "settings": dict(plan.settings),
+        "settings": json.loads(json.dumps(dict(plan.settings))),  # as the journal gives it back: lists, not tuples
         "sources": [[os.fspath(file.path.absolute()), file.bytes, file.mtime_ns] for file in plan.sources],
     }
 
@@ -90,10 +91,9 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
         return None
     if old["kind"] != new["kind"]:
         return f"it was {old['kind']}, now {new['kind']}"
-    for name in (*new["settings"], *old["settings"]):
-        before, now = (facts["settings"].get(name) for facts in (old, new))
-        if before != now:
-            return f"{name} was {_short(before)}, now {_short(now)}"
+    setting = _changed_setting(old["settings"], new["settings"], "")
+    if setting is not None:
+        return setting
     before, now = ({path: state for path, *state in facts["sources"]} for facts in (old, new))
     for path in (*now, *before):
         if path not in before or path not in now:
@@ -103,6 +103,20 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> str | None:
     if old["version"] != new["version"]:
         return f"it was made by version {old['version']}"
     return "its units of work are others"
+
+
+def _changed_setting(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str) -> str | None:
+    """The first setting that has another value, by the name of its innermost key: `config.rope_theta was 500000.0, now 10000.0`."""
+    for name in dict.fromkeys((*new, *old)):
+        before, now = (settings.get(name) for settings in (old, new))
+        if isinstance(before, dict) and isinstance(now, dict):
+            inner = _changed_setting(before, now, f"{prefix}{name}.")
+            if inner is not None:
+                return inner
+        elif before != now:
+            was, is_now = _short(before), _short(now)
+            return f"{prefix}{name} changed" if was == is_now else f"{prefix}{name} was {was}, now {is_now}"
+    return None
 
 
 def _short(value: object) -> str:
