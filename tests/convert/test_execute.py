@@ -265,9 +265,22 @@ def test_too_little_space_is_said_before_anything_is_written(tmp_path: Path, mon
     real = os.statvfs(tmp_path)
     free = made.plan.bytes - 1
     monkeypatch.setattr(os, "statvfs", lambda _: type("S", (), {"f_bavail": free, "f_frsize": 1, "f_bsize": real.f_bsize}))
-    refused(StorageError, made, tmp_path / "out", "out: needs .* are free on its file system; free some space")
-    assert not list((tmp_path / "out.partial").glob("weights-*"))
+    for out in (tmp_path / "out", tmp_path / "new" / "folder" / "out"):
+        before = sorted(tmp_path.rglob("*"))
+        refused(StorageError, made, out, "out: needs .* are free on its file system; free some space")
+        assert sorted(tmp_path.rglob("*")) == before
     monkeypatch.undo()
+    assert run(made.plan, tmp_path / "out")
+
+
+def test_too_little_space_to_go_on_keeps_what_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = make_plan(tmp_path, 1)
+    stop_after(made, tmp_path / "out", 2)
+    before = {path: path.read_bytes() for path in (tmp_path / "out.partial").iterdir()}
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "statvfs", lambda _: type("S", (), {"f_bavail": -1, "f_frsize": 1}))
+        refused(StorageError, made, tmp_path / "out", "out: needs .* are free on its file system; free some space")
+    assert {path: path.read_bytes() for path in (tmp_path / "out.partial").iterdir()} == before
     assert run(made.plan, tmp_path / "out")
 
 

@@ -245,11 +245,25 @@ def test_a_finished_output_that_was_moved_does_not_stop_the_next(made: Made, tmp
 
     assert wait(forked(killed)) == -signal.SIGKILL
     made.check(out)
-    first = hashes(out)
+    first, aside = hashes(out), tmp_path / "out.partial-journal"
     with pytest.raises(ConfigError, match="out: output is already there"):
         run(made.plan, out)
+    left = aside.read_bytes()
     out.rename(tmp_path / "moved")
     run(made.plan, out)
     assert hashes(out) == first
-    assert not (tmp_path / "out.partial-journal").exists()
+    assert not aside.exists()
+    out.rename(tmp_path / "moved too")
+    aside.write_bytes(left)
+    other = make_plan(tmp_path / "other", 3)  # whose leftover it is does not matter: it is finished
+    run(other.plan, out)
+    other.check(out)
+    assert not aside.exists()
+    out.rename(tmp_path / "moved again")
+    for text in (b"", b"mine", left[: left.index(b'{"complete"')]):
+        aside.write_bytes(text)
+        with pytest.raises(ConfigError, match=r"out\.partial-journal: is in the way: not what .*; move it away"):
+            run(made.plan, out)
+        assert aside.read_bytes() == text
+    aside.unlink()
     assert journal.journal_name(3) == "journal-3.jsonl"

@@ -44,6 +44,7 @@ class Record:
         units: those that are done, with what they quantised.
         sha256: of files that were hashed, by number.
         complete: everything is done; the sums of all units are in `sums`.
+        ended: that was said, whether it is believed or not.
         failed: what a process said when it gave up in this start.
         bytes: how long the journals are; grows while their processes live.
         readable: how many of them are before the first line that is damaged.
@@ -55,6 +56,7 @@ class Record:
     units: dict[int, list[QuantizedRows]] = field(default_factory=dict)
     sha256: dict[int, str] = field(default_factory=dict)
     complete: bool = False
+    ended: bool = False
     sums: list[QuantizedRows] = field(default_factory=list)
     failed: str = ""
     bytes: int = 0
@@ -104,8 +106,10 @@ def read_record(data: bytes, start: str) -> Record:
                 trusted = ours or entry["fsync"] is True
             elif "failed" in entry:
                 record.failed = str(entry["failed"]) if ours else ""
-            elif trusted:
-                _take(entry, record, ours=ours)
+            else:
+                record.ended |= "complete" in entry
+                if trusted:
+                    _take(entry, record, ours=ours)
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             break
         record.readable += len(line) + 1

@@ -43,6 +43,7 @@ class Partial:
         self.targets = [self.folder / file.name for file in plan.files]
         self.start = step.name or boot_id()
         self._journal: Journal | None = None
+        self._made: list[Path] = []  # folders above, the innermost first
 
     @property
     def journal(self) -> Journal:
@@ -63,7 +64,12 @@ class Partial:
             raise ConfigError(f"holds {min(unknown)}, which no conversion put there", where=self.folder, fix="move it away")
         if record.prepared:
             self._check_targets()
-        check_free_space(self.folder, self._missing_bytes(), self.out)
+        try:
+            check_free_space(self.folder, self._missing_bytes(), self.out)
+        except StorageError:
+            if record.facts is None:  # nothing was begun
+                self._remove_made()
+            raise
         self.journal.begin(self.facts)
         self._make_targets()
         for rank in range(1, self.step.size):
@@ -75,6 +81,7 @@ class Partial:
         while True:
             if os.path.lexists(self.out):
                 raise ConfigError("output is already there", where=self.out, fix="choose another name or remove it")
+            self._made += [folder for folder in self.out.parents if not folder.exists()]
             self.out.parent.mkdir(parents=True, exist_ok=True)
             try:
                 journal = self._lock_aside() or self._lock_inside()
@@ -92,8 +99,10 @@ class Partial:
             journal.move(self.folder / journal_name(0))
             return journal
         if journal.still_there:
-            self._compare(journal.read().facts)  # of an output that has been moved since: a kill came before its removal
-            self.aside.unlink()
+            if not journal.read().ended:
+                journal.close()
+                raise self._foreign(self.aside)
+            self.aside.unlink()  # of an output that has its name, or was moved since: a kill came before its removal
         journal.close()
         return None
 
@@ -112,16 +121,23 @@ class Partial:
         journal.close()
         return None
 
+    def _remove_made(self) -> None:
+        """Remove the empty journal and the folders that were made for it."""
+        self.journal.path.unlink()
+        with contextlib.suppress(OSError):  # somebody else put something there
+            for folder in (self.folder, *self._made):
+                folder.rmdir()
+
     def _open(self, path: Path, *, make: bool = True) -> Journal:
         try:
             return Journal(path, self.start, fsync=self.fsync, make=make)
         except InUseError as error:
             raise InUseError(error.what, where=self.out, fix=error.fix) from None
 
-    def _foreign(self) -> ConfigError:
+    def _foreign(self, path: Path | None = None) -> ConfigError:
         return ConfigError(
             "is in the way: not what an unfinished conversion leaves",
-            where=self.folder,
+            where=path or self.folder,
             fix="move it away or choose another output",
         )
 
