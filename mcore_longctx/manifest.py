@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mcore_longctx.errors import CheckpointError, ConfigError
+from mcore_longctx.reading import parse_json, read_bounded
 
 __all__ = [
     "MANIFEST",
@@ -39,6 +40,7 @@ __all__ = [
 ]
 
 MANIFEST = "manifest.json"
+_MAX_BYTES = 100_000_000  # 500,000 files
 _VERSIONED = ("mcore-longctx", "numpy", "torch", "megatron-core", "transformers", "tokenizers", "safetensors")
 
 
@@ -153,13 +155,13 @@ def read_manifest(folder: Path, *kinds: str) -> Mapping[str, Any]:
     """Read `folder/manifest.json`, whole and unchanged since it was written. The files it lists are not looked at.
 
     Raises:
-        CheckpointError: no manifest, a damaged one, or of a kind not in `kinds`.
+        CheckpointError: no manifest, one that is damaged or no regular file, or of a kind not in `kinds`.
     """
     path, kind = folder / MANIFEST, " or ".join(kinds)
     if not folder.is_dir() or not any(folder.iterdir()):
         raise CheckpointError(f"no {kind} here", where=folder, fix="check the path")
     try:
-        raw = path.read_bytes()
+        raw = read_bounded(path, _MAX_BYTES, f"a {MANIFEST}")
     except FileNotFoundError:
         raise CheckpointError(
             f"no {MANIFEST}: this {kind} was not finished, or not written by mcore-longctx", where=folder
@@ -173,11 +175,11 @@ def read_manifest(folder: Path, *kinds: str) -> Mapping[str, Any]:
         text = raw.decode()
         if _sealed(text[:-_SEAL_LENGTH] + _END) != text:
             raise damaged
-        manifest: dict[str, Any] = json.loads(text)
+        manifest = parse_json(raw, path)
         for row in manifest["files"].values():
             row["bytes"] = int(row["bytes"])
             row["sha256"] = str(row["sha256"]) if "sha256" in row else None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         raise damaged from None
     if manifest.get("kind") not in kinds:
         raise CheckpointError(f"is a folder of kind {manifest.get('kind')!r}, expected {kind}", where=folder)

@@ -16,6 +16,7 @@ from typing import Any
 from mcore_longctx.formats.dcp_read import Item, TorchDist, read_torch_dist
 from mcore_longctx.formats.pickle_data import Call, Global, Instance, PersistentId, PickleError
 from mcore_longctx.formats.torch_archive import Archive, archive_errors
+from mcore_longctx.reading import is_there, regular_size
 
 __all__ = ["COMMON", "COMMON_OBJECT", "read_common_state"]
 
@@ -46,10 +47,10 @@ def read_common_state(folder: Path, saved: TorchDist | None = None) -> Mapping[s
         saved: what `read_torch_dist` said of it, if that is known.
 
     Raises:
-        CheckpointError: damaged, or larger than any common state.
+        CheckpointError: damaged, no regular file, or larger than any common state.
     """
     path = folder / COMMON
-    item = Item(path, 0, path.stat().st_size) if path.is_file() else None
+    item = Item(path, 0, regular_size(path)) if is_there(path) else None
     if item is None:
         item = (read_torch_dist(folder) if saved is None else saved).objects.get(COMMON_OBJECT)
     if item is None:

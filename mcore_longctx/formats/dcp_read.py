@@ -9,7 +9,6 @@ Sources: torch 2.13 `distributed/checkpoint/{metadata,filesystem}.py`; megatron-
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from typing import Any, NamedTuple, NoReturn, TypeAlias, TypeGuard
 from mcore_longctx.errors import CheckpointError
 from mcore_longctx.formats.dtypes import BY_TORCH, DType
 from mcore_longctx.formats.pickle_data import Call, Global, Instance, PickleError, decode
+from mcore_longctx.reading import is_there, read_bounded, read_json_object, regular_size
 
 __all__ = [
     "METADATA",
@@ -37,6 +37,7 @@ METADATA_JSON = "metadata.json"
 MAX_METADATA_BYTES = (
     64 << 20
 )  # Llama-3.1-405B saved at TP 8 with its optimizer has 6.4 MB; decoding takes 25 times as much memory
+_MAX_METADATA_JSON = 1 << 20  # megatron-core writes 100 bytes
 MAX_DIMS = 8
 MAX_SIZE = 1 << 63
 
@@ -120,7 +121,7 @@ class TorchDist:
 
 def is_torch_dist(folder: Path) -> bool:
     """Whether the folder looks like a torch_dist checkpoint."""
-    return (folder / METADATA).exists() or (folder / METADATA_JSON).exists()
+    return is_there(folder / METADATA) or is_there(folder / METADATA_JSON)
 
 
 def read_torch_dist(folder: Path) -> TorchDist:
@@ -143,13 +144,9 @@ def read_metadata_names(folder: Path) -> list[str]:
 
 def _decoded(path: Path) -> Any:
     try:
-        if path.stat().st_size > MAX_METADATA_BYTES:
-            raise CheckpointError(f"{path.stat().st_size:,} bytes, larger than any .metadata", where=path)
-        return decode(path.read_bytes(), _ALLOWED)
+        return decode(read_bounded(path, MAX_METADATA_BYTES, "a .metadata"), _ALLOWED)
     except FileNotFoundError:
         raise CheckpointError("missing", where=path, fix="use another copy of the checkpoint") from None
-    except IsADirectoryError:
-        raise CheckpointError("is a folder, expected a file", where=path) from None
     except PickleError as error:
         raise CheckpointError(str(error), where=path) from None
 
@@ -157,13 +154,13 @@ def _decoded(path: Path) -> Any:
 def _check_backend(folder: Path) -> None:
     path = folder / METADATA_JSON
     try:
-        backend = json.loads(path.read_text(encoding="utf-8"))["sharded_backend"]
+        backend = read_json_object(path, _MAX_METADATA_JSON, f"a {METADATA_JSON}")["sharded_backend"]
     except FileNotFoundError:
         raise CheckpointError(
             f"no {METADATA_JSON}: the save was not finished", where=folder, fix="use another checkpoint"
         ) from None
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise CheckpointError("damaged", where=path, fix="use another copy of the checkpoint") from None
+    except KeyError:
+        raise CheckpointError("names no sharded_backend", where=path, fix="use another copy of the checkpoint") from None
     if backend != "torch_dist":
         raise CheckpointError(
             f"sharded_backend is {str(backend)[:40]!r}, only torch_dist is supported",
@@ -242,9 +239,10 @@ class _Reader:
         if not isinstance(file, str) or file in ("", ".", "..") or any(mark in file for mark in "/\\\0") or len(file) > 255:
             self.refuse(f"file name {str(file)[:80]!r} of {name[:200]} leaves the folder")
         path = self.folder / file
-        if not path.is_file():
-            raise CheckpointError("missing", where=path, fix="use another copy of the checkpoint")
-        self.files[file] = path, path.stat().st_size
+        try:
+            self.files[file] = path, regular_size(path)
+        except FileNotFoundError:
+            raise CheckpointError("missing", where=path, fix="use another copy of the checkpoint") from None
         return self.files[file]
 
     def tensor(self, name: str, entry: Any, items: _Items) -> SavedTensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any, NoReturn
 
 from mcore_longctx.errors import CheckpointError
 from mcore_longctx.formats.dtypes import BY_SAFETENSORS, DType
+from mcore_longctx.reading import is_there, parse_json, read_json_object, regular_size
 
 __all__ = [
     "INDEX",
@@ -62,40 +62,12 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file.
 
     Raises:
-        CheckpointError: missing, larger than 100 MB, not UTF-8 JSON, a repeated key, or not an object.
+        CheckpointError: missing, no regular file, larger than 100 MB, not UTF-8 JSON, a repeated key, or not an object.
     """
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path.stat().st_size:,} bytes, too large for a settings file", where=path)
-        return _parse_json(path.read_bytes(), path)
+        return read_json_object(path, MAX_JSON_BYTES, "a settings file")
     except FileNotFoundError:
         raise CheckpointError("no such file", where=path) from None
-    except IsADirectoryError:
-        raise CheckpointError("is a folder, expected a file", where=path) from None
-
-
-def _parse_json(data: bytes, path: Path) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
-            counts = Counter(key for key, _ in pairs)
-            raise ValueError(f"key {counts.most_common(1)[0][0][:80]!r} twice")
-        return found
-
-    def no_constant(name: str) -> NoReturn:
-        raise ValueError(f"{name} is not JSON")
-
-    try:
-        value = json.loads(data.decode(), object_pairs_hook=unique, parse_constant=no_constant)
-    except UnicodeDecodeError:
-        raise CheckpointError("not UTF-8 text", where=path) from None
-    except ValueError as error:
-        raise CheckpointError(f"not valid JSON ({error})", where=path) from None
-    except RecursionError:
-        raise CheckpointError("not valid JSON (nested too deeply)", where=path) from None
-    if not isinstance(value, dict):
-        raise CheckpointError("not a JSON object", where=path)
-    return value
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -105,15 +77,13 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         CheckpointError: missing, truncated or damaged, or an element type that is not known.
     """
     try:
-        size = path.stat().st_size
+        size = regular_size(path)
         with path.open("rb") as file:
             prefix = file.read(8)
             length = int.from_bytes(prefix, "little")
             header = file.read(length) if len(prefix) == 8 and length <= MAX_HEADER_BYTES else b""
     except FileNotFoundError:
         raise CheckpointError("missing", where=path, fix=_AGAIN) from None
-    except IsADirectoryError:
-        raise CheckpointError("is a folder, expected a file", where=path) from None
     if prefix == b"version ":
         raise CheckpointError("a Git LFS pointer, not the weights", where=path, fix="run `git lfs pull`")
     if length > MAX_HEADER_BYTES:
@@ -122,7 +92,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         raise CheckpointError(f"{size:,} bytes, shorter than its header", where=path, fix=_AGAIN)
     if not header.startswith(b"{"):
         raise CheckpointError("not a safetensors file", where=path)
-    return _checked_entries(_parse_json(header, path), path, data_start=8 + length, file_size=size)
+    return _checked_entries(parse_json(header, path), path, data_start=8 + length, file_size=size)
 
 
 def _checked_entries(header: dict[str, Any], path: Path, *, data_start: int, file_size: int) -> dict[str, StoredTensor]:
@@ -183,11 +153,11 @@ def read_folder(folder: Path) -> dict[str, StoredTensor]:
         CheckpointError: neither or both are there, a shard that is missing or damaged, or an index that does not agree with them.
     """
     single, index = folder / SINGLE, folder / INDEX
-    if single.exists() and index.exists():
+    if is_there(single) and is_there(index):
         raise CheckpointError(f"holds both {SINGLE} and {INDEX}", where=folder, fix="remove the one that is not meant")
-    if single.exists():
+    if is_there(single):
         return read_header(single)
-    if not index.exists():
+    if not is_there(index):
         other = sorted(path.name for path in folder.glob("*.bin"))
         found = f"; there is {other[0]}" if other else ""
         raise CheckpointError(f"no {SINGLE} and no {INDEX}{found}", where=folder, fix="save the model as safetensors")

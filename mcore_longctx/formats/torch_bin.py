@@ -15,6 +15,7 @@ from mcore_longctx.errors import CheckpointError
 from mcore_longctx.formats.pickle_data import Call, Global, PickleError
 from mcore_longctx.formats.safetensors_io import MAX_TENSORS, StoredTensor, read_index, read_shards
 from mcore_longctx.formats.torch_archive import TENSOR_NAMES, Archive, archive_errors, tensor_place
+from mcore_longctx.reading import is_there, regular_size
 
 __all__ = ["BIN_INDEX", "BIN_SINGLE", "is_bin_folder", "read_bin", "read_bin_folder"]
 
@@ -29,7 +30,7 @@ _AGAIN = "download it again"
 
 def is_bin_folder(folder: Path) -> bool:
     """Whether the folder's weights are `.bin` files."""
-    return (folder / BIN_SINGLE).exists() or (folder / BIN_INDEX).exists()
+    return is_there(folder / BIN_SINGLE) or is_there(folder / BIN_INDEX)
 
 
 def read_bin_folder(folder: Path) -> dict[str, StoredTensor]:
@@ -40,9 +41,9 @@ def read_bin_folder(folder: Path) -> dict[str, StoredTensor]:
             row-major, or an index that does not agree with its shards.
     """
     single, index = folder / BIN_SINGLE, folder / BIN_INDEX
-    if single.exists() and index.exists():
+    if is_there(single) and is_there(index):
         raise CheckpointError(f"holds both {BIN_SINGLE} and {BIN_INDEX}", where=folder, fix="remove the one that is not meant")
-    if single.exists():
+    if is_there(single):
         return read_bin(single)
     return read_shards(folder, read_index(index, ".bin"), read_bin, BIN_INDEX)
 
@@ -50,14 +51,13 @@ def read_bin_folder(folder: Path) -> dict[str, StoredTensor]:
 def read_bin(path: Path) -> dict[str, StoredTensor]:
     """Every tensor of one `.bin` file. Raises as `read_bin_folder`."""
     try:
+        size = regular_size(path)
         with path.open("rb") as file, archive_errors(path, "the archive"):
             _check_start(file.read(8), path)
-            archive = Archive(file, 0, path.stat().st_size, limit=_LIMIT)
+            archive = Archive(file, 0, size, limit=_LIMIT)
             return {name: _stored(archive, name, value, path) for name, value in _entries(archive.pickle(_ALLOWED))}
     except FileNotFoundError:
         raise CheckpointError("missing", where=path, fix=_AGAIN) from None
-    except IsADirectoryError:
-        raise CheckpointError("is a folder, expected a file", where=path) from None
 
 
 def _check_start(start: bytes, path: Path) -> None:

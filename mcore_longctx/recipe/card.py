@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,13 @@ from typing import Any
 from mcore_longctx.errors import CheckpointError
 from mcore_longctx.families import FAMILIES, ModelShape
 from mcore_longctx.manifest import write_atomic
+from mcore_longctx.reading import read_json_object
 from mcore_longctx.rope import RopeScaling
 
 __all__ = ["CARD", "CheckpointCard", "read_card", "write_card"]
 
 CARD = "mcore_longctx.json"
+_MAX_BYTES = 1 << 20  # ours have 2 KB; a list of factors for each pair of a head is 20 KB
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,24 +74,24 @@ def read_card(folder: Path) -> CheckpointCard:
     """Read `folder/mcore_longctx.json`.
 
     Raises:
-        CheckpointError: missing or damaged, or the rope does not give the stored fingerprint.
+        CheckpointError: missing or damaged, no regular file, or the rope does not give the stored fingerprint.
     """
     path = folder / CARD
     try:
-        text: Mapping[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        text = read_json_object(path, _MAX_BYTES, f"a {CARD}")
         card = CheckpointCard(
             shape=ModelShape.from_dict(text["shape"]),
             rope=RopeScaling.from_dict(text["rope"]),
             tokenizer_sha256=text["tokenizer_sha256"],
             stage=str(text["stage"]),
-            iteration=int(text["iteration"]),
+            iteration=_iteration(text["iteration"]),
         )
         stored = text["rope_fingerprint"]
     except FileNotFoundError:
         raise CheckpointError(
             f"no {CARD} here: not a checkpoint of mcore-longctx", where=folder, fix="make one with `mcore-longctx convert import`"
         ) from None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         raise CheckpointError("damaged or of another version", where=path, fix="use another copy of the checkpoint") from None
     if card.shape.family not in FAMILIES:
         raise CheckpointError(
@@ -101,3 +102,9 @@ def read_card(folder: Path) -> CheckpointCard:
     if card.rope.fingerprint() != stored:
         raise CheckpointError("the rope in this file does not give the rope fingerprint stored beside it", where=path)
     return card
+
+
+def _iteration(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"iteration is {value!r}")
+    return value

@@ -188,7 +188,7 @@ def test_an_unfinished_or_foreign_folder_is_refused(tmp_path: Path) -> None:
         read_torch_dist(folder)
     for text in ("", "[]", "{}", "7", "[" * 100_000):
         (folder / "metadata.json").write_text(text)
-        with pytest.raises(CheckpointError, match=r"metadata.json: damaged"):
+        with pytest.raises(CheckpointError, match=r"metadata.json: (not valid JSON|not a JSON object|names no sharded_backend)"):
             read_torch_dist(folder)
     (folder / "metadata.json").unlink()
     with pytest.raises(CheckpointError, match=r"no metadata.json: the save was not finished"):
@@ -199,7 +199,7 @@ def test_a_huge_metadata_file_is_not_read(tmp_path: Path) -> None:
     folder = written(tmp_path / "ck")
     with (folder / ".metadata").open("r+b") as file:
         file.truncate(1 << 40)
-    with pytest.raises(CheckpointError, match=r"1,099,511,627,776 bytes, larger than any .metadata"):
+    with pytest.raises(CheckpointError, match=r"1,099,511,627,776 bytes, too large for a .metadata"):
         read_torch_dist(folder)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from mcore_longctx.convert.views.view import CONFIG
 from mcore_longctx.errors import CheckpointError
 from mcore_longctx.formats.dcp_read import METADATA, METADATA_JSON, is_torch_dist, read_metadata_names
+from mcore_longctx.reading import is_there, regular_size
 
 __all__ = ["TRACKER", "locate_checkpoint"]
 
@@ -27,10 +28,10 @@ def locate_checkpoint(path: Path) -> Path:
         what = "is a file, expected a folder" if path.exists() else "no such folder"
         raise CheckpointError(what, where=path, fix="check the path")
     folder = path
-    if not is_torch_dist(path) and not (path / CONFIG).exists() and (path / TRACKER).is_file():
+    if not is_torch_dist(path) and not is_there(path / CONFIG) and is_there(path / TRACKER):
         folder = _newest(path)
     _refuse_other_formats(folder)
-    if is_torch_dist(folder) or (folder / CONFIG).exists():
+    if is_torch_dist(folder) or is_there(folder / CONFIG):
         return folder
     inside = sorted(child.name for child in folder.glob("iter_*") if is_torch_dist(child))
     if inside:
@@ -40,6 +41,7 @@ def locate_checkpoint(path: Path) -> Path:
 
 def _newest(path: Path) -> Path:
     tracker = path / TRACKER
+    regular_size(tracker)
     with tracker.open("rb") as file:
         text = file.read(64).decode("ascii", "replace").strip()
     if text != _RELEASE and not (text.isdecimal() and len(text) <= 12):

@@ -19,6 +19,7 @@ from mcore_longctx.formats.common_state import read_common_state
 from mcore_longctx.formats.dcp_read import METADATA, TorchDist, is_torch_dist, read_torch_dist
 from mcore_longctx.formats.dtypes import DType
 from mcore_longctx.formats.safetensors_io import read_json
+from mcore_longctx.reading import is_there
 from mcore_longctx.recipe import CARD, CheckpointCard, read_card
 from mcore_longctx.rope import RopeScaling, read_hf_rope
 
@@ -79,8 +80,8 @@ class _Model:
 def _model_of(folder: Path, given: Path | None) -> _Model:
     """The model that the folder says it holds, or the one that the user says it holds."""
     own = folder / HF_FOLDER / CONFIG
-    card = read_card(folder) if (folder / CARD).exists() else None
-    carries_config = card is not None and own.exists()
+    card = read_card(folder) if is_there(folder / CARD) else None
+    carries_config = card is not None and is_there(own)
     if given is not None and carries_config:
         raise ConfigError(f"this checkpoint carries its own {HF_FOLDER}/{CONFIG}", where=folder, fix="leave out --config")
     if given is None and not carries_config:
