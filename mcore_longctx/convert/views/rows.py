@@ -94,10 +94,6 @@ class TensorRows:
                 )
         return moved
 
-    def rows_between(self, first: int, count: int) -> TensorRows:
-        """Rows [first, first + count) as a tensor of their own."""
-        return TensorRows(self.dtype, count, self.columns, self.is_vector, tuple(self.pieces_of(first, count, at=0)))
-
     def runs(self, row: int, rows: int, column: int, columns: int) -> Iterator[Run]:
         """The parts of files that rows [row, row + rows) x columns [column, column + columns) are made of."""
         size = self.dtype.itemsize
