@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mcore_longctx.convert.copying.execute import Execution, Written, execute
+from mcore_longctx.convert.copying.execute import Execution, Written, execute, failures_told_to_rank_0
 from mcore_longctx.convert.disk import io_errors
 from mcore_longctx.convert.outputs import (
     LAYOUT,
@@ -72,7 +72,8 @@ def export_hf(
         StorageError: the disk is full or failed.
     """
     how = how or Execution()
-    job = _prepare(checkpoint, config, rope, dtype, shard_bytes, from_master, quantize, hashes=how.checksum)
+    with failures_told_to_rank_0(out, how):
+        job = _prepare(checkpoint, config, rope, dtype, shard_bytes, from_master, quantize, hashes=how.checksum)
 
     def finish(folder: Path, written: Written) -> None:
         _write_files(job, folder)

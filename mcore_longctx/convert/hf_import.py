@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from mcore_longctx.convert.copying.execute import Execution, Written, execute
+from mcore_longctx.convert.copying.execute import Execution, Written, execute, failures_told_to_rank_0
 from mcore_longctx.convert.disk import io_errors
 from mcore_longctx.convert.outputs import (
     LAYOUT,
@@ -64,7 +64,8 @@ def import_hf(
         StorageError: the disk is full or failed.
     """
     how = how or Execution()
-    job = _prepare(hf, rope, dtype, chunks_for_tp, vocab_multiple, stacked=stacked, hashes=how.checksum)
+    with failures_told_to_rank_0(out, how):
+        job = _prepare(hf, rope, dtype, chunks_for_tp, vocab_multiple, stacked=stacked, hashes=how.checksum)
 
     def finish(folder: Path, written: Written) -> None:
         card = CheckpointCard(shape=job.view.shape, rope=job.rope, tokenizer_sha256=tokenizer_sha256(hf))

@@ -8,7 +8,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-from mcore_longctx.convert.copying.execute import Execution, Written, execute
+from mcore_longctx.convert.copying.execute import Execution, Written, execute, failures_told_to_rank_0
 from mcore_longctx.convert.disk import io_errors
 from mcore_longctx.convert.outputs import (
     LAYOUT,
@@ -56,7 +56,8 @@ def merge(a: Path, b: Path, out: Path, *, weights: tuple[float, float] = (0.5, 0
         StorageError: the disk is full or failed.
     """
     how = how or Execution()
-    job = _prepare(a, b, weights, hashes=how.checksum)
+    with failures_told_to_rank_0(out, how):
+        job = _prepare(a, b, weights, hashes=how.checksum)
 
     def finish(folder: Path, written: Written) -> None:
         manifests = [sha256_file(view.folder / MANIFEST) if (view.folder / MANIFEST).exists() else None for view in job.views]

@@ -17,10 +17,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mcore_longctx.convert import import_hf
 from mcore_longctx.convert.copying import execute as module
-from mcore_longctx.convert.copying import kernels, partial, units
+from mcore_longctx.convert.copying import kernels, partial, telling, units
+from mcore_longctx.convert.copying.journal import Journal
 from mcore_longctx.convert.copying.step import Step, read_step
 from mcore_longctx.errors import ConfigError, StorageError
+from tests.convert.hf_folders import llama_config, write_folder
 from tests.convert.made_plans import Made, forked, hashes, make_plan, run, wait, wait_for
 
 REPOSITORY = Path(__file__).parents[2]
@@ -72,6 +75,7 @@ def test_every_unit_belongs_to_one_rank(count: int, size: int) -> None:
     steps = [Step(number, size) for number in range(size)]
     assert [number for step in steps for number in step.share(count)] == list(range(count))
     assert all(step.owner(number, count) == step.rank for step in steps for number in step.share(count))
+    assert Step(0, size).owners(count) == [step.rank for step in steps if step.share(count)]
     assert max(len(step.share(count)) for step in steps) - min(len(step.share(count)) for step in steps) <= 1
 
 
@@ -82,9 +86,13 @@ def test_the_environment_of_a_step() -> None:
     for wrong in ({}, {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2"}):
         with pytest.raises(ConfigError, match=r"--srun: no SLURM step .* start it with srun, or leave out --srun"):
             read_step(wrong)
-    for wrong in ({**job, "SLURM_PROCID": "8"}, {**job, "SLURM_PROCID": "x"}, {**job, "SLURM_NTASKS": "-1"}):
+    wrong_numbers = ({"SLURM_PROCID": "8"}, {"SLURM_PROCID": "x"}, {"SLURM_NTASKS": "-1"}, {"SLURM_NTASKS": "9" * 5000})
+    for change in wrong_numbers:
         with pytest.raises(ConfigError, match="--srun: SLURM_PROCID"):
-            read_step(wrong)
+            read_step({**job, **change})
+    with pytest.raises(ConfigError, match="--srun: 99,999,999,999 tasks; expected at most 65,536; start fewer"):
+        read_step({**job, "SLURM_NTASKS": "99999999999"})
+    assert read_step({**job, "SLURM_NTASKS": "65536"}).size == 65536
 
 
 def test_outside_a_step_nothing_is_written(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,10 +198,79 @@ def test_what_another_start_prepared_is_not_taken_for_this_one(made: Made, expec
     assert hashes(out) == expected
 
 
-def test_ranks_with_another_plan_are_refused(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(partial, "STALL_SECONDS", 1.0)
+def test_ranks_with_another_plan_are_refused(made: Made, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     other = make_plan(tmp_path / "other", 5)
+    begin = time.monotonic()
     assert codes(rank(0, 2, made, tmp_path / "out"), rank(1, 2, other, tmp_path / "out")) == [1, 2]
+    assert time.monotonic() - begin < 10
+    said = f"{tmp_path}/out: another rank gave up: {tmp_path}/out.partial: belongs to a run with other inputs ("
+    assert said in capfd.readouterr().out
+    assert codes(*(rank(number, 2, made, tmp_path / "out", job=2) for number in range(2))) == [10, 0]  # the next start goes on
+    made.check(tmp_path / "out")
+
+
+def importing(number: int, source: Path, out: Path, *, job: int = 1) -> int:
+    def task() -> None:
+        os.environ |= {"SLURM_PROCID": str(number), "SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": str(job), "SLURM_STEP_ID": "0"}
+        import_hf(source, out, how=module.Execution(srun=True))
+
+    return forked(task)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_rank_that_cannot_plan_ends_rank_0_at_once(tmp_path: Path, capfd, first: int) -> None:
+    source, out = write_folder(tmp_path / "hf", llama_config()), tmp_path / "out"
+    sources, begin = (source, tmp_path / "not mounted"), time.monotonic()
+    pids = {first: importing(first, sources[first], out)}
+    time.sleep(0.3)
+    pids[1 - first] = importing(1 - first, sources[1 - first], out)
+    assert codes(pids[0], pids[1]) == [1, 2]
+    assert time.monotonic() - begin < 10
+    assert f"{out}: another rank gave up: {tmp_path}/not mounted: no such folder; " in capfd.readouterr().out
+    assert codes(importing(0, source, out, job=2), importing(1, source, out, job=2)) == [0, 0]
+    assert (out / "manifest.json").exists()
+
+
+def test_where_no_rank_can_plan_nothing_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(telling, "TELL_SECONDS", 0.3)
+    assert codes(*(importing(number, tmp_path / "none", tmp_path / "out") for number in range(2))) == [2, 2]
+    assert not list(tmp_path.iterdir())
+
+
+def test_ranks_without_a_share_end_at_once_and_have_no_journal(made: Made, expected, tmp_path: Path, monkeypatch) -> None:
+    out, seen, complete = tmp_path / "out", tmp_path / "journals", partial.Partial.complete
+
+    def counted(self: partial.Partial, *rest: object) -> None:
+        seen.write_text(str(len(list(self.folder.glob("journal-*")))))
+        complete(self, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(partial.Partial, "complete", counted)
+    ranks = Step(0, 60_000).owners(len(units.cut(made.plan)))
+    idle = next(number for number in range(1, 60_000) if number not in ranks)
+    others = [*(number for number in ranks if number), idle]
+    assert codes(*(rank(number, 60_000, made, out) for number in (0, *others))) == [10, *(0 for _ in others)]
+    assert int(seen.read_text()) == len(others)
+    assert {name: hashes(out)[name] for name in made.expected} == {name: expected[name] for name in made.expected}
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_without_fsync_what_others_read_is_synced_before_it_is_told(made: Made, tmp_path: Path, monkeypatch, size: int) -> None:
+    events, add, sync = tmp_path / "events", Journal.add, os.fdatasync
+
+    def note(what: str) -> None:
+        with events.open("a") as file:
+            file.write(f"{os.environ['SLURM_PROCID']} {what}\n")
+
+    monkeypatch.setattr(os, "fdatasync", lambda fd: (note("sync"), sync(fd))[1])
+    monkeypatch.setattr(Journal, "add", lambda self, entry: (note("unit") if "unit" in entry else None, add(self, entry))[1])
+    pids = [rank(number, size, made, tmp_path / "out", fsync=False, checksum=True) for number in range(size)]
+    assert codes(*pids) == [10, 0][:size]
+    lines = events.read_text().splitlines()
+    for number in range(size):
+        own = [line.split()[1] for line in lines if line.startswith(str(number))]
+        assert own.count("unit") > 3
+        assert ("sync" in own) == (size > 1)
+        assert size == 1 or own[0] == "sync"
 
 
 def test_killed_at_random_moments_with_any_number_of_ranks(made: Made, expected, tmp_path: Path, monkeypatch) -> None:

@@ -28,6 +28,7 @@ from mcore_longctx.convert.copying.kernels import Copier, QuantizedRows, joined
 from mcore_longctx.convert.copying.partial import Partial, open_partial
 from mcore_longctx.convert.copying.progress import Progress
 from mcore_longctx.convert.copying.step import Step, read_step
+from mcore_longctx.convert.copying.telling import failures_told
 from mcore_longctx.convert.copying.units import Unit, cut, facts_of
 from mcore_longctx.convert.copying.workers import Report, Work, end_with, run_tasks
 from mcore_longctx.convert.disk import io_errors
@@ -35,7 +36,7 @@ from mcore_longctx.convert.plans.plan import Plan
 from mcore_longctx.errors import CheckpointError, ConfigError, StoppedBySignal
 from mcore_longctx.manifest import fsync_tree
 
-__all__ = ["Execution", "QuantizedRows", "Written", "execute"]
+__all__ = ["Execution", "QuantizedRows", "Written", "execute", "failures_told_to_rank_0"]
 
 MOST_WORKERS = 256  # each is a process and a pipe of this one, which may have 1,024 files open
 SYNC_BYTES = 256 << 20  # a worker makes what it wrote last, and reports it, about so often
@@ -101,7 +102,8 @@ def execute(plan: Plan, out: Path, finish: Callable[[Path, Written], None], how:
             return False  # the others were done before this one began
         _refuse_existing(out)
         units = cut(plan)
-        with open_partial(plan, facts_of(plan), out, step, fsync=how.fsync) as partial:
+        ranks = step.owners(len(units), len(plan.files) if how.checksum else 0)
+        with open_partial(plan, facts_of(plan), out, step, ranks, fsync=how.fsync) as partial:
             if partial is None:
                 return False
             _copy(plan, units, partial, step, how)
@@ -121,6 +123,16 @@ def execute(plan: Plan, out: Path, finish: Callable[[Path, Written], None], how:
         return True
 
 
+@contextmanager
+def failures_told_to_rank_0(out: Path, how: Execution) -> Iterator[None]:
+    """For what a conversion does before `execute`: under srun, rank 0 does not wait for a rank that failed there."""
+    if not how.srun:
+        yield
+        return
+    with failures_told(out.absolute(), read_step()):
+        yield
+
+
 def _refuse_existing(out: Path) -> None:
     if os.path.lexists(out):
         raise ConfigError("output is already there", where=out, fix="choose another name or remove it")
@@ -133,7 +145,8 @@ def _copy(plan: Plan, units: list[Unit], partial: Partial, step: Step, how: Exec
         return
     mine = [i for i in step.share(len(units)) if i not in record.units and not record.complete]
     total = sum(part.bytes for i in mine for part in units[i])
-    copying = run_tasks(_copying(units, partial, how), mine, how.workers)
+    # other machines hash and finish what this one wrote: on NFS they see what was synced
+    copying = run_tasks(_copying(units, partial, sync=how.fsync or step.size > 1), mine, how.workers)
     with closing(copying), Progress(total, shown=step.rank == 0) as progress:
         for report in copying:
             partial.journal.add(report)
@@ -152,7 +165,7 @@ def _copy(plan: Plan, units: list[Unit], partial: Partial, step: Step, how: Exec
         partial.wait_for_hashes(len(plan.files))
 
 
-def _copying(units: list[Unit], partial: Partial, how: Execution) -> Work:
+def _copying(units: list[Unit], partial: Partial, *, sync: bool) -> Work:
     pause = end_with(os.getpid())
 
     def work(numbers: Iterator[int]) -> Iterator[Report]:
@@ -164,10 +177,10 @@ def _copying(units: list[Unit], partial: Partial, how: Execution) -> Work:
                 sums = copier.copy(units[number])
                 waiting.append({"unit": number, **rows_entry(sums)})
                 unsure += sum(part.bytes for part in units[number])
-                if how.fsync and unsure < SYNC_BYTES:
+                if sync and unsure < SYNC_BYTES:
                     copier.begin_writeback(units[number])
                     continue
-                if how.fsync:
+                if sync:
                     copier.sync()
                 yield from waiting
                 waiting, unsure = [], 0

@@ -28,7 +28,7 @@ from mcore_longctx.convert.copying.units import FORMAT
 from mcore_longctx.convert.disk import storage_error, write_all
 from mcore_longctx.errors import CheckpointError, InUseError
 
-__all__ = ["Journal", "Record", "boot_id", "journal_name", "read_record", "rows_entry"]
+__all__ = ["Journal", "Record", "boot_id", "journal_name", "read_record", "record_in", "rows_entry"]
 
 _LOCKED = (errno.EAGAIN, errno.EACCES)
 
@@ -114,6 +114,14 @@ def read_record(data: bytes, start: str) -> Record:
             break
         record.readable += len(line) + 1
     return record
+
+
+def record_in(path: Path, start: str) -> Record:
+    """`read_record` of a file; an empty one where there is none."""
+    try:
+        return read_record(path.read_bytes(), start)
+    except FileNotFoundError:
+        return Record()
 
 
 def _take(entry: dict[str, Any], record: Record, *, ours: bool) -> None:

@@ -11,9 +11,10 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-from mcore_longctx.convert.copying.journal import Journal, Record, boot_id, journal_name, read_record, rows_entry
+from mcore_longctx.convert.copying.journal import Journal, Record, boot_id, journal_name, record_in, rows_entry
 from mcore_longctx.convert.copying.kernels import QuantizedRows
 from mcore_longctx.convert.copying.step import Step
+from mcore_longctx.convert.copying.telling import failures_told
 from mcore_longctx.convert.copying.units import difference
 from mcore_longctx.convert.disk import OpenFiles, check_free_space, storage_error, write_all
 from mcore_longctx.convert.plans.plan import Blend, Plan
@@ -36,7 +37,9 @@ class Partial:
         targets: the plan's files in it, by number.
     """
 
-    def __init__(self, plan: Plan, facts: dict[str, Any], out: Path, step: Step, *, fsync: bool) -> None:
+    def __init__(self, plan: Plan, facts: dict[str, Any], out: Path, step: Step, ranks: Sequence[int], *, fsync: bool) -> None:
+        """`ranks`: those that have something to do; the others need no journal."""
+        self._ranks = ranks
         self.plan, self.facts, self.out, self.step, self.fsync = plan, facts, out, step, fsync
         self.folder = out.with_name(f"{out.name}.partial")
         self.aside = out.with_name(f"{out.name}.partial-journal")
@@ -72,8 +75,9 @@ class Partial:
             raise
         self.journal.begin(self.facts)
         self._make_targets()
-        for rank in range(1, self.step.size):
-            (self.folder / journal_name(rank)).touch()
+        for rank in self._ranks:
+            if rank > 0:
+                (self.folder / journal_name(rank)).touch()
         self.journal.add({"ready": True})
         self.journal.sync()
 
@@ -193,10 +197,10 @@ class Partial:
         """Wait until rank 0 has prepared the folder. False: there is nothing left to do."""
         stall = _Stall(self.out)
         while not self.is_over():
-            record = self._other(self.folder / journal_name(0))
+            record = record_in(self.folder / journal_name(0), self.start)
             self._compare(record.facts)
             if record.ready:
-                try:  # rank 0 has made it, and takes it away when all is done: whoever comes too late leaves nothing in the output
+                try:  # rank 0 has made it for those with a share; it goes when all is done: who comes too late leaves nothing there
                     self._journal = self._open(self.folder / journal_name(self.step.rank), make=False)
                 except FileNotFoundError:
                     return False
@@ -221,16 +225,11 @@ class Partial:
         record = self.journal.read()
         for path in self.folder.glob(_JOURNALS):
             if path != self.journal.path:
-                other = self._other(path)
+                other = record_in(path, self.start)
                 if other.facts is not None and difference(other.facts, self.facts) is None:
                     record.add(other)
+                record.failed = record.failed or other.failed
         return record
-
-    def _other(self, path: Path) -> Record:
-        try:
-            return read_record(path.read_bytes(), self.start)
-        except FileNotFoundError:
-            return Record()
 
     def wait_for_units(self, count: int) -> bool:
         """Wait until all units are done. False: rank 0 has finished without us."""
@@ -244,7 +243,7 @@ class Partial:
         """Wait until rank 0 has all that it needs."""
         stall = _Stall(self.out)
         while not self.is_over():
-            stall.look(self._other(self.folder / journal_name(0)).bytes, "rank 0 does not finish")
+            stall.look(record_in(self.folder / journal_name(0), self.start).bytes, "rank 0 does not finish")
 
     def _wait(self, count: int, done_in: Callable[[Record], Container[int]]) -> bool:
         stall = _Stall(self.out)
@@ -307,19 +306,25 @@ class _Stall:
 
 
 @contextmanager
-def open_partial(plan: Plan, facts: dict[str, Any], out: Path, step: Step, *, fsync: bool) -> Iterator[Partial | None]:
-    """`OUT.partial`, ready to be filled, for as long as the block runs. None: the other ranks have done everything.
+def open_partial(
+    plan: Plan, facts: dict[str, Any], out: Path, step: Step, ranks: Sequence[int], *, fsync: bool
+) -> Iterator[Partial | None]:
+    """`OUT.partial`, ready to be filled, for as long as the block runs. None: the other ranks do or have done everything.
+
+    `ranks` are those that have a share of the work.
 
     Raises:
         ConfigError: it belongs to another plan, or is not ours.
         InUseError: another run has it.
         StorageError: not enough space, or rank 0 does not prepare it.
     """
-    partial = Partial(plan, facts, out, step, fsync=fsync)
+    partial = Partial(plan, facts, out, step, ranks, fsync=fsync)
     try:
+        with failures_told(out, step):
+            joined = step.rank == 0 or partial.join()
         if step.rank == 0:
             partial.prepare()
-        elif not partial.join():
+        if not joined:
             yield None
             return
         try:

@@ -11,6 +11,9 @@ from mcore_longctx.errors import ConfigError
 __all__ = ["Step", "read_step"]
 
 
+MOST_TASKS = 65_536  # many times the units of the largest plan
+
+
 @dataclass(frozen=True)
 class Step:
     """This process among those that share the work.
@@ -33,12 +36,16 @@ class Step:
         """The rank that `number` of `count` things belongs to."""
         return ((number + 1) * self.size - 1) // count
 
+    def owners(self, *counts: int) -> list[int]:
+        """The ranks that have a share of so many things, in order."""
+        return sorted({self.owner(number, count) for count in counts for number in range(count)})
+
 
 def read_step(environment: Mapping[str, str] = os.environ) -> Step:
     """The SLURM step that this process is a task of.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: it is none, or has more tasks than there can be work for.
     """
     rank = environment.get("SLURM_PROCID")
     size = environment.get("SLURM_STEP_NUM_TASKS") or environment.get("SLURM_NTASKS")
@@ -46,7 +53,10 @@ def read_step(environment: Mapping[str, str] = os.environ) -> Step:
         raise ConfigError(
             "no SLURM step (SLURM_PROCID is not set)", where="--srun", fix="start it with srun, or leave out --srun"
         )
-    if not (rank.isdecimal() and size.isdecimal() and int(rank) < int(size)):
-        raise ConfigError(f"SLURM_PROCID {rank} of {size} tasks", where="--srun", fix="start it with srun")
+    numbers = [int(text) if text.isdecimal() and len(text) < 20 else -1 for text in (rank, size)]
+    if not 0 <= numbers[0] < numbers[1]:
+        raise ConfigError(f"SLURM_PROCID {rank[:20]} of {size[:20]} tasks", where="--srun", fix="start it with srun")
+    if numbers[1] > MOST_TASKS:
+        raise ConfigError(f"{numbers[1]:,} tasks; expected at most {MOST_TASKS:,}", where="--srun", fix="start fewer")
     name = ".".join(environment.get(f"SLURM_{part}", "") for part in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
-    return Step(int(rank), int(size), name)
+    return Step(numbers[0], numbers[1], name)
