@@ -75,12 +75,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if args.debug:
             raise
-        log = Path(f"mcore-longctx-error-{os.getpid()}.log").absolute()
-        log.write_text(traceback.format_exc())
-        print(
-            f"mcore-longctx: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''} (details in {log})",
-            file=sys.stderr,
-        )
+        what = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        details = traceback.format_exc()
+        try:
+            log = Path(f"mcore-longctx-error-{os.getpid()}.log").absolute()
+            log.write_text(details, encoding="utf-8", errors="backslashreplace")
+        except OSError as unwritable:
+            print(f"{details}mcore-longctx: {what} (no log here: {unwritable.strerror})", file=sys.stderr)
+        else:
+            print(f"mcore-longctx: {what} (details in {log})", file=sys.stderr)
         return 1
 
 

@@ -63,3 +63,15 @@ def test_what_is_no_override_is_refused(arguments: list[str], capsys: pytest.Cap
         parse(arguments)
     assert end.value.code == 2
     assert "unrecognized arguments" in capsys.readouterr().err
+
+
+def test_an_internal_error_where_no_log_can_be_written_is_told_on_stderr(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir("/proc")  # where nobody, not even root, can make a file
+    monkeypatch.setattr("mcore_longctx.cli.doctor.run", lambda _: 1 // 0)
+    assert main(["doctor"]) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[-1].startswith("mcore-longctx: ZeroDivisionError: integer division or modulo by zero (no log here: ")
+    assert lines[0] == "Traceback (most recent call last):"
+    assert sum(line == lines[0] for line in lines) == 1  # not one of the log as well
