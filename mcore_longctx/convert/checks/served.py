@@ -76,7 +76,8 @@ def check_folder(folder: Path) -> FolderReport:
         CheckpointError: no such folder, no config.json, or one that is not JSON.
     """
     if not folder.is_dir():
-        raise CheckpointError("no such folder", where=folder, fix="check the path")
+        what = "is a file, expected a folder" if folder.exists() else "no such folder"
+        raise CheckpointError(what, where=folder, fix="check the path")
     if is_torch_dist(folder):
         raise CheckpointError(
             "a Megatron checkpoint; servers read Hugging Face folders", where=folder, fix="use `convert export` first"

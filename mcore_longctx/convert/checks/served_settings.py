@@ -12,6 +12,7 @@ from mcore_longctx.convert.views import CONFIG
 from mcore_longctx.errors import CheckpointError
 from mcore_longctx.families import ModelShape
 from mcore_longctx.formats.safetensors_io import read_json
+from mcore_longctx.reading import is_there, regular_size
 
 __all__ = ["check_generation", "check_settings", "check_tokenizer", "served_lengths"]
 
@@ -20,6 +21,7 @@ _KEPT_BY_VLLM = ("llama3", "yarn", "longrope", "su", "deepseek_yarn", "mrope", "
 _VLLM_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "model_max_length", "max_target_positions",
               "max_sequence_length", "max_seq_length", "seq_len")  # fmt: skip
 _TOKENIZERS = (("tokenizer.json",), ("tokenizer.model",), ("tekken.json",), ("vocab.json", "merges.txt"))
+_MAX_TOKENIZER = 1 << 30  # 256,000 entries with their merges have 35 MB
 
 
 def served_lengths(config: Mapping[str, Any]) -> dict[str, int]:
@@ -104,6 +106,8 @@ def check_tokenizer(folder: Path, length: int | None, findings: Findings) -> Non
     """Whether a tokenizer is there, and what its settings say."""
     if not any(all((folder / name).is_file() for name in names) for names in _TOKENIZERS):
         findings.error("tokenizer", "none here: neither " + ", ".join(" with ".join(names) for names in _TOKENIZERS))
+    for name in sorted({name for names in _TOKENIZERS for name in names if is_there(folder / name)}):
+        _check_tokenizer_file(folder / name, findings)
     settings = _json(folder / TOKENIZER_CONFIG, findings)
     if not settings:
         findings.warning(TOKENIZER_CONFIG, "missing or empty")
@@ -122,9 +126,26 @@ def check_tokenizer(folder: Path, length: int | None, findings: Findings) -> Non
         findings.warning(TOKENIZER_CONFIG, "both add_bos_token and the chat template add a BOS: chats would begin with two")
 
 
+def _check_tokenizer_file(path: Path, findings: Findings) -> None:
+    """Its size and its first bytes; whether it works, only those who load it know."""
+    try:
+        size = regular_size(path)
+    except CheckpointError as error:
+        findings.refused(path.name, error)
+        return
+    if size == 0:
+        findings.error(path.name, "empty")
+    elif size > _MAX_TOKENIZER:
+        findings.error(path.name, f"{size:,} bytes, larger than any tokenizer")
+    else:
+        with path.open("rb") as file:
+            if file.read(8) == b"version ":
+                findings.error(path.name, "a Git LFS pointer, not the tokenizer; run `git lfs pull`")
+
+
 def _json(path: Path, findings: Findings) -> dict[str, Any]:
     """A JSON file, empty where it is missing or cannot be read (which is found)."""
-    if not path.exists():
+    if not is_there(path):
         return {}
     try:
         return read_json(path)

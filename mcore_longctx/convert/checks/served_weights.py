@@ -57,7 +57,7 @@ def check_weights(config: Mapping[str, Any], shape: ModelShape, stored: Mapping[
             findings.error(name, "has no place in this model; vLLM stops at it")
     kinds = {stored[name].dtype.name for name in expected if name in stored and stored[name].dtype.name != FP8}
     stated = config.get("dtype", config.get("torch_dtype"))
-    if stated is not None and kinds and stated not in kinds:
+    if stated is not None and kinds and not (isinstance(stated, str) and stated in kinds):
         findings.warning(CONFIG, f"dtype is {stated!r}, the weights are {' and '.join(sorted(kinds))}")
 
 
