@@ -10,13 +10,16 @@ from typing import Any
 from mcore_longctx.convert.copying.execute import Written
 from mcore_longctx.convert.plans.plan import SourceFile, TargetFile
 from mcore_longctx.convert.plans.torch_dist_layout import TorchDistLayout
-from mcore_longctx.convert.sidecars import carried_files, copy_sidecars
+from mcore_longctx.convert.sidecars import carried_files, check_sidecars, copy_sidecars
 from mcore_longctx.convert.views import CONFIG, HF_FOLDER, CheckpointView
-from mcore_longctx.errors import ConfigError
+from mcore_longctx.convert.views.view import count
+from mcore_longctx.errors import CheckpointError, ConfigError
 from mcore_longctx.formats.dcp_read import METADATA, METADATA_JSON
 from mcore_longctx.formats.dtypes import BY_TORCH, WEIGHT_DTYPES, DType
 from mcore_longctx.formats.safetensors_io import INDEX
-from mcore_longctx.manifest import MANIFEST, verify_manifest, write_manifest
+from mcore_longctx.formats.torch_bin import BIN_INDEX
+from mcore_longctx.manifest import MANIFEST, read_manifest, verify_manifest, write_manifest
+from mcore_longctx.reading import is_there
 from mcore_longctx.recipe import CARD, CheckpointCard, write_card
 
 __all__ = [
@@ -50,12 +53,33 @@ def dtype_option(name: str | None) -> str:
 def check_manifest(view: CheckpointView, *, hashes: bool) -> None:
     """Compare the files of a checkpoint of ours with its manifest: sizes always, hashes if asked for.
 
+    A folder of another program has no manifest: there is nothing to compare with, and nothing is.
+
     Raises:
-        CheckpointError: they differ, or a torch_dist folder with our card has no manifest: it was not finished.
+        CheckpointError: they differ; a torch_dist folder with our card has no manifest, it was not finished; or hashes are asked for
+            and the manifest has none of the weights.
     """
-    if view.card is None or (view.format == "hf" and not (view.folder / MANIFEST).exists()):
+    if view.card is None or (view.format == "hf" and not is_there(view.folder / MANIFEST)):
         return
-    verify_manifest(view.folder, "export" if view.format == "hf" else "checkpoint", hashes=hashes)
+    kind = "export" if view.format == "hf" else "checkpoint"
+    if hashes:
+        _check_hashes_known(view, kind)
+    verify_manifest(view.folder, kind, hashes=hashes)
+
+
+def _check_hashes_known(view: CheckpointView, kind: str) -> None:
+    listed = read_manifest(view.folder, kind)["files"]
+    unknown = sum(listed.get(name, {}).get("sha256") is None for name in {path.name for path in _weights(view)})
+    if unknown:
+        raise CheckpointError(
+            f"{count(unknown, 'weight file')} without a sha256 (written without --checksum): nothing to compare with",
+            where=view.folder / MANIFEST,
+            fix="leave out --checksum, or write this folder again with it",
+        )
+
+
+def _weights(view: CheckpointView) -> set[Path]:
+    return {piece.file for rows in view.tensors.values() for piece in rows.pieces if piece.file is not None}
 
 
 def settings_folder(view: CheckpointView) -> Path:
@@ -64,12 +88,16 @@ def settings_folder(view: CheckpointView) -> Path:
 
 
 def source_files(view: CheckpointView) -> tuple[SourceFile, ...]:
-    """Every file that a conversion of `view` reads."""
-    weights = {piece.file for rows in view.tensors.values() for piece in rows.pieces if piece.file is not None}
-    settings = [view.folder / name for name in (CARD, MANIFEST, INDEX, METADATA, METADATA_JSON)]
+    """Every file that a conversion of `view` reads.
+
+    Raises:
+        CheckpointError: one that is carried beside the weights and cannot be: better now than when all weights are written.
+    """
+    settings = [view.folder / name for name in (CARD, MANIFEST, INDEX, BIN_INDEX, METADATA, METADATA_JSON)]
     beside = settings_folder(view)
+    check_sidecars(beside)
     settings += [beside / name for name in (CONFIG, *carried_files(beside))]
-    return tuple(_as_it_is(path) for path in (*sorted(weights), *settings) if path.is_file())
+    return tuple(_as_it_is(path) for path in (*sorted(_weights(view)), *settings) if path.is_file())
 
 
 def _as_it_is(path: Path) -> SourceFile:

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from mcore_longctx.convert.views import CONFIG, CheckpointView
+from mcore_longctx.errors import CheckpointError
 from mcore_longctx.families import config_for_export, family_of
 from mcore_longctx.formats.safetensors_io import read_json
 from mcore_longctx.manifest import sha256_file
+from mcore_longctx.reading import is_there, regular_size
 from mcore_longctx.rope import RopeScaling, merge_hf_rope
 
 __all__ = [
@@ -19,6 +21,7 @@ __all__ = [
     "LENGTH_KEYS",
     "TOKENIZER_CONFIG",
     "carried_files",
+    "check_sidecars",
     "copy_sidecars",
     "export_config",
     "tokenizer_sha256",
@@ -53,9 +56,27 @@ _DROPPED = ("auto_map", "_name_or_path", "quantization_config", *LENGTH_KEYS)
 
 
 def carried_files(source: Path) -> list[str]:
-    """Names of the files of a model folder that travel with the weights. `config.json` is not among them."""
+    """Names of the files of a model folder that travel with the weights, broken links too. `config.json` is not among them."""
     found = {source / name for name in _CARRIED} | {path for pattern in _CARRIED_PATTERNS for path in source.glob(pattern)}
-    return sorted(path.name for path in found if path.is_file() and path.suffix not in _NEVER)
+    return sorted(path.name for path in found if is_there(path) and not path.is_dir() and path.suffix not in _NEVER)
+
+
+def check_sidecars(source: Path) -> None:
+    """Whether the carried files of a model folder can be: opened, and those that an export edits parsed.
+
+    Raises:
+        CheckpointError: one that is no regular file, that cannot be opened, or whose JSON is damaged.
+    """
+    for name in carried_files(source):
+        path = source / name
+        regular_size(path)
+        try:
+            with path.open("rb"):
+                pass
+        except OSError as error:
+            raise CheckpointError(f"cannot be opened ({error.strerror})", where=path) from None
+        if name in (GENERATION_CONFIG, TOKENIZER_CONFIG):
+            read_json(path)
 
 
 def copy_sidecars(source: Path, target: Path) -> list[str]:

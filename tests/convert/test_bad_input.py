@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 import subprocess
@@ -15,7 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from mcore_longctx.convert import Execution, export_hf, import_hf, merge, open_checkpoint
+from mcore_longctx.convert import Execution, export_hf, import_hf, merge, open_checkpoint, plan_import
+from mcore_longctx.convert.checks.served import check_folder
 from mcore_longctx.errors import LongctxError
 from mcore_longctx.families import read_shape
 from mcore_longctx.formats.safetensors_io import read_header
@@ -275,6 +277,91 @@ def test_one_flipped_bit_is_found_where_hashes_were_asked_for(checkpoint: Path) 
     flip(path, -1)
     damaged = f"{path}: contents differ from the manifest's sha256; the export is damaged, use another copy"
     assert refused(lambda: import_hf(parent / "export", parent / "again", how=how), parent / "again") == damaged
+
+
+def test_checksum_with_nothing_to_compare_with_is_refused_not_promised(tmp_path: Path) -> None:
+    how = Execution(checksum=True)
+    import_hf(write_folder(tmp_path / "hf", llama_config()), tmp_path / "ck")
+    export_hf(tmp_path / "ck", tmp_path / "export")
+    lacks = "1 weight file without a sha256 (written without --checksum): nothing to compare with; leave out --checksum, or write"
+    assert export_refused(tmp_path / "ck", how=how).startswith(f"{tmp_path}/ck/manifest.json: {lacks}")
+    assert import_refused(tmp_path / "export", how=how).startswith(f"{tmp_path}/export/manifest.json: {lacks}")
+    assert lacks in refused(lambda: merge(tmp_path / "ck", tmp_path / "ck", tmp_path / "out", how=how), tmp_path / "out")
+    import_hf(tmp_path / "hf", tmp_path / "again", how=how)  # of another program, without a manifest: hashes of the output alone
+
+
+@pytest.mark.parametrize(
+    "name", ["generation_config.json", "tokenizer_config.json", "tokenizer.json", "tokenizer.model", "LICENSE"]
+)
+def test_a_carried_file_that_cannot_be_carried_is_refused_before_the_weights_are_copied(name: str, tmp_path: Path) -> None:
+    import_hf(write_folder(tmp_path / "hf", llama_config()), tmp_path / "ck")
+    write_manifest(tmp_path / "ck", "checkpoint", files=["__0_0.distcp"])  # that which lists all notices a change first
+    for folder, refuse in (
+        (tmp_path / "hf", import_refused),
+        (tmp_path / "ck" / "hf", lambda _: export_refused(tmp_path / "ck")),
+    ):
+        (folder / name).unlink(missing_ok=True)
+        (folder / name).symlink_to("nowhere")
+        assert refuse(folder).startswith(f"{folder / name}: a broken link, to nowhere")
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+        assert refuse(folder) == f"{folder / name}: is a FIFO, expected a file"
+        (folder / name).unlink()
+        (folder / name).write_text("{")
+        if "_config" in name:
+            assert refuse(folder).startswith(f"{folder / name}: not valid JSON")
+            (folder / name).unlink()
+
+
+def test_a_tokenizer_that_may_not_be_read_is_refused_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """root may read everything, so opening it is made to fail."""
+    hf = write_folder(tmp_path / "hf", llama_config())
+    (hf / "merges.txt").write_text("a b")
+    opened = Path.open
+
+    def denied(path: Path, *args: Any, **options: Any) -> Any:
+        if path.name == "merges.txt":
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", denied)
+    assert import_refused(hf) == f"{hf}/merges.txt: cannot be opened (Permission denied)"
+
+
+def test_links_that_lead_nowhere_and_files_in_place_of_folders_are_named(tmp_path: Path) -> None:
+    hf = write_folder(tmp_path / "hf", llama_config())
+    (hf / "pytorch_model.bin").write_bytes(b"PK")  # must not be taken in its place
+    (hf / "model.safetensors").unlink()
+    (hf / "model.safetensors").symlink_to("../blobs/1234")
+    assert import_refused(hf).startswith(f"{hf}/model.safetensors: a broken link, to ../blobs/1234")
+    assert import_refused(hf / "config.json").startswith(f"{hf}/config.json: is a file, expected a folder")
+    with pytest.raises(LongctxError, match=r"config\.json: is a file, expected a folder"):
+        check_folder(hf / "config.json")
+
+
+def test_the_index_of_bin_files_is_a_source(tmp_path: Path) -> None:
+    hf = write_folder(tmp_path / "hf", llama_config())
+    weights = load_file(hf / "model.safetensors")
+    (hf / "model.safetensors").unlink()
+    torch.save(weights, hf / "pytorch_model-00001-of-00001.bin")
+    shards = {"weight_map": dict.fromkeys(weights, "pytorch_model-00001-of-00001.bin")}
+    (hf / "pytorch_model.bin.index.json").write_text(json.dumps(shards))
+    assert "pytorch_model.bin.index.json" in {source.path.name for source in plan_import(hf).sources}
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "qwen3"])
+def test_a_surplus_tensor_is_refused_under_the_name_of_its_family(model_type: str, tmp_path: Path) -> None:
+    names = {"mistral": "MistralForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+    config = llama_config(model_type=model_type, architectures=[names[model_type]], sliding_window=None)
+    weights = random_weights(config)
+    if model_type == "qwen3":
+        norms = {f"model.layers.{i}.self_attn.{part}_norm.weight": torch.ones(16) for i in range(2) for part in "qk"}
+        weights |= norms
+    hf = tmp_path / "hf"
+    hf.mkdir()
+    (hf / "config.json").write_text(json.dumps(config))
+    save_file(weights | {"extra.weight": torch.ones(2)}, hf / "model.safetensors")
+    assert f"1 tensor without a place in a {model_type} of this config.json (first: extra.weight)" in import_refused(hf)
 
 
 def test_a_truncated_checkpoint_is_refused_with_and_without_its_manifest(checkpoint: Path) -> None:

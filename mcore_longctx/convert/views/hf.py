@@ -11,6 +11,7 @@ from mcore_longctx.errors import CheckpointError, ConversionError
 from mcore_longctx.families import ModelShape, hf_shapes, model_tensors, read_shape
 from mcore_longctx.formats.safetensors_io import INDEX, SINGLE, StoredTensor, read_folder, read_json
 from mcore_longctx.formats.torch_bin import is_bin_folder, read_bin_folder
+from mcore_longctx.reading import is_there
 from mcore_longctx.recipe import CARD, read_card
 from mcore_longctx.rope import read_hf_rope
 
@@ -18,16 +19,17 @@ __all__ = ["open_hf"]
 
 
 def open_hf(folder: Path) -> CheckpointView:
-    """Open a Hugging Face folder of a Llama. Raises as `open_checkpoint`."""
+    """Open a Hugging Face folder of a model of a known family. Raises as `open_checkpoint`."""
     if not folder.is_dir():
-        raise CheckpointError("no such folder", where=folder, fix="download the model first and give its folder")
+        what = "is a file, expected a folder" if folder.exists() else "no such folder"
+        raise CheckpointError(what, where=folder, fix="download the model first and give its folder")
     config = read_json(folder / CONFIG)
     shape = read_shape(config, where=folder / CONFIG)
     rope = read_hf_rope(config, where=folder / CONFIG)
     stored = read_bin_folder(folder) if _is_bin(folder) else read_folder(folder)
     expected = hf_shapes(model_tensors(shape))
     dropped = _derived_tensors(stored, shape)
-    _check_names(set(stored) - set(dropped), set(expected), folder)
+    _check_names(set(stored) - set(dropped), set(expected), folder, shape.family)
     tensors = {}
     for name, wanted in expected.items():
         tensor = stored[name]
@@ -35,13 +37,13 @@ def open_hf(folder: Path) -> CheckpointView:
             raise ConversionError(f"shape {list(tensor.shape)}, {CONFIG} implies {list(wanted)}", where=f"{folder}: {name}")
         check_dtype(tensor.dtype, f"{folder}: {name}")
         tensors[name] = TensorRows.stored(tensor.dtype, tensor.shape, tensor.file, tensor.offset)
-    card = read_card(folder) if (folder / CARD).exists() else None
+    card = read_card(folder) if is_there(folder / CARD) else None
     return CheckpointView(folder, "hf", config, shape, rope, tensors, card, dropped=tuple(dropped))
 
 
 def _is_bin(folder: Path) -> bool:
     """Whether only `.bin` files are there; where both are, safetensors count, as for transformers."""
-    return is_bin_folder(folder) and not (folder / SINGLE).exists() and not (folder / INDEX).exists()
+    return is_bin_folder(folder) and not is_there(folder / SINGLE) and not is_there(folder / INDEX)
 
 
 def _derived_tensors(stored: Mapping[str, StoredTensor], shape: ModelShape) -> list[str]:
@@ -69,7 +71,7 @@ def _equal_bytes(first: StoredTensor, second: StoredTensor) -> bool:
     return all(band == other for (_, band), (_, other) in zip(rows.bands(), others.bands(), strict=True))
 
 
-def _check_names(found: set[str], expected: set[str], folder: Path) -> None:
+def _check_names(found: set[str], expected: set[str], folder: Path, family: str) -> None:
     if missing := sorted(expected - found):
         raise ConversionError(
             f"{count(len(missing), 'tensor')} missing (first: {missing[0]})",
@@ -78,7 +80,7 @@ def _check_names(found: set[str], expected: set[str], folder: Path) -> None:
         )
     if surplus := sorted(found - expected):
         raise ConversionError(
-            f"{count(len(surplus), 'tensor')} without a place in a Llama of this {CONFIG} (first: {surplus[0][:200]})",
+            f"{count(len(surplus), 'tensor')} without a place in a {family} of this {CONFIG} (first: {surplus[0][:200]})",
             where=folder,
-            fix="biases, experts, adapters and other heads are not supported",
+            fix="biases that the family has not, experts, adapters and other heads are not supported",
         )
