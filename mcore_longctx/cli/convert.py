@@ -130,6 +130,7 @@ def _add_merge(actions: Any) -> None:
     parser.add_argument("second", type=Path, metavar="B")
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to make, in the format of A")
     parser.add_argument("--weights", default="0.5,0.5", metavar="X,Y", help="of A and of B (default 0.5,0.5)")
+    _add_config(parser)
     _add_execution(parser)
 
 

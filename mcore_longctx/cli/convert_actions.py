@@ -22,8 +22,9 @@ def import_(args: argparse.Namespace) -> int:
     """Hugging Face folder -> torch_dist."""
     from mcore_longctx import convert
 
+    old, rope = _ropes(args, args.hf, None)
     settings: dict[str, Any] = {
-        "rope": _rope(args.rope, args.hf, None),
+        "rope": rope,
         "dtype": _dtype(args.dtype),
         "chunks_for_tp": args.chunks_for_tp,
         "vocab_multiple": args.vocab_multiple,
@@ -33,6 +34,7 @@ def import_(args: argparse.Namespace) -> int:
         return _show_plan(convert.plan_import(args.hf, **settings), args.out)
     if not convert.import_hf(args.hf, args.out, **settings, how=_execution(args)):
         return 0  # another task of the step finished it
+    _show_rope(old, rope)
     return _describe(args.out)
 
 
@@ -40,9 +42,10 @@ def export(args: argparse.Namespace) -> int:
     """torch_dist -> Hugging Face folder."""
     from mcore_longctx import convert
 
+    old, rope = _ropes(args, args.checkpoint, args.config)
     settings: dict[str, Any] = {
         "config": args.config,
-        "rope": _rope(args.rope, args.checkpoint, args.config),
+        "rope": rope,
         "dtype": _dtype(args.dtype),
         "shard_bytes": _parse_bytes(args.shard_size),
         "from_master": args.from_master,
@@ -52,6 +55,8 @@ def export(args: argparse.Namespace) -> int:
         return _show_plan(convert.plan_export(args.checkpoint, **settings), args.out)
     if not convert.export_hf(args.checkpoint, args.out, **settings, how=_execution(args)):
         return 0  # another task of the step finished it
+    _show_notes(args.out)
+    _show_rope(old, rope)
     return _describe_quantized(args.out) if args.quantize else _describe(args.out)
 
 
@@ -61,9 +66,10 @@ def merge(args: argparse.Namespace) -> int:
 
     weights = _weights(args.weights)
     if args.dry_run:
-        return _show_plan(convert.plan_merge(args.first, args.second, weights=weights), args.out)
-    if not convert.merge(args.first, args.second, args.out, weights=weights, how=_execution(args)):
+        return _show_plan(convert.plan_merge(args.first, args.second, weights=weights, config=args.config), args.out)
+    if not convert.merge(args.first, args.second, args.out, weights=weights, config=args.config, how=_execution(args)):
         return 0  # another task of the step finished it
+    _show_notes(args.out)
     return _describe(args.out)
 
 
@@ -128,14 +134,31 @@ def _check_file(path: Path) -> None:
         raise ConfigError("its folder cannot be written", where=path, fix="choose another")
 
 
-def _rope(spec: str | None, source: Path, config: Path | None) -> RopeScaling | None:
-    """The rope that `--rope` asks for, starting from that of the source."""
-    if spec is None:
-        return None
+def _ropes(args: argparse.Namespace, source: Path, config: Path | None) -> tuple[RopeScaling | None, RopeScaling | None]:
+    """The rope of the source and the one that `--rope` makes of it; nothing without `--rope`."""
+    if args.rope is None:
+        return None, None
     from mcore_longctx.convert import open_checkpoint
+    from mcore_longctx.convert.copying.execute import failures_told_to_rank_0
+    from mcore_longctx.convert.disk import io_errors
     from mcore_longctx.rope import parse_rope_spec
 
-    return parse_rope_spec(spec, open_checkpoint(source, config=config).rope)
+    with io_errors(), failures_told_to_rank_0(args.out, _execution(args)):
+        old = open_checkpoint(source, config=config).rope
+        return old, parse_rope_spec(args.rope, old)
+
+
+def _show_rope(old: RopeScaling | None, new: RopeScaling | None) -> None:
+    if old is not None and new is not None:
+        print(f"rope: {old.describe()} -> {new.describe()}")
+
+
+def _show_notes(out: Path) -> None:
+    """What could not be checked of the source: its manifest says it."""
+    from mcore_longctx.manifest import MANIFEST
+
+    for note in json.loads((out / MANIFEST).read_text(encoding="utf-8")).get("notes", []):
+        print(f"note: {note}")
 
 
 def _dtype(name: str) -> str | None:

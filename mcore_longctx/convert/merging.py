@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,29 +20,38 @@ from mcore_longctx.convert.outputs import (
 from mcore_longctx.convert.plans.hf_layout import HfLayout, plan_hf
 from mcore_longctx.convert.plans.plan import Blend, Plan
 from mcore_longctx.convert.plans.torch_dist_layout import TorchDistLayout, plan_torch_dist
-from mcore_longctx.convert.sidecars import copy_sidecars, tokenizer_sha256
-from mcore_longctx.convert.views import CONFIG, CheckpointView, open_checkpoint
+from mcore_longctx.convert.sidecars import export_config, tokenizer_sha256, write_hf_sidecars
+from mcore_longctx.convert.views import CONFIG, HF_FOLDER, CheckpointView, locate_checkpoint, open_checkpoint
 from mcore_longctx.errors import ConfigError, ConversionError
 from mcore_longctx.families import model_tensors
-from mcore_longctx.formats.dcp_read import read_torch_dist
+from mcore_longctx.formats.dcp_read import is_torch_dist, read_torch_dist
 from mcore_longctx.formats.safetensors_io import shard_names
 from mcore_longctx.manifest import MANIFEST, sha256_file
-from mcore_longctx.recipe import CheckpointCard, write_card
+from mcore_longctx.recipe import CARD, CheckpointCard, write_card
 
 __all__ = ["merge", "plan_merge"]
 
 
 @io_errors()
-def merge(a: Path, b: Path, out: Path, *, weights: tuple[float, float] = (0.5, 0.5), how: Execution | None = None) -> bool:
+def merge(
+    a: Path,
+    b: Path,
+    out: Path,
+    *,
+    weights: tuple[float, float] = (0.5, 0.5),
+    config: Path | None = None,
+    how: Execution | None = None,
+) -> bool:
     """Write `weights[0]` x A + `weights[1]` x B, computed in float32, in the format, layout and element types of A.
 
-    Config, tokenizer and card are A's. Optimizer state is left out; rows of vocabulary padding become zero.
+    Config, tokenizer and card are A's; config.json of a Hugging Face folder is written as an export's. Optimizer state is left out; rows of vocabulary padding become zero.
 
     Args:
         a: Hugging Face folder, or torch_dist folder.
         b: another of the same format, shape, rope and tokenizer.
         out: folder to make.
         weights: of A and of B; finite in float32. They need not add up to 1.
+        config: config.json of the model, or its folder, for a torch_dist folder that brings none.
         how: workers, fsync, checksums; None: one process.
 
     Returns:
@@ -52,22 +60,24 @@ def merge(a: Path, b: Path, out: Path, *, weights: tuple[float, float] = (0.5, 0
     Raises:
         CheckpointError: one is missing, damaged or not what its manifest says.
         ConversionError: they are not of one format, model, rope or tokenizer, or a sum is too large for float32 or for A's type.
-        ConfigError: a weight that is not finite, or `out` exists.
+        ConfigError: a weight that is not finite, `out` exists, no `config` where one is needed, or one where none is.
         StorageError: the disk is full or failed.
     """
     how = how or Execution()
     with failures_told_to_rank_0(out, how):
-        job = _prepare(a, b, weights, hashes=how.checksum)
+        job = _prepare(a, b, weights, config, hashes=how.checksum)
 
     def finish(folder: Path, written: Written) -> None:
         manifests = [sha256_file(view.folder / MANIFEST) if (view.folder / MANIFEST).exists() else None for view in job.views]
         merged = {"weights": list(weights), "source_manifest_sha256": manifests}
+        notes = list(dict.fromkeys(note for view in job.views for note in view.notes))
+        unchecked = {"notes": notes} if notes else {}
         card, model_folder = _card(job), settings_folder(job.views[0])
         if isinstance(job.layout, TorchDistLayout):
-            write_checkpoint_files(folder, job.layout, card, model_folder, written, merge=merged)
+            write_checkpoint_files(folder, job.layout, card, model_folder, written, merge=merged, **unchecked)
             return
-        copy_sidecars(model_folder, folder)
-        shutil.copyfile(model_folder / CONFIG, folder / CONFIG)
+        view = job.views[0]
+        write_hf_sidecars(view, folder, source=model_folder, rope=view.rope, dtype=_config_dtype(view))
         write_card(folder, card)
         job.layout.describe(folder)
         facts = {"rope_fingerprint": card.rope.fingerprint(), "merge": merged}
@@ -77,9 +87,9 @@ def merge(a: Path, b: Path, out: Path, *, weights: tuple[float, float] = (0.5, 0
 
 
 @io_errors()
-def plan_merge(a: Path, b: Path, *, weights: tuple[float, float] = (0.5, 0.5)) -> Plan:
+def plan_merge(a: Path, b: Path, *, weights: tuple[float, float] = (0.5, 0.5), config: Path | None = None) -> Plan:
     """What `merge` would write. Reads headers only. Raises as `merge`."""
-    return _prepare(a, b, weights, hashes=False).plan
+    return _prepare(a, b, weights, config, hashes=False).plan
 
 
 @dataclass(frozen=True)
@@ -89,11 +99,14 @@ class _Job:
     plan: Plan
 
 
-def _prepare(a: Path, b: Path, weights: tuple[float, float], *, hashes: bool) -> _Job:
+def _prepare(a: Path, b: Path, weights: tuple[float, float], config: Path | None, *, hashes: bool) -> _Job:
     if not all(_is_finite_float32(weight) for weight in weights):
         what = f"weights {weights[0]} and {weights[1]}; expected two numbers that are finite in float32"
         raise ConfigError(what, where="--weights")
-    first, second = (open_checkpoint(path) for path in (a, b))
+    carried = [_brings_config(path) for path in (a, b)]
+    if config is not None and all(carried):
+        raise ConfigError("both checkpoints bring their own config.json", where="--config", fix="leave it out")
+    first, second = (open_checkpoint(path, config=None if own else config) for path, own in zip((a, b), carried, strict=True))
     _check_alike(first, second)
     for view in (first, second):
         check_manifest(view, hashes=hashes)
@@ -101,8 +114,21 @@ def _prepare(a: Path, b: Path, weights: tuple[float, float], *, hashes: bool) ->
     layout = _hf_layout(first, blends) if first.format == "hf" else _torch_dist_layout(first, blends)
     files = {file.path: file for view in (first, second) for file in source_files(view)}
     settings = {"layout": LAYOUT, "weights": list(weights), "shape": first.shape.as_dict(), "rope": first.rope.as_dict()}
+    if first.format == "hf":
+        settings["config"] = export_config(first, rope=first.rope, dtype=_config_dtype(first))
     plan = Plan("merge", settings, tuple(files.values()), layout.files, layout.fills, layout.small)
     return _Job((first, second), layout, plan)
+
+
+def _brings_config(path: Path) -> bool:
+    folder = locate_checkpoint(path)
+    return not is_torch_dist(folder) or ((folder / CARD).exists() and (folder / HF_FOLDER / CONFIG).exists())
+
+
+def _config_dtype(view: CheckpointView) -> str:
+    """What config.json says of weights of several element types."""
+    dtypes = view.dtypes
+    return max(dtypes, key=lambda found: dtypes[found])
 
 
 def _is_finite_float32(number: float) -> bool:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -107,3 +108,31 @@ def test_another_command_than_the_one_that_was_killed_is_told_by_its_option(
     if (action, then) == ("import", ["--dtype", "bf16"]):
         assert f"\n    {said}\n" in (Path(__file__).parents[2] / "docs" / "convert.md").read_text()
     assert main([*base, *first]) == 0
+
+
+def test_another_rope_is_told_as_it_was_and_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    hf, base, out = str(write_folder(tmp_path / "hf", llama_config())), str(tmp_path / "base"), str(tmp_path / "out")
+    assert main(["convert", "import", hf, base, "--rope", "linear:2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith("rope: none: no scaling, base 500,000")
+    assert " -> linear" in lines[0]
+    assert main(["convert", "export", base, out, "--rope", "llama3:8,original=512"]) == 0
+    line = capsys.readouterr().out.splitlines()[0]
+    assert line.startswith("rope: linear")
+    assert " -> llama3" in line
+
+
+def test_what_could_not_be_checked_of_a_foreign_checkpoint_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hf, base = write_folder(tmp_path / "hf", llama_config()), tmp_path / "base"
+    assert main(["convert", "import", str(hf), str(base)]) == 0
+    for name in ("mcore_longctx.json", "manifest.json"):
+        (base / name).unlink()
+    shutil.rmtree(base / "hf")
+    told = ["the rope was not checked", "nor was the rest"]
+    monkeypatch.setattr("mcore_longctx.convert.views.torch_dist.check_saved_settings", lambda *_: told)
+    capsys.readouterr()
+    assert main(["convert", "export", str(base), str(tmp_path / "out"), "--config", str(hf)]) == 0
+    assert capsys.readouterr().out.splitlines()[:2] == [f"note: {line}" for line in told]

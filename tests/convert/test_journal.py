@@ -57,7 +57,10 @@ def units_copied(made: Made, out: Path, patch: pytest.MonkeyPatch, **how: object
 
 # ------------------------------------------------------------------ torn and damaged
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(part=st.floats(0, 1), tail=st.sampled_from([b"", b"\0\0\0\0", b"\xff{", b'{"unit": "x"}\n', b'{"unit": 1e400}\n', b'{"unit": 3\n', b"[]\n"]))
+@given(
+    part=st.floats(0, 1),
+    tail=st.sampled_from([b"", b"\0\0\0\0", b"\xff{", b'{"unit": "x"}\n', b'{"unit": 1e400}\n', b'{"unit": 3\n', b"[]\n"]),
+)
 def test_a_journal_that_ends_anywhere_leads_to_the_same_bytes(part: float, tail: bytes, tmp_path_factory) -> None:
     folder = tmp_path_factory.mktemp("torn")
     made = make_plan(folder / "sources", 12, tensors=8, size=60)
@@ -160,7 +163,9 @@ def test_what_changed_is_named(made: Made, tmp_path: Path) -> None:
 
     refused(plan, "dtype was None, now keep")
     refused(replace(made.plan, settings={"seed": 13}), "seed was 12, now 13")
-    refused(replace(made.plan, settings={"seed": 12, "config": {"torch_dtype": "x"}}), "config was None, now {'torch_dtype': 'x'}")
+    refused(
+        replace(made.plan, settings={"seed": 12, "config": {"torch_dtype": "x"}}), "config was None, now {'torch_dtype': 'x'}"
+    )
     refused(replace(made.plan, kind="import"), "it was export, now import")
     touched = (replace(first, mtime_ns=first.mtime_ns + 1), *made.plan.sources[1:])
     refused(replace(made.plan, sources=touched), f"{first.path} changed")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from mcore_longctx.cli.main import main
 from mcore_longctx.convert import export_hf, import_hf, merge, plan_merge
 from mcore_longctx.errors import CheckpointError, ConfigError, ConversionError, LongctxError
 from mcore_longctx.formats.dcp_read import read_torch_dist
@@ -54,7 +56,10 @@ def test_hugging_face_folders_are_merged_in_the_files_of_the_first(
     first, merged = (json.loads((tmp_path / folder / name).read_text()) for folder in ("a", "out"))
     assert merged["weight_map"] == first["weight_map"]
     assert merged["metadata"]["total_size"] == first["metadata"]["total_size"]
-    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "LICENSE"):
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert {key: config[key] for key in CONFIG if key not in ("torch_dtype", "rope_scaling")}.items() <= CONFIG.items()
+    assert (config["torch_dtype"], config["dtype"]) == (dtype, dtype)
+    for name in ("tokenizer.json", "LICENSE"):
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "a" / name).read_bytes()
     manifest = verify_manifest(tmp_path / "out", "export")
     assert manifest["merge"] == {"weights": list(weights), "source_manifest_sha256": [None, None]}
@@ -105,6 +110,39 @@ def test_shards_that_torch_wrote_become_safetensors(tmp_path: Path) -> None:
     assert_close(tmp_path / "out", blended(a, b, 0.5, 0.5))
     weight_map = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"]
     assert {name for name, file in weight_map.items() if file == "model-00001-of-00002.safetensors"} == set(names[:9])
+
+
+def test_a_merged_folder_sends_nobody_to_code_or_to_a_stale_length(tmp_path: Path) -> None:
+    stale = {"auto_map": {"AutoModelForCausalLM": "modeling_evil.Evil"}, "_name_or_path": "x", "max_seq_len": 77}
+    for name in "ab":
+        write_folder(tmp_path / name, CONFIG | stale)
+    merge(tmp_path / "a", tmp_path / "b", tmp_path / "out")
+    assert not stale.keys() & json.loads((tmp_path / "out" / "config.json").read_text()).keys()
+    assert "max_length" not in json.loads((tmp_path / "out" / "generation_config.json").read_text())
+
+
+def foreign(folder: Path, hf: Path) -> Path:
+    """A checkpoint without our card and config."""
+    import_hf(hf, folder)
+    for name in ("mcore_longctx.json", "manifest.json"):
+        (folder / name).unlink()
+    shutil.rmtree(folder / "hf")
+    return folder
+
+
+def test_a_checkpoint_without_a_card_is_merged_with_the_config_of_its_model(tmp_path: Path, capsys) -> None:
+    a, b = random_weights(CONFIG, "float32", seed=1), random_weights(CONFIG, "float32", seed=2)
+    folders = {name: write_folder(tmp_path / f"hf-{name}", CONFIG, part) for name, part in (("a", a), ("b", b))}
+    first, second = foreign(tmp_path / "a", folders["a"]), foreign(tmp_path / "b", folders["b"])
+    import_hf(folders["b"], tmp_path / "own")
+    assert "give the model's config.json with --config" in refused(tmp_path)
+    for other in (second, tmp_path / "own"):
+        out = tmp_path / f"out-{other.name}"
+        assert main(["convert", "merge", str(first), str(other), str(out), "--config", str(folders["a"])]) == 0
+        assert export_hf(out, tmp_path / f"back-{other.name}")
+        assert_close(tmp_path / f"back-{other.name}", blended(a, b, 0.5, 0.5))
+    with pytest.raises(ConfigError, match=r"--config: both checkpoints bring their own config\.json; leave it out"):
+        plan_merge(tmp_path / "own", tmp_path / "own", config=folders["a"])
 
 
 def refused(folder: Path, **arguments: Any) -> str:
@@ -162,7 +200,8 @@ def test_weights_must_be_finite(tmp_path: Path, weights: tuple[float, float]) ->
 
 @pytest.mark.parametrize("target", ["float32", "bfloat16", "float64"])
 @pytest.mark.parametrize(
-    ("x", "y", "weights"), [(2.0, 2.0, (3e38, 3e38)), (4.0, 4.0, (3e38, -3e38)), (1e300, 1.0, (0.5, 0.5)), (1.0, 1e300, (0.5, 0.0))]
+    ("x", "y", "weights"),
+    [(2.0, 2.0, (3e38, 3e38)), (4.0, 4.0, (3e38, -3e38)), (1e300, 1.0, (0.5, 0.5)), (1.0, 1e300, (0.5, 0.0))],
 )
 def test_a_sum_that_is_not_finite_though_its_parts_are_is_refused(
     tmp_path: Path, x: float, y: float, weights: tuple[float, float], target: str
