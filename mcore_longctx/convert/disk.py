@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from mcore_longctx.errors import CheckpointError, StorageError
+from mcore_longctx.errors import CheckpointError, ConfigError, StorageError
 from mcore_longctx.manifest import readable_bytes
 
-__all__ = ["OpenFiles", "check_free_space", "free_bytes", "io_errors", "read_into", "storage_error", "write_all"]
+__all__ = ["OpenFiles", "check_free_space", "free_bytes", "io_errors", "read_into", "refuse_nested", "storage_error", "write_all"]
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _MAX_VIEWS = 1024  # IOV_MAX of Linux
@@ -54,6 +54,15 @@ def check_free_space(folder: Path, needed: int, out: Path) -> None:
             where=out,
             fix="free some space",
         )
+
+
+def refuse_nested(out: Path, source: Path) -> None:
+    """Raise ConfigError where the output would lie in its source, or around it."""
+    ours, theirs = out.resolve(), source.resolve()
+    if ours != theirs and ours.is_relative_to(theirs):
+        raise ConfigError(f"lies inside the source {source}", where=out, fix="choose a folder beside it")
+    if ours != theirs and theirs.is_relative_to(ours):
+        raise ConfigError(f"the source {source} lies inside it", where=out, fix="choose a folder beside it")
 
 
 class OpenFiles:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mcore_longctx.convert.copying.execute import Execution, Written, execute, failures_told_to_rank_0
-from mcore_longctx.convert.disk import io_errors
+from mcore_longctx.convert.disk import io_errors, refuse_nested
 from mcore_longctx.convert.outputs import (
     LAYOUT,
     check_manifest,
@@ -74,6 +74,7 @@ def export_hf(
     how = how or Execution()
     with failures_told_to_rank_0(out, how):
         job = _prepare(checkpoint, config, rope, dtype, shard_bytes, from_master, quantize, hashes=how.checksum)
+        refuse_nested(out, job.view.folder)
 
     def finish(folder: Path, written: Written) -> None:
         _write_files(job, folder)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mcore_longctx.convert.copying.execute import Execution, Written, execute, failures_told_to_rank_0
-from mcore_longctx.convert.disk import io_errors
+from mcore_longctx.convert.disk import io_errors, refuse_nested
 from mcore_longctx.convert.outputs import (
     LAYOUT,
     check_manifest,
@@ -66,6 +66,7 @@ def import_hf(
     how = how or Execution()
     with failures_told_to_rank_0(out, how):
         job = _prepare(hf, rope, dtype, chunks_for_tp, vocab_multiple, stacked=stacked, hashes=how.checksum)
+        refuse_nested(out, job.view.folder)
 
     def finish(folder: Path, written: Written) -> None:
         card = CheckpointCard(shape=job.view.shape, rope=job.rope, tokenizer_sha256=tokenizer_sha256(hf))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mcore_longctx.convert.copying.execute import Execution, Written, execute, failures_told_to_rank_0
-from mcore_longctx.convert.disk import io_errors
+from mcore_longctx.convert.disk import io_errors, refuse_nested
 from mcore_longctx.convert.outputs import (
     LAYOUT,
     check_manifest,
@@ -66,6 +66,8 @@ def merge(
     how = how or Execution()
     with failures_told_to_rank_0(out, how):
         job = _prepare(a, b, weights, config, hashes=how.checksum)
+        for view in job.views:
+            refuse_nested(out, view.folder)
 
     def finish(folder: Path, written: Written) -> None:
         manifests = [sha256_file(view.folder / MANIFEST) if (view.folder / MANIFEST).exists() else None for view in job.views]

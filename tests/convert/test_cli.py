@@ -136,3 +136,26 @@ def test_what_could_not_be_checked_of_a_foreign_checkpoint_is_told(
     capsys.readouterr()
     assert main(["convert", "export", str(base), str(tmp_path / "out"), "--config", str(hf)]) == 0
     assert capsys.readouterr().out.splitlines()[:2] == [f"note: {line}" for line in told]
+
+
+@pytest.mark.parametrize("action", ["import", "export", "merge"])
+def test_an_output_inside_its_source_or_around_it_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], action: str
+) -> None:
+    source = write_folder(tmp_path / "around" / "source", llama_config())
+    if action == "export":
+        source = tmp_path / "around" / "checkpoint"
+        assert main(["convert", "import", str(tmp_path / "around" / "source"), str(source)]) == 0
+    (tmp_path / "link").symlink_to(source)
+    before = sorted(tmp_path.rglob("*"))
+    sources = [str(source)] * (2 if action == "merge" else 1)
+    capsys.readouterr()
+    for out, what in (
+        (source / "out", f"lies inside the source {source}"),
+        (tmp_path / "link" / "deep" / "out", f"lies inside the source {source}"),
+        (tmp_path / "around", f"the source {source} lies inside it"),
+    ):
+        assert main(["convert", action, *sources, str(out)]) == 2
+        assert capsys.readouterr().err == f"mcore-longctx: {out}: {what}; choose a folder beside it\n"
+    assert sorted(tmp_path.rglob("*")) == before
+    assert main(["convert", action, *sources, str(tmp_path / "around" / "out")]) == 0
