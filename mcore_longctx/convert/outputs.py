@@ -74,7 +74,7 @@ def _check_hashes_known(view: CheckpointView, kind: str) -> None:
         raise CheckpointError(
             f"{count(unknown, 'weight file')} without a sha256 (written without --checksum): nothing to compare with",
             where=view.folder / MANIFEST,
-            fix="leave out --checksum, or write this folder again with it",
+            fix="write that folder again with --checksum, or leave the option out here",
         )
 
 
