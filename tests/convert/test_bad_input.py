@@ -283,7 +283,7 @@ def test_checksum_with_nothing_to_compare_with_is_refused_not_promised(tmp_path:
     how = Execution(checksum=True)
     import_hf(write_folder(tmp_path / "hf", llama_config()), tmp_path / "ck")
     export_hf(tmp_path / "ck", tmp_path / "export")
-    lacks = "1 weight file without a sha256 (written without --checksum): nothing to compare with; leave out --checksum, or write"
+    lacks = "1 weight file without a sha256 (written without --checksum): nothing to compare with; write that folder again with"
     assert export_refused(tmp_path / "ck", how=how).startswith(f"{tmp_path}/ck/manifest.json: {lacks}")
     assert import_refused(tmp_path / "export", how=how).startswith(f"{tmp_path}/export/manifest.json: {lacks}")
     assert lacks in refused(lambda: merge(tmp_path / "ck", tmp_path / "ck", tmp_path / "out", how=how), tmp_path / "out")
