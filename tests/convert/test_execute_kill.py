@@ -173,6 +173,12 @@ def test_a_killed_worker_ends_the_run_in_one_line(made: Made, expected: dict[str
     assert hashes(tmp_path / "out") == expected
 
 
+def interruptible() -> bool:
+    """Ctrl-C works, also where the tests were started in the background, which ignores it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    return True
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 99)])
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_signal_stops_it_and_the_next_start_goes_on(
@@ -186,7 +192,7 @@ def test_a_signal_stops_it_and_the_next_start_goes_on(
 
     with monkeypatch.context() as patch:
         patch.setattr(kernels.Copier, "copy", slow)
-        pid = forked(lambda: run(made.plan, tmp_path / "out", workers=workers, checksum=True))
+        pid = forked(lambda: interruptible() and run(made.plan, tmp_path / "out", workers=workers, checksum=True))
         journal = tmp_path / "out.partial" / "journal-0.jsonl"
         wait_for(lambda: journal.exists() and '"unit"' in journal.read_text())
         inside = children(pid)

@@ -36,7 +36,7 @@ def refused(folder: Path, make: Callable[[], Any]) -> str:
         (FOUR_GROUPS | {"intermediate_size": 22}, {"chunks_for_tp": 4}, "ffn_hidden_size 22 is not divisible"),
         ({}, {"chunks_for_tp": 0}, "--chunks-for-tp: chunks for 0 tensor-parallel ranks; expected 1 or more"),
         ({}, {"chunks_for_tp": -2}, "expected 1 or more"),
-        ({}, {"vocab_multiple": 0}, "--vocab-multiple: a vocabulary multiple of 0; expected 1 or more"),
+        ({}, {"vocab_multiple": 0}, "--vocab-multiple: a vocabulary multiple of 0; expected 1 to 1,048,576"),
         ({}, {"dtype": "int8"}, "--dtype: dtype 'int8' is none of"),
         ({}, {"dtype": "float8_e4m3fn"}, "--dtype: dtype 'float8_e4m3fn' is none of"),
         ({}, {"rope": OTHER_HEADS}, "hf: a rope of head_dim 8, the model has 16"),

@@ -422,7 +422,13 @@ def measure(given: argparse.Namespace, work: Work) -> list[str]:
     }
     if set(given.only) & set(parts):
         hf, reference = write_model(work.folder / "hf", given.size), work.folder / "reference"
-        run(ours("import", hf, reference, "--no-fsync"), log=work.log, memory=False, environment=OURS, folder=work.folder)
+        run(
+            ours("import", hf, reference, "--no-fsync", "--checksum"),
+            log=work.log,
+            memory=False,
+            environment=OURS,
+            folder=work.folder,
+        )
         if wrong := _exported(hf, work)(reference):
             raise SystemExit(f"import and export changed the weights: {wrong}")
     for verb, part in parts.items():
