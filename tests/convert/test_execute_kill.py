@@ -206,6 +206,25 @@ def test_a_signal_stops_it_and_the_next_start_goes_on(
     assert hashes(tmp_path / "out") == expected
 
 
+def test_workers_end_in_the_middle_of_a_unit_when_their_parent_is_killed(made: Made, tmp_path: Path, monkeypatch) -> None:
+    def endless(self: kernels.Copier, unit: units.Unit) -> object:
+        while True:
+            self.pause()  # as between two pieces of a large range
+            time.sleep(0.01)
+
+    monkeypatch.setattr(kernels.Copier, "copy", endless)
+    pid = forked(lambda: run(made.plan, tmp_path / "out", workers=2))
+    wait_for(lambda: len(children(pid)) == 2)
+    workers = children(pid)
+    os.kill(pid, signal.SIGKILL)
+    wait(pid)
+    try:
+        wait_for(lambda: not any(map(is_alive, workers)))
+    finally:
+        for worker in filter(is_alive, workers):
+            os.kill(worker, signal.SIGKILL)
+
+
 # ------------------------------------------------------------------ full disks
 @pytest.mark.parametrize("workers", [1, 2])
 def test_files_that_may_not_grow_are_one_line_at_any_size(made: Made, expected, tmp_path: Path, workers: int, capfd) -> None:
