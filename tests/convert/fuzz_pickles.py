@@ -165,7 +165,7 @@ def hostile_pickles(canary: Path) -> dict[str, bytes]:
         "os.open": _Calls(os.open, path, os.O_CREAT),
         "shutil.copyfile": _Calls(shutil.copyfile, "/dev/null", path),
         "pathlib.Path.touch": _Calls(Path.touch, canary),
-        "runpy": _Calls(runpy._run_code, code, {}),  # type: ignore[attr-defined]
+        "runpy": _Calls(runpy._run_code, code, {}),
     }
     touch = f"touch {path}".encode()
     found = {

@@ -189,7 +189,7 @@ def wait(pid: int) -> int:
 
 
 def run(plan: Plan, out: Path, **how: object) -> bool:
-    return execute(plan, out, finish, Execution(**how))  # type: ignore[arg-type]
+    return execute(plan, out, finish, Execution(**how))
 
 
 def wait_for(what: Callable[[], object], seconds: float = 30) -> None:

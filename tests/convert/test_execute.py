@@ -202,7 +202,7 @@ def stop_after(made: Made, out: Path, calls: int) -> None:
             seen.append(unit)
             return real(self, unit)
 
-        kernels.Copier.copy = copy  # type: ignore[assignment]
+        kernels.Copier.copy = copy
         run(made.plan, out)
 
     assert wait(forked(killed)) == -signal.SIGKILL

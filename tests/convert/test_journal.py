@@ -39,7 +39,7 @@ def killed_before_unit(made: Made, out: Path, number: int, **how: object) -> Non
             seen.append(unit)
             return real(self, unit)
 
-        kernels.Copier.copy = copy  # type: ignore[assignment]
+        kernels.Copier.copy = copy
         run(made.plan, out, **how)
 
     assert wait(forked(run_and_die)) == -signal.SIGKILL
@@ -245,7 +245,7 @@ def test_a_finished_output_that_was_moved_does_not_stop_the_next(made: Made, tmp
         os.kill(os.getpid(), signal.SIGKILL)
 
     def killed() -> None:
-        Path.unlink = die  # type: ignore[method-assign,assignment]
+        Path.unlink = die
         run(made.plan, out)
 
     assert wait(forked(killed)) == -signal.SIGKILL

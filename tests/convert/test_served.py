@@ -332,7 +332,7 @@ def test_the_two_files_of_a_modelopt_folder_must_agree(exported: Path, tmp_path:
 
 def test_a_missing_kv_scale_is_found(exported: Path, tmp_path: Path) -> None:
     folder = modelopt_folder(exported, tmp_path)
-    rewrite(folder, lambda tensors: tensors.pop("model.layers.0.self_attn.v_proj.v_scale"))  # type: ignore[arg-type,return-value]
+    rewrite(folder, lambda tensors: tensors.pop("model.layers.0.self_attn.v_proj.v_scale"))
     (finding,) = [finding for finding in check_folder(folder).findings if finding.level == "error"]
     assert finding.describe() == "error: model.layers.0.self_attn.v_proj.v_scale: missing: its weight is FP8"
 

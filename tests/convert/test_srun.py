@@ -242,7 +242,7 @@ def test_ranks_without_a_share_end_at_once_and_have_no_journal(made: Made, expec
 
     def counted(self: partial.Partial, *rest: object) -> None:
         seen.write_text(str(len(list(self.folder.glob("journal-*")))))
-        complete(self, *rest)  # type: ignore[arg-type]
+        complete(self, *rest)
 
     monkeypatch.setattr(partial.Partial, "complete", counted)
     ranks = Step(0, 60_000).owners(len(units.cut(made.plan)))

@@ -116,14 +116,14 @@ class Hostile:
 def unchecked(archive: zipfile.ZipFile, name: str) -> bytes:
     """A record, whatever its checksum: ours leave out that of the payload."""
     with archive.open(name) as record:
-        record._expected_crc = None  # type: ignore[attr-defined]
+        record._expected_crc = None
         return record.read()
 
 
 def repacked(item: bytes, **changes: bytes | None) -> bytes:
     """The archive with some records replaced or left out; `data_pkl` stands for data.pkl."""
     source, out = zipfile.ZipFile(io.BytesIO(item)), io.BytesIO()
-    with zipfile.ZipFile(out, "w", changes.pop("method", zipfile.ZIP_STORED)) as target:  # type: ignore[arg-type]
+    with zipfile.ZipFile(out, "w", changes.pop("method", zipfile.ZIP_STORED)) as target:
         for name in source.namelist():
             data = changes.get(name.split("/", 1)[1].replace(".", "_").replace("/", "_"), unchecked(source, name))
             if data is not None:
@@ -180,7 +180,7 @@ def test_a_record_that_points_outside_its_item_is_refused(tmp_path: Path) -> Non
 def test_damaged_items_give_only_our_errors(tmp_path: Path, write: Any) -> None:
     tensor = torch.ones(2, 3)
     refused = sum(
-        only_our_errors(lambda damaged=damaged: located(tmp_path, damaged, tensor))  # type: ignore[misc]
+        only_our_errors(lambda damaged=damaged: located(tmp_path, damaged, tensor))
         for damaged in mutations(write(tensor), 400, seed=3)
     )
     assert refused > 100

@@ -135,7 +135,7 @@ def test_a_reader_that_is_right_is_not_named(config: dict[str, Any], program: st
 
 def scaling(rope_type: str, **fields: Any) -> RopeScaling:
     fields = {"original_max_position_embeddings": 8192, "factor": 8.0, **fields}
-    return RopeScaling(type=rope_type, head_dim=128, rope_theta=5e5, **fields)  # type: ignore[arg-type]
+    return RopeScaling(type=rope_type, head_dim=128, rope_theta=5e5, **fields)
 
 
 @pytest.mark.parametrize(
