@@ -13,7 +13,21 @@ from pathlib import Path
 from mcore_longctx import __version__
 from mcore_longctx.errors import LongctxError
 
-VERBS = ("run", "convert", "quantize", "data", "train", "evaluate", "report", "parity", "doctor")
+VERBS = (
+    "plan",
+    "run",
+    "launch",
+    "convert",
+    "quantize",
+    "data",
+    "train",
+    "evaluate",
+    "report",
+    "args",
+    "parity",
+    "doctor",
+    "slice",
+)
 
 _DESCRIPTION = """\
 Take a Llama-family model from 128K to 1M, 2M and 4M tokens of context with Megatron-Core (UltraLong recipe, arXiv 2504.06214).

@@ -2,6 +2,7 @@
 
 from mcore_longctx.families import ModelShape
 from mcore_longctx.recipe.card import CARD, CheckpointCard, read_card, write_card
+from mcore_longctx.recipe.cluster import ClusterSection
 from mcore_longctx.recipe.schema import (
     DataSection,
     DocumentSource,
@@ -21,6 +22,7 @@ from mcore_longctx.recipe.schema import (
 __all__ = [
     "CARD",
     "CheckpointCard",
+    "ClusterSection",
     "DataSection",
     "DocumentSource",
     "EvaluateSection",

@@ -15,10 +15,12 @@ from typing import Literal, get_args
 from mcore_longctx.errors import LayoutError
 from mcore_longctx.layout import check_seq_length
 from mcore_longctx.layout.heads import key_head_replicas
+from mcore_longctx.recipe.cluster import ClusterSection
 from mcore_longctx.rope import RopeScaling, RopeType
 
 __all__ = [
     "Activations",
+    "ClusterSection",
     "DataSection",
     "DocumentSource",
     "EvaluateSection",
@@ -362,6 +364,8 @@ class Stage:
     precision: Literal["fp32", "bf16"] = "bf16"
     save_interval: int = 50
     keep_checkpoints: int = 2
+    async_save: bool = False  # checkpoints are written beside the training, by megatron-core's own strategy
+    distributed_timeout_minutes: float | None = None  # of NCCL and gloo; None: derived from the planned step time
 
     def __post_init__(self) -> None:
         _check_name(self.name)
@@ -384,6 +388,8 @@ class Stage:
             )
         if self.save_interval < 1 or self.keep_checkpoints < 1:
             raise ValueError("save_interval and keep_checkpoints must be 1 or more")
+        if self.distributed_timeout_minutes is not None and not 0 < self.distributed_timeout_minutes < math.inf:
+            raise ValueError(f"distributed_timeout_minutes is {self.distributed_timeout_minutes}, expected more than 0")
         check_seq_length(self.seq_length, self.parallel.context_parallel_size)
         cp, tp = self.parallel.context_parallel_size, self.parallel.tensor_model_parallel_size
         if self.parallel.sequence_parallel and self.seq_length // cp % tp:
@@ -451,6 +457,7 @@ class Recipe:
     data: dict[str, DataSection]
     stages: tuple[Stage, ...]
     evaluate: EvaluateSection = field(default_factory=EvaluateSection)
+    cluster: ClusterSection = field(default_factory=ClusterSection)
     tokenizer: Path | None = None  # None: the model's folder
     output: Path | None = None  # None: runs/<name>
     seed: int = 1234

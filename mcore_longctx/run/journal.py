@@ -17,6 +17,8 @@ from mcore_longctx.run.steps import Step
 
 __all__ = ["Journal"]
 
+_SAFETY = ("save_interval", "keep_checkpoints", "async_save", "distributed_timeout_minutes")
+
 
 class Journal:
     """`run.json`: what each step was made from and how it ended."""
@@ -95,8 +97,15 @@ class Journal:
 
 
 def _decides(key: str, step: Step) -> bool:
-    """Whether a value of the recipe is part of what a step makes. What is kept and recomputed is not: it is memory and speed."""
-    return ".activations." not in key and any(key == k or key.startswith(f"{k}.") for k in step.keys)
+    """Whether a value of the recipe is part of what a step makes.
+
+    What is kept and recomputed is memory and speed; how and how often is saved, and how long a rank waits for another, is safety.
+    """
+    return (
+        ".activations." not in key
+        and key.split(".")[-1] not in _SAFETY
+        and any(key == k or key.startswith(f"{k}.") for k in step.keys)
+    )
 
 
 def _flatten(value: Any, at: str) -> Iterator[tuple[str, Any]]:

@@ -4,6 +4,6 @@ Importing this package imports no torch. `mcore_longctx.train.loop.train_stage(j
 """
 
 from mcore_longctx.train.job import TrainJob
-from mcore_longctx.train.store import iteration_folder, latest_checkpoint
+from mcore_longctx.checkpoint_folder import iteration_folder, latest_checkpoint
 
 __all__ = ["TrainJob", "iteration_folder", "latest_checkpoint"]

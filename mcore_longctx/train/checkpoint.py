@@ -35,7 +35,7 @@ from mcore_longctx.formats.dcp_read import read_torch_dist
 from mcore_longctx.manifest import staged_folder, verify_manifest, write_manifest
 from mcore_longctx.recipe import CARD, CheckpointCard, ModelShape, read_card, write_card
 from mcore_longctx.rope import RopeScaling
-from mcore_longctx.train import store
+from mcore_longctx import checkpoint_folder as store
 from mcore_longctx.train.control import Control
 from mcore_longctx.train.job import TrainJob
 from mcore_longctx.train.optimizer import load_optimizer_state, prepare_optimizer_state

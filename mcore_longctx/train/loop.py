@@ -35,7 +35,7 @@ from mcore_longctx.model.process_groups import rank_info
 from mcore_longctx.model.te import check_backend
 from mcore_longctx.model.weights import load_model_weights
 from mcore_longctx.recipe import read_card
-from mcore_longctx.train import store
+from mcore_longctx import checkpoint_folder as store
 from mcore_longctx.train.checkpoint import Checkpointer, verify_checkpoint
 from mcore_longctx.train.control import Control
 from mcore_longctx.train.dataset import MicroBatch, StepData

@@ -188,7 +188,7 @@ DEATHS = [  # where in a save, and which checkpoint is the newest afterwards
     ((CHECKPOINT, "save_state_dict", 1, True), None),
     ((CHECKPOINT, "write_card", 1, False), None),
     ((CHECKPOINT, "write_manifest", 1, True), None),
-    (("mcore_longctx.train.store", "write_tracker", 1, False), "iter_0000002"),
+    (("mcore_longctx.checkpoint_folder", "write_tracker", 1, False), "iter_0000002"),
     (("shutil", "rmtree", 1, False), "iter_0000004"),  # old checkpoint renamed, not yet removed
     ((CHECKPOINT, "save_state_dict", 1, False), "iter_0000004"),
 ]

@@ -10,7 +10,7 @@ import pytest
 
 from mcore_longctx.errors import CheckpointError, InUseError, TrainingError
 from mcore_longctx.manifest import write_manifest
-from mcore_longctx.train import store
+from mcore_longctx import checkpoint_folder as store
 
 
 def checkpoint(folder: Path, iteration: int, stage: str = "extend") -> Path:
@@ -93,7 +93,7 @@ def test_leftovers_of_killed_saves_go_and_nothing_else(tmp_path: Path) -> None:
 HOLDER = """
 import sys, time
 from pathlib import Path
-from mcore_longctx.train.store import FolderLock
+from mcore_longctx.checkpoint_folder import FolderLock
 with FolderLock(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(60)
