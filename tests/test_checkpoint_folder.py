@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from mcore_longctx import checkpoint_folder as store
 from mcore_longctx.errors import CheckpointError, InUseError, TrainingError
 from mcore_longctx.manifest import write_manifest
-from mcore_longctx import checkpoint_folder as store
 
 
 def checkpoint(folder: Path, iteration: int, stage: str = "extend") -> Path:

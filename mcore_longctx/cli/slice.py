@@ -8,7 +8,7 @@ from typing import Any
 
 def add_parser(subparsers: Any) -> None:
     """Add the verb to the command line."""
-    subparsers.add_parser("slice", help="(being built)")
+    subparsers.add_parser("slice", help="being built", description="Being built.")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -103,7 +103,7 @@ def _decides(key: str, step: Step) -> bool:
     """
     return (
         ".activations." not in key
-        and key.split(".")[-1] not in _SAFETY
+        and key.rsplit(".", maxsplit=1)[-1] not in _SAFETY
         and any(key == k or key.startswith(f"{k}.") for k in step.keys)
     )
 

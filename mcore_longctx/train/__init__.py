@@ -3,7 +3,7 @@
 Importing this package imports no torch. `mcore_longctx.train.loop.train_stage(job)` trains.
 """
 
-from mcore_longctx.train.job import TrainJob
 from mcore_longctx.checkpoint_folder import iteration_folder, latest_checkpoint
+from mcore_longctx.train.job import TrainJob
 
 __all__ = ["TrainJob", "iteration_folder", "latest_checkpoint"]

@@ -30,12 +30,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import save as save_state_dict
 
+from mcore_longctx import checkpoint_folder as store
 from mcore_longctx.errors import CheckpointError, TrainingError
 from mcore_longctx.formats.dcp_read import read_torch_dist
 from mcore_longctx.manifest import staged_folder, verify_manifest, write_manifest
 from mcore_longctx.recipe import CARD, CheckpointCard, ModelShape, read_card, write_card
 from mcore_longctx.rope import RopeScaling
-from mcore_longctx import checkpoint_folder as store
 from mcore_longctx.train.control import Control
 from mcore_longctx.train.job import TrainJob
 from mcore_longctx.train.optimizer import load_optimizer_state, prepare_optimizer_state

@@ -25,6 +25,7 @@ from mcore_longctx import megatron_compat as _imports_megatron_quietly  # noqa: 
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from mcore_longctx import checkpoint_folder as store
 from mcore_longctx.data import PackedSamples
 from mcore_longctx.errors import CheckpointError, StoppedBySignal, TrainingError
 from mcore_longctx.layout import PackLayout
@@ -35,7 +36,6 @@ from mcore_longctx.model.process_groups import rank_info
 from mcore_longctx.model.te import check_backend
 from mcore_longctx.model.weights import load_model_weights
 from mcore_longctx.recipe import read_card
-from mcore_longctx import checkpoint_folder as store
 from mcore_longctx.train.checkpoint import Checkpointer, verify_checkpoint
 from mcore_longctx.train.control import Control
 from mcore_longctx.train.dataset import MicroBatch, StepData

@@ -16,11 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mcore_longctx import checkpoint_folder as store
 from mcore_longctx.convert.views import open_checkpoint, open_torch_dist
 from mcore_longctx.errors import CheckpointError, ConfigError, ConversionError
 from mcore_longctx.formats.common_state import read_common_state
 from mcore_longctx.recipe import Parallel
-from mcore_longctx import checkpoint_folder as store
 from tests.convert.hf_folders import llama_config
 from tests.megatron_lm.program import MODEL, PLAIN_ROPE, TINY, TRAINING, needs_program
 from tests.megatron_lm.program import run as run_program
