@@ -12,6 +12,7 @@
 #   SLURM_SANDBOX_CPUS    CPUs a node claims (2), also more than there are
 #   SLURM_SANDBOX_MEM     MiB a node claims (2048)
 #   SLURM_SANDBOX_GPUS    GPUs a node claims (0), so that a script with --gres=gpu:8 is accepted; there is nothing behind them
+#   SLURM_SANDBOX_TIMEOUT seconds of silence after which a node is down (60); a busy machine needs more than a few
 #   SLURM_SANDBOX_PORT    first of nodes + 1 ports on 127.0.0.1 (a free block)
 #
 # Needs root, because slurmd starts jobs as their users, and Debian's packages munge slurmctld slurmd slurm-client
@@ -23,6 +24,7 @@ NODES=${SLURM_SANDBOX_NODES:-2}
 CPUS=${SLURM_SANDBOX_CPUS:-2}
 MEM=${SLURM_SANDBOX_MEM:-2048}
 GPUS=${SLURM_SANDBOX_GPUS:-0}
+TIMEOUT=${SLURM_SANDBOX_TIMEOUT:-60}
 PACKAGES="munge slurmctld slurmd slurm-client"
 PATH=$PATH:/usr/sbin:/sbin
 export SLURM_CONF=$DIR/slurm.conf
@@ -104,7 +106,8 @@ CommunicationParameters=block_null_hash,NoCtldInAddrAny,NoInAddrAny
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket=$DIR/run/munge.socket
+# a requeued job waits as long as credentials last, and a second: 120 s by default
+AuthInfo=socket=$DIR/run/munge.socket,cred_expire=5
 StateSaveLocation=$DIR/state
 SlurmdSpoolDir=$DIR/spool/%n
 SlurmctldPidFile=$DIR/run/slurmctld.pid
@@ -124,14 +127,16 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
 # jobs start at once; the defaults wait for others to come
-SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,requeue_delay=0,bf_interval=5
+SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,bf_interval=5
 # a job in partition urgent takes the nodes of one in main, which is requeued
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 JobRequeue=1
 ReturnToService=2
 KillWait=15
-SlurmdTimeout=60
+SlurmdTimeout=$TIMEOUT
+# scontrol show job tells how it ended for a day, not for five minutes
+MinJobAge=86400
 MessageTimeout=30
 CONF
     [[ -z $gres ]] || echo "GresTypes=gpu"
