@@ -7,9 +7,11 @@ from typing import Literal
 
 from mcore_longctx.families import ModelShape
 from mcore_longctx.plan.hardware import Gpu
-from mcore_longctx.recipe.schema import Parallel
+from mcore_longctx.recipe.schema import Parallel, Stage
 
-__all__ = ["Setup"]
+__all__ = ["Setup", "stage_setup"]
+
+_BYTES = {"fp32": 4, "bf16": 2}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,3 +49,29 @@ class Setup:
     def num_microbatches(self) -> int:
         """Micro-batches of a step on one data-parallel replica."""
         return self.global_batch_size // (self.micro_batch_size * self.parallel.data_parallel_size)
+
+
+def stage_setup(
+    stage: Stage, shape: ModelShape, gpu: Gpu, *, kernel: str = "", backend: Literal["local", "te"] = "local"
+) -> Setup:
+    """The setup of a stage of a recipe, as it is trained.
+
+    `backend: te` maps `attention_kept` to the nearest policy that Megatron has and does not tile the MLP (`model/te.py`). A stage with
+    `cross_document_mask` is priced as if there were no documents: that is its upper bound.
+    """
+    activations = stage.activations
+    stock = backend == "te"
+    return Setup(
+        shape=shape,
+        gpu=gpu,
+        seq_length=stage.seq_length,
+        global_batch_size=stage.global_batch_size,
+        parallel=stage.parallel,
+        micro_batch_size=stage.micro_batch_size,
+        recompute="selective" if stock and activations.recompute == "attention_kept" else activations.recompute,
+        offload_fraction=activations.offload_fraction,
+        mlp_tile=None if stock else activations.mlp_tile,
+        loss_chunk=activations.loss_chunk,
+        bytes_per_element=_BYTES[stage.precision],
+        kernel=kernel,
+    )
