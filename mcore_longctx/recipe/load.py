@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -22,8 +22,9 @@ from mcore_longctx.errors import ConfigError, LongctxError
 from mcore_longctx.recipe.schema import Recipe, TokenCount
 from mcore_longctx.units import parse_count
 
-__all__ = ["RecipeFile", "dump_recipe", "load_recipe", "open_recipe", "preset_names"]
+__all__ = ["RecipeFile", "dump_recipe", "load_recipe", "open_recipe", "preset_names", "read_typed"]
 
+_T = TypeVar("_T")
 _MAX_BYTES = 1 << 20
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _NULL = "tag:yaml.org,2002:null"
@@ -75,15 +76,8 @@ def open_recipe(source: str | Path, overrides: Sequence[str] = ()) -> RecipeFile
             file, line, dotted path and, for a name, the nearest valid one.
     """
     file, text = _read(source)
-    try:
-        node = yaml.compose(text, Loader=_LOADER)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise ConfigError(f"not valid YAML: {error.problem}", where=f"{file}:{line}") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"not valid YAML: {str(error).splitlines()[0]}", where=file) from None
     builder = _Builder(file)
-    recipe = builder.dataclass_value(Recipe, node, "", [_parse_override(text) for text in overrides])
+    recipe = builder.dataclass_value(Recipe, _compose(text, file), "", [_parse_override(text) for text in overrides])
     read = RecipeFile(recipe, file, builder.lines)
     for stage in recipe.stages:
         if stage.data not in recipe.data:
@@ -93,6 +87,17 @@ def open_recipe(source: str | Path, overrides: Sequence[str] = ()) -> RecipeFile
                 fix=_nearest(stage.data, list(recipe.data)),
             )
     return read
+
+
+def read_typed(kind: type[_T], text: str, file: str) -> tuple[_T, Mapping[str, str]]:
+    """Another YAML text as the frozen dataclass `kind`, as strict as a recipe, and where each value stands (`file:line`).
+
+    Raises:
+        ConfigError: as `open_recipe`.
+    """
+    builder = _Builder(file)
+    value: _T = builder.dataclass_value(kind, _compose(text, file), "", [])
+    return value, builder.lines
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -119,6 +124,16 @@ def _read(source: str | Path) -> tuple[str, str]:
         raise ConfigError(f"not UTF-8 (byte {error.start})", where=path, fix="save it as UTF-8") from None
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}", where=path) from None
+
+
+def _compose(text: str, file: str) -> yaml.Node | None:
+    try:
+        return yaml.compose(text, Loader=_LOADER)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ConfigError(f"not valid YAML: {error.problem}", where=f"{file}:{line}") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"not valid YAML: {str(error).splitlines()[0]}", where=file) from None
 
 
 def _parse_override(text: str) -> _Override:
