@@ -127,7 +127,7 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_Core
 SlurmdParameters=config_overrides
 # jobs start at once; the defaults wait for others to come
-SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,bf_interval=5
+SchedulerParameters=batch_sched_delay=0,sched_min_interval=0,sched_interval=1,bf_interval=5
 # a job in partition urgent takes the nodes of one in main, which is requeued
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
