@@ -1,16 +1,259 @@
-"""`mcore-longctx plan`."""
+"""`mcore-longctx plan`: what a run will cost before it is booked."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mcore_longctx.families import ModelShape
+    from mcore_longctx.plan.hardware import Gpu
+    from mcore_longctx.plan.page import StagePage
+    from mcore_longctx.recipe import Stage
+    from mcore_longctx.recipe.load import RecipeFile
+
+_DESCRIPTION = """\
+What a training run costs before it is booked: which layouts divide and fit, memory of a GPU term by term, time of a step, tokens per
+second, causal MFU, hours, host memory; which layout is best and why, what breaks beside it; timeouts, signal lead, save interval and
+evaluation that follow. Needs no GPU and no torch.
+
+  mcore-longctx plan ultralong-8b-4m                              the recipe's stages as written, and what else its GPUs could do
+  mcore-longctx plan ultralong-8b-4m --stage extend --gpus 64     the same stage on 64 GPUs
+  mcore-longctx plan --model llama-3.1-70b --seq-length 1M --gpus 256 --gpu h200
+  mcore-longctx plan ultralong-8b-4m --stage extend --explain     every formula with its numbers
+  mcore-longctx plan --validate                                   the formulas against published measurements
+  mcore-longctx plan ultralong-8b-4m --serve                      what serving the extended model needs
+
+Exit code 1: the recipe's layout does not fit, or nothing does on these GPUs. docs/plan.md explains formulas and files.
+"""
 
 
 def add_parser(subparsers: Any) -> None:
     """Add the verb to the command line."""
-    subparsers.add_parser("plan", help="being built", description="Being built.")
+    parser = subparsers.add_parser(
+        "plan",
+        help="memory, step time, hours and the best layout of a run, before it is booked",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="YAML file or preset; left out with --model")
+    parser.add_argument("overrides", nargs="*", metavar="section.name=value", help="change single values of the recipe")
+    parser.add_argument("--stage", metavar="NAME", help="one stage of the recipe; default: all")
+    parser.add_argument("--gpus", metavar="N", help="look for layouts of N GPUs; default: as many as the stage's layout has")
+    parser.add_argument(
+        "--gpu", metavar="NAME", help="GPU of the hardware table, for example h100-80gb or h200; default: the recipe's"
+    )
+    parser.add_argument("--hardware", type=Path, metavar="FILE", help="a hardware table of your own, YAML, beside ours")
+    parser.add_argument("--kernel", default="", metavar="NAME", help="attention kernel of that GPU, for example fa3")
+    parser.add_argument("--top", default="8", metavar="N", help="layouts in the table, default 8")
+    parser.add_argument("--json", action="store_true", help="everything for programs: bytes, seconds, every layout")
+    parser.add_argument("--explain", action="store_true", help="every formula with its numbers")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw memory and time against the sequence length (.png, .svg)")
+    without = parser.add_argument_group("without a recipe")
+    without.add_argument("--model", metavar="NAME", help="a known model (llama-3.1-8b), or a folder with config.json")
+    without.add_argument("--seq-length", metavar="TOKENS", help="for example 4M")
+    without.add_argument("--tokens-per-step", metavar="TOKENS", help="default: 8M, or one sequence")
+    without.add_argument("--train-tokens", metavar="TOKENS", default="1B", help="budget that the hours are for, default 1B")
+    other = parser.add_argument_group("other plans")
+    other.add_argument(
+        "--validate",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="hold the formulas against published measurements: ours, or a file of the same form",
+    )
+    other.add_argument("--serve", action="store_true", help="what serving the model at its new length needs, with the commands")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Not there yet."""
+    """Print the plan."""
+    if args.validate is not None:
+        return _validate(args)
+    if args.serve:
+        return _serve(args)
+    return _plan(args)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    import json
+
+    from mcore_longctx.plan.page import explain, page, page_json
+
+    top = _number("--top", args.top)
+    pages = _pages(args)
+    if args.json:
+        print(json.dumps({"stages": [page_json(it) for it in pages]}, indent=1))
+    else:
+        for number, it in enumerate(pages):
+            print("\n" * min(number, 1) + "\n".join(page(it, top=top)))
+            plan = it.written or it.best
+            if args.explain and plan is not None:
+                print("\n" + "\n".join(explain(plan)))
+    return 0 if all(it.search.fitting and (it.written is None or it.written.fits) for it in pages) else 1
+
+
+def _pages(args: argparse.Namespace) -> list[StagePage]:
+    from mcore_longctx.plan.page import make_page
+
+    if args.model is not None:
+        name, shape, stage, gpu, gpus = _without_recipe(args)
+        return [make_page(name, stage, shape, gpu, gpus, kernel=args.kernel)]
+    from mcore_longctx.recipe.resolve import resolve
+
+    file = _recipe(args)
+    shape = resolve(file, need_model=False).shape
+    gpu = _gpu(args, file)
+    recipe = file.recipe
+    return [
+        make_page(
+            recipe.name,
+            stage,
+            shape,
+            gpu,
+            _number("--gpus", args.gpus) if args.gpus is not None else stage.parallel.world_size,
+            kernel=args.kernel,
+            backend=recipe.model.backend,
+            written=True,
+        )
+        for stage in _stages(args, file)
+    ]
+
+
+def _recipe(args: argparse.Namespace) -> RecipeFile:
+    from mcore_longctx.errors import ConfigError
+    from mcore_longctx.recipe.load import open_recipe
+
+    if args.recipe is None or "=" in args.recipe:
+        raise ConfigError("plan needs a recipe, or --model with --seq-length and --gpus", fix="see mcore-longctx plan --help")
+    for name in ("seq_length", "tokens_per_step"):
+        if getattr(args, name) is not None:
+            raise ConfigError(
+                f"--{name.replace('_', '-')} belongs to --model; a recipe gives its own", fix="override the recipe's value"
+            )
+    return open_recipe(args.recipe, args.overrides)
+
+
+def _stages(args: argparse.Namespace, file: RecipeFile) -> list[Stage]:
+    from mcore_longctx.errors import ConfigError
+
+    stages = {stage.name: stage for stage in file.recipe.stages}
+    if args.stage is None:
+        return list(stages.values())
+    if args.stage not in stages:
+        raise ConfigError(f"no stage {args.stage!r}", where=file.file, fix=_nearest(args.stage, list(stages)))
+    return [stages[args.stage]]
+
+
+def _gpu(args: argparse.Namespace, file: RecipeFile) -> Gpu:
+    from dataclasses import replace
+
+    from mcore_longctx.errors import ConfigError
+    from mcore_longctx.plan.stages import cluster_gpu
+
+    cluster = file.recipe.cluster
+    if args.gpu is not None:
+        cluster = replace(cluster, gpu=args.gpu)
+    if args.hardware is not None:
+        cluster = replace(cluster, hardware=args.hardware)
+    gpu = cluster_gpu(cluster)
+    if gpu is None:
+        raise ConfigError(
+            "there is no formula for ranks on CPUs",
+            where=file.where("cluster.gpu"),
+            fix="name a GPU, for example --gpu h100-80gb",
+        )
+    gpu.kernel(args.kernel)  # an unknown kernel is refused before anything is printed
+    return gpu
+
+
+def _without_recipe(args: argparse.Namespace) -> tuple[str, ModelShape, Stage, Gpu, int]:
+    from mcore_longctx.errors import ConfigError, LongctxError
+    from mcore_longctx.plan.hardware import find_gpu
+    from mcore_longctx.recipe import OptimizerSection, Stage, TokenCount
+
+    if args.recipe is not None or args.stage is not None:
+        raise ConfigError("--model is for plans without a recipe", fix="leave out --model, or the recipe and --stage")
+    for name in ("seq_length", "gpus"):
+        if getattr(args, name) is None:
+            raise ConfigError(f"--model needs --{name.replace('_', '-')}")
+    gpu = find_gpu(args.gpu or "h100-80gb", args.hardware)
+    gpu.kernel(args.kernel)
+    name, shape = _model(args.model)
+    length = _tokens("--seq-length", args.seq_length)
+    batch = (
+        _tokens("--tokens-per-step", args.tokens_per_step) if args.tokens_per_step else max(length, (8 << 20) // length * length)
+    )
+    if batch % length or not batch:
+        nearest = " or ".join(f"{n * length:,}" for n in (batch // length, batch // length + 1) if n)
+        raise ConfigError(f"--tokens-per-step {batch:,} is no multiple of --seq-length {length:,}", fix=f"nearest: {nearest}")
+    try:
+        stage = Stage(
+            name="train",
+            kind="pretrain",
+            data="-",
+            seq_length=TokenCount(length),
+            global_batch_size=batch // length,
+            optimizer=OptimizerSection(lr=1e-5),
+            train_tokens=TokenCount(_tokens("--train-tokens", args.train_tokens)),
+        )
+    except (ValueError, LongctxError) as error:
+        raise ConfigError(str(error)) from None
+    return name, shape, stage, gpu, _number("--gpus", args.gpus)
+
+
+def _model(name: str) -> tuple[str, ModelShape]:
+    """A known model, or the sizes in a folder's config.json."""
+    from mcore_longctx.plan.models import find_model
+
+    config = Path(name) / "config.json"
+    if not config.is_file():
+        return name, find_model(name)
+    from mcore_longctx.families import read_shape
+    from mcore_longctx.reading import read_json_object
+
+    return Path(name).resolve().name, read_shape(read_json_object(config, 1 << 20, "config.json"), where=config)
+
+
+def _validate(args: argparse.Namespace) -> int:
+    from mcore_longctx.plan.validate import render, validate
+
+    print(render(validate(Path(args.validate) if args.validate else None)))
+    return 0
+
+
+def _serve(args: argparse.Namespace) -> int:
     raise NotImplementedError
+
+
+def _number(option: str, text: str) -> int:
+    from mcore_longctx.errors import ConfigError
+
+    try:
+        value = int(text.replace("_", "").replace(",", ""))
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise ConfigError(f"{option} {text}: a whole number above 0 is wanted")
+    return value
+
+
+def _tokens(option: str, text: str) -> int:
+    from mcore_longctx.errors import ConfigError
+    from mcore_longctx.units import parse_count
+
+    try:
+        value = parse_count(text)
+    except ValueError as error:
+        raise ConfigError(f"{option}: {error}") from None
+    if value < 1:
+        raise ConfigError(f"{option} {text}: more than 0 tokens are wanted")
+    return value
+
+
+def _nearest(name: str, valid: Sequence[str]) -> str:
+    import difflib
+
+    near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}? stages: {', '.join(valid)}" if near else f"stages: {', '.join(valid)}"

@@ -1,0 +1,346 @@
+"""What `mcore-longctx plan` prints for one stage, and the same for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mcore_longctx.families import ModelShape
+from mcore_longctx.plan.advice import (
+    breaks_nearby,
+    describe,
+    exchange_name,
+    nearest_fitting,
+    overrides,
+    policy_name,
+    smallest_miss,
+    why_best,
+)
+from mcore_longctx.plan.hardware import Gpu
+from mcore_longctx.plan.intervals import Intervals
+from mcore_longctx.plan.layouts import HOST_USABLE, USABLE, Backend, Candidate, Search, search, smallest_count
+from mcore_longctx.plan.memory import Memory
+from mcore_longctx.plan.setup import Setup
+from mcore_longctx.plan.stages import StagePlan, price_stage
+from mcore_longctx.plan.step_time import StepTime
+from mcore_longctx.plan.tables import columns, count, duration, gigabytes, side_by_side
+from mcore_longctx.plan.terms import Term
+from mcore_longctx.recipe import Stage
+
+__all__ = ["StagePage", "explain", "make_page", "page", "page_json"]
+
+
+@dataclass(frozen=True)
+class StagePage:
+    """All that is known about one stage: as written, and what else its GPUs could do.
+
+    `written` is None for a plan without a recipe. `smallest` is the smallest GPU count that fits, looked for where nothing does.
+    """
+
+    model: str
+    stage: Stage
+    gpus: int
+    written: StagePlan | None
+    search: Search
+    best: StagePlan | None
+    smallest: Search | None
+    extra: tuple[str, ...] = ()  # lines about evaluation, time slots, accuracy
+
+
+def make_page(
+    model: str,
+    stage: Stage,
+    shape: ModelShape,
+    gpu: Gpu,
+    gpus: int,
+    *,
+    kernel: str = "",
+    backend: Backend = "local",
+    written: bool = False,
+) -> StagePage:
+    """Price a stage as it is written (if it is from a recipe), and look for the best layout of `gpus` GPUs.
+
+    Raises:
+        LayoutError: GPUs that do not fill nodes, or that no layout divides.
+    """
+    found = search(stage, shape, gpu, gpus, kernel=kernel, backend=backend)
+    best = found.best
+    return StagePage(
+        model=model,
+        stage=stage,
+        gpus=gpus,
+        written=price_stage(stage, shape, gpu, kernel=kernel, backend=backend) if written else None,
+        search=found,
+        best=price_stage(best.stage, shape, gpu, kernel=kernel, backend=backend) if best is not None else None,
+        smallest=None if best is not None else smallest_count(stage, shape, gpu, kernel=kernel, backend=backend, above=gpus),
+    )
+
+
+def page(it: StagePage, *, top: int) -> list[str]:
+    """The lines of a stage."""
+    plan = it.written or it.best
+    setup = plan.setup if plan is not None else it.search.candidates[0].setup
+    lines = [*_head(it, setup), ""]
+    if it.written is not None:
+        lines += [f"as written: {_layout(it.written.setup)}", *_indent(_priced(it.written)), ""]
+    lines += _table(it, top)
+    lines += _verdict(it)
+    if it.best is not None and (it.written is None or not _same_layout(it.written.setup, it.best.setup)):
+        lines += ["", f"in detail: {_layout(it.best.setup)}", *_indent(_priced(it.best))]
+    if plan is not None:
+        lines += ["", *_times(plan.intervals, it.written is None)]
+    return [*lines, *it.extra]
+
+
+def explain(plan: StagePlan) -> list[str]:
+    """Every formula with its numbers."""
+    lines = [f"{_layout(plan.setup)}, every formula (symbols: docs/plan.md)"]
+    groups: tuple[tuple[str, Sequence[Term], bool], ...] = (
+        ("memory of a GPU", plan.memory.terms, True),
+        ("memory of a node's host", plan.memory.host, True),
+        ("time of a step", plan.time.terms, False),
+        ("times that follow", _interval_terms(plan.intervals), False),
+    )
+    for title, terms, is_bytes in groups:
+        lines += ["", title]
+        for term in terms:
+            value = f"{gigabytes(term.value)} GB" if is_bytes else _interval_value(term)
+            lines.append(f"  {term.name:<28} {value:>10}  = {term.formula}")
+            if term.numbers:
+                lines.append(f"  {'':<28} {'':>10}  = {term.numbers}")
+            if term.note:
+                lines.append(f"  {'':<28} {'':>10}    {term.note}")
+    return lines
+
+
+def page_json(it: StagePage) -> dict[str, Any]:
+    """The same for programs: bytes, seconds, shares."""
+    return {
+        "model": it.model,
+        "stage": it.stage.name,
+        "seq_length": int(it.stage.seq_length),
+        "global_batch_size": it.stage.global_batch_size,
+        "tokens_per_step": it.stage.global_batch_size * int(it.stage.seq_length),
+        "iterations": it.stage.iterations,
+        "gpus": it.gpus,
+        "gpu": it.search.candidates[0].setup.gpu.name,
+        "kernel": _kernel(it.search.candidates[0].setup),
+        "written": _plan_json(it.written) if it.written is not None else None,
+        "best": _plan_json(it.best) if it.best is not None else None,
+        "why_best": why_best(it.search, _written_candidate(it)),
+        "breaks_nearby": breaks_nearby(it.search),
+        "layouts": [_candidate_json(c, it.stage.iterations) for c in it.search.fitting],
+        "impossible": [_candidate_json(c, it.stage.iterations) for c in it.search.candidates if c.problem is not None],
+        "refused_sizes": dict(it.search.refused),
+        "smallest_gpus_that_fit": it.smallest.gpus if it.smallest is not None else None,
+    }
+
+
+def _head(it: StagePage, setup: Setup) -> list[str]:
+    stage = it.stage
+    tokens = stage.global_batch_size * stage.seq_length
+    return [
+        f"{it.model}: {count(stage.seq_length)} tokens ({stage.seq_length:,}) on {it.gpus:,} x {setup.gpu.name}"
+        f" (kernel {_kernel(setup)}, {setup.gpu.gpus_per_node} a node)",
+        f"stage {stage.name}: {count(tokens)} tokens a step ({stage.global_batch_size:,} x {count(stage.seq_length)}),"
+        f" {stage.iterations:,} steps, {tokens * stage.iterations / 1e9:,.2f}B tokens",
+    ]
+
+
+def _layout(setup: Setup) -> str:
+    p = setup.parallel
+    exchange = f" {exchange_name(setup)}" if p.context_parallel_size > 1 else ""
+    return (
+        f"TP {p.tensor_model_parallel_size} x CP {p.context_parallel_size}{exchange} x PP {p.pipeline_model_parallel_size}"
+        f" x DP {p.data_parallel_size} = {p.world_size:,} GPUs, {policy_name(setup)}"
+    )
+
+
+def _priced(plan: StagePlan) -> list[str]:
+    time, needed, gpu = plan.time, plan.memory, plan.setup.gpu
+    head = (
+        f"step {duration(time.total)}   {time.tokens_per_second_per_gpu:,.0f} tokens/s/GPU   MFU {time.mfu:.1%} (causal)"
+        f"   {duration(3600 * plan.hours)} in all"
+    )
+    board = f"{gigabytes(needed.total)} of {gigabytes(gpu.memory_bytes)} GB a GPU"
+    verdict = f"{board}: fits (up to {USABLE:.0%})" if plan.fits else f"DOES NOT FIT: {plan.problem}"
+    memory = [f"memory of a GPU, GB{gigabytes(needed.total):>17}", *_bars(needed.terms, gigabytes)]
+    seconds = [f"time of a step{duration(time.total):>22}", *_bars(time.terms, duration)]
+    host = f"host memory of a node: {gigabytes(needed.host_total)} of {gigabytes(gpu.host_memory_bytes)} GB (fits up to {HOST_USABLE:.0%})"
+    return [head, verdict, *side_by_side(memory, seconds), host, *_traffic(plan.setup, time), *(f"note: {n}" for n in plan.notes)]
+
+
+def _bars(terms: Sequence[Term], write: Any) -> list[str]:
+    return [f"  {term.name:<24}{write(term.value):>10}" for term in terms if term.value > 0]
+
+
+def _traffic(setup: Setup, time: StepTime) -> list[str]:
+    lines = []
+    if setup.parallel.context_parallel_size > 1:
+        hidden = "hides behind the attention kernels" if time.exchange_hidden else "does not hide"
+        lines.append(
+            f"key/value exchange: {gigabytes(time.exchange_bytes)} GB received a GPU, layer and sequence (forward), {hidden}"
+        )
+    if setup.offload_fraction:
+        lines.append(f"offload: {gigabytes(time.offload_bytes)} GB a GPU and micro-batch, out and back")
+    return lines
+
+
+def _table(it: StagePage, top: int) -> list[str]:
+    search = it.search
+    if not search.fitting:
+        return [f"no layout of {it.gpus:,} GPUs fits"]
+    heads = ("", "TP", "CP", "PP", "DP", "exchange", "policy", "step", "tok/s/GPU", "MFU", "in all", "GB/GPU", "GB/node")
+    rows = [_row(c, it.stage.iterations, c is search.best) for c in search.by_layout[:top]]
+    more = len(search.by_layout) - top
+    text = columns(heads, rows, left=(0, 5, 6), gap=1)
+    return [f"layouts that fit, the best of each{f' (and {more} more: --top)' if more > 0 else ''}", *_indent(text)]
+
+
+def _row(c: Candidate, iterations: int, is_best: bool) -> list[str]:
+    assert c.time is not None
+    assert c.memory is not None
+    tp, cp, pp, dp = c.layout
+    return [
+        "*" if is_best else "",
+        *(str(size) for size in (tp, cp, pp, dp)),
+        exchange_name(c.setup),
+        policy_name(c.setup).replace(" on the host", " host"),
+        duration(c.time.total),
+        f"{c.time.tokens_per_second_per_gpu:,.0f}",
+        f"{c.time.mfu:.0%}",
+        duration(c.time.total * iterations),
+        gigabytes(c.memory.total),
+        gigabytes(c.memory.host_total),
+    ]
+
+
+def _verdict(it: StagePage) -> list[str]:
+    lines: list[str] = []
+    if it.written is not None and not it.written.fits:
+        near = nearest_fitting(it.search, it.written.setup)
+        if near is not None:
+            lines += [f"nearest to the recipe that fits: {describe(near)}: {duration(near.seconds)} a step"]
+    if it.best is not None:
+        assert it.search.best is not None
+        lines += why_best(it.search, _written_candidate(it))
+        if it.written is not None and not _same_layout(it.written.setup, it.best.setup):
+            lines += ["  to use it, append:", *(f"    {text}" for text in overrides(it.search.best))]
+        broken = breaks_nearby(it.search)
+        lines += ["does not work:", *_indent(broken)] if broken else []
+        return lines
+    miss = smallest_miss(it.search)
+    if miss is not None and miss.problem is not None:
+        lines.append(f"nearest: {describe(miss)}: {miss.problem.what}")
+    if it.smallest is not None and it.smallest.best is not None:
+        best = it.smallest.best
+        lines.append(f"smallest that fits: {it.smallest.gpus:,} GPUs, {describe(best)}: {duration(best.seconds)} a step")
+    elif it.smallest is None:
+        lines.append("no number of these GPUs fits it")
+    return lines
+
+
+def _times(it: Intervals, for_best: bool) -> list[str]:
+    what = "best layout" if for_best else "layout as written"
+    lead, timeout = it.signal_lead.value, it.distributed_timeout.value
+    return [
+        f"follows from the {what}:",
+        f"  process groups wait {duration(timeout)} ({timeout / 60:.0f} min); SLURM signals {lead:,.0f} s before the limit;"
+        f" a job needs {duration(it.start_up.value)} to start",
+        f"  save every {it.save_interval.value:,.0f} steps: a checkpoint is {gigabytes(it.checkpoint_bytes.value)} GB,"
+        f" {duration(it.save_seconds.value)} to write",
+    ]
+
+
+def _interval_terms(it: Intervals) -> tuple[Term, ...]:
+    return (it.distributed_timeout, it.signal_lead, it.save_interval, it.save_seconds, it.start_up, it.checkpoint_bytes)
+
+
+def _interval_value(term: Term) -> str:
+    if "checkpoint" in term.name and term.value > 1e6:
+        return f"{gigabytes(term.value)} GB"
+    return f"{term.value:,.0f} steps" if "interval" in term.name else duration(term.value)
+
+
+def _indent(lines: Sequence[str]) -> list[str]:
+    return [f"  {line}" for line in lines]
+
+
+def _kernel(setup: Setup) -> str:
+    return setup.kernel or setup.gpu.default_kernel
+
+
+def _same_layout(one: Setup, other: Setup) -> bool:
+    return _layout(one) == _layout(other)
+
+
+def _written_candidate(it: StagePage) -> Candidate | None:
+    plan = it.written
+    if plan is None or not plan.fits or plan.setup.parallel.world_size != it.gpus:
+        return None
+    return Candidate(it.stage, plan.setup, plan.memory, plan.time)
+
+
+def _terms_json(terms: Sequence[Term]) -> list[dict[str, Any]]:
+    return [{"name": t.name, "value": t.value, "formula": t.formula, "numbers": t.numbers, "note": t.note} for t in terms]
+
+
+def _setup_json(setup: Setup) -> dict[str, Any]:
+    p = setup.parallel
+    sizes = p.hierarchical_context_parallel_sizes
+    return {
+        "tensor_model_parallel_size": p.tensor_model_parallel_size,
+        "pipeline_model_parallel_size": p.pipeline_model_parallel_size,
+        "context_parallel_size": p.context_parallel_size,
+        "data_parallel_size": p.data_parallel_size,
+        "cp_comm_type": list(p.cp_comm_types) if len(p.cp_comm_types) > 1 else p.cp_comm_types[0],
+        "hierarchical_context_parallel_sizes": list(sizes) if sizes is not None else None,
+        "recompute": setup.recompute,
+        "offload_fraction": setup.offload_fraction,
+        "mlp_tile": setup.mlp_tile,
+    }
+
+
+def _priced_json(memory: Memory, time: StepTime, iterations: int) -> dict[str, Any]:
+    return {
+        "step_seconds": time.total,
+        "micro_batch_seconds": time.micro_batch,
+        "tokens_per_second_per_gpu": time.tokens_per_second_per_gpu,
+        "mfu": time.mfu,
+        "hours": time.total * iterations / 3600,
+        "memory_bytes": memory.total,
+        "host_bytes_per_node": memory.host_total,
+        "exchange_hidden": time.exchange_hidden,
+        "exchange_bytes": time.exchange_bytes,
+        "offload_bytes": time.offload_bytes,
+    }
+
+
+def _candidate_json(c: Candidate, iterations: int) -> dict[str, Any]:
+    priced = _priced_json(c.memory, c.time, iterations) if c.memory is not None and c.time is not None else {}
+    needed = {"memory_bytes": c.memory.total, "host_bytes_per_node": c.memory.host_total} if c.memory is not None else {}
+    problem = {"problem": c.problem.what, "kind": c.problem.kind} if c.problem is not None else {}
+    return {**_setup_json(c.setup), **needed, **priced, **problem}
+
+
+def _plan_json(plan: StagePlan) -> dict[str, Any]:
+    return {
+        **_setup_json(plan.setup),
+        **_priced_json(plan.memory, plan.time, plan.iterations),
+        "fits": plan.fits,
+        "problem": plan.problem or None,
+        "memory_terms": _terms_json(plan.memory.terms),
+        "host_terms": _terms_json(plan.memory.host),
+        "time_terms": _terms_json(plan.time.terms),
+        "intervals": {
+            "distributed_timeout_seconds": plan.intervals.distributed_timeout.value,
+            "signal_lead_seconds": plan.intervals.signal_lead.value,
+            "save_interval_steps": plan.intervals.save_interval.value,
+            "save_seconds": plan.intervals.save_seconds.value,
+            "start_up_seconds": plan.intervals.start_up.value,
+            "checkpoint_bytes": plan.intervals.checkpoint_bytes.value,
+        },
+        "interval_terms": _terms_json(_interval_terms(plan.intervals)),
+        "notes": list(plan.notes),
+    }
