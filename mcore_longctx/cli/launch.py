@@ -1,16 +1,54 @@
-"""`mcore-longctx launch`."""
+"""`mcore-longctx launch`: job scripts for SLURM, one a stage, and the chain of them."""
 
 from __future__ import annotations
 
 import argparse
 from typing import Any
 
+_DESCRIPTION = """\
+Write into the run folder what SLURM needs: recipe.yaml (resolved, with the timeouts that follow from the planned step time) and
+slurm/*.sbatch, one readable script a job:
+
+  00-prepare            import the model, build the data of every stage
+  10-evaluate-before    measure the model as it is
+  20-STAGE              train; 21-evaluate-STAGE measures; 30-..., for every further stage
+  90-finish             export, verify, report
+
+and slurm/submit.sh, which submits them, each after the one before it has ended well. Scripts that you have edited are kept.
+Relative paths start at the current folder: submit from it too.
+"""
+
 
 def add_parser(subparsers: Any) -> None:
     """Add the verb to the command line."""
-    subparsers.add_parser("launch", help="being built", description="Being built.")
+    parser = subparsers.add_parser(
+        "launch",
+        help="write SLURM job scripts for a recipe, and submit them",
+        description=_DESCRIPTION,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="YAML file or preset")
+    parser.add_argument("overrides", nargs="*", metavar="section.name=value", help="change single values of the recipe")
+    parser.add_argument("--stage", metavar="NAME", help="only the training job of this stage")
+    parser.add_argument("--submit", action="store_true", help="submit the chain and print the job ids")
+    parser.add_argument("--dry-run", action="store_true", help="print the scripts, write nothing")
+    parser.add_argument("--force", action="store_true", help="write scripts anew that were edited since they were written")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Not there yet."""
-    raise NotImplementedError
+    """Write, print or submit the chain."""
+    from mcore_longctx.launch.chain import build_chain
+    from mcore_longctx.launch.submit import submit_chain, write_chain
+    from mcore_longctx.recipe.load import open_recipe
+
+    chain = build_chain(open_recipe(args.recipe, args.overrides), only=args.stage)
+    if args.dry_run:
+        for name, text in chain.scripts.items():
+            print(f"# ---------- {chain.recipe.run_folder}/slurm/{name}\n{text}")
+        return 0
+    for line in write_chain(chain, force=args.force):
+        print(line)
+    if args.submit:
+        for name, job in submit_chain(chain):
+            print(f"{job} {name}")
+    return 0

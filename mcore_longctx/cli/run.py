@@ -28,8 +28,12 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("recipe", metavar="RECIPE", help="YAML file or preset")
     parser.add_argument("overrides", nargs="*", metavar="section.name=value", help="change single values of the recipe")
-    parser.add_argument(
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
         "--until", metavar="STEP", help="stop after this step (as printed by --dry-run) or after all steps of this stage"
+    )
+    which.add_argument(
+        "--steps", metavar="STEP,STEP", help="exactly these steps; what they stand on must be done (job scripts use it)"
     )
     parser.add_argument("--dry-run", action="store_true", help="print every step with its resolved settings and stop")
 
@@ -40,7 +44,8 @@ def run(args: argparse.Namespace) -> int:
     from mcore_longctx.run import print_plan, run_recipe
 
     file = open_recipe(args.recipe, args.overrides)
+    only = None if args.steps is None else [name for name in args.steps.split(",") if name]
     if args.dry_run:
-        print_plan(file, until=args.until)
+        print_plan(file, until=args.until, only=only)
         return 0
-    return run_recipe(file, until=args.until)
+    return run_recipe(file, until=args.until, only=only)

@@ -65,54 +65,12 @@ def train_job(recipe_name: str, overrides: list[str], stage_name: str | None) ->
     Raises:
         ConfigError: no such stage, or the stage before it is not finished.
     """
-    from mcore_longctx.convert.sidecars import tokenizer_sha256
-    from mcore_longctx.errors import ConfigError
     from mcore_longctx.recipe.load import open_recipe
     from mcore_longctx.recipe.resolve import resolve
-    from mcore_longctx.train import TrainJob, iteration_folder, latest_checkpoint
+    from mcore_longctx.run import training
 
     file = open_recipe(recipe_name, overrides)
-    recipe, resolved = file.recipe, resolve(file)
-    names = [stage.name for stage in recipe.stages]
-    if stage_name is None and len(names) == 1:
-        stage_name = names[0]
-    if stage_name not in names:
-        what = "--stage is missing" if stage_name is None else f"no stage {stage_name!r}"
-        raise ConfigError(what, where=file.file, fix=f"stages: {', '.join(names)}")
-    at = names.index(stage_name)
-    stage, folder = recipe.stages[at], recipe.run_folder
-    start, start_rope = folder / "checkpoints" / "base", resolved.own_rope
-    if at > 0:
-        before = recipe.stages[at - 1]
-        checkpoints = folder / "checkpoints" / before.name
-        newest, start, start_rope = (
-            latest_checkpoint(checkpoints),
-            iteration_folder(checkpoints, before.iterations),
-            resolved.rope,
-        )
-        if newest != start:
-            state = f"is at {newest.name}" if newest is not None else "has no checkpoint"
-            raise ConfigError(
-                f"stage {before.name}, which {stage.name} goes on from, {state}, its end is {start.name}",
-                where=checkpoints,
-                fix=f"train stage {before.name} to its end first",
-            )
-    return TrainJob(
-        shape=resolved.shape,
-        rope=resolved.rope,
-        start_rope=start_rope,
-        stage=stage,
-        data_prefix=folder / "data" / stage.name / stage.data,
-        start_checkpoint=start,
-        checkpoints=folder / "checkpoints" / stage.name,
-        metrics_path=folder / "metrics" / f"{stage.name}.jsonl",
-        tensorboard=folder / "tensorboard" / stage.name,
-        log_folder=folder / "logs" / stage.name,
-        phase_dtype=recipe.rope.phase_dtype,
-        backend=recipe.model.backend,
-        tokenizer_sha256=tokenizer_sha256(recipe.tokenizer_folder),
-        seed=recipe.seed,
-    )
+    return training.train_job(file, resolve(file), stage_name)
 
 
 def _rank() -> int:

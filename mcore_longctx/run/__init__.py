@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from mcore_longctx.data.workspace import lock_folder
@@ -22,7 +22,7 @@ from mcore_longctx.run.steps import Step, plan_steps
 __all__ = ["print_plan", "run_recipe"]
 
 
-def print_plan(file: RecipeFile, *, until: str | None = None) -> None:
+def print_plan(file: RecipeFile, *, until: str | None = None, only: Sequence[str] | None = None) -> None:
     """Print every step with its resolved settings. Needs neither torch nor the model's weights."""
     resolved = resolve(file, need_model=False)
     recipe = file.recipe
@@ -30,32 +30,41 @@ def print_plan(file: RecipeFile, *, until: str | None = None) -> None:
     print(f"run folder   {recipe.run_folder}")
     for label, text in _describe_model(recipe, resolved):
         print(f"{label:<12} {text}")
-    steps = _until(plan_steps(file, resolved), until)
+    every = plan_steps(file, resolved)
+    steps = _until(every, until) if only is None else _exactly(every, only)
     for number, step in enumerate(steps, 1):
         print(f"\n[{number}/{len(steps)}] {step.name}")
         for line in step.about:
             print(f"    {line}")
 
 
-def run_recipe(file: RecipeFile, *, until: str | None = None) -> int:
+def run_recipe(file: RecipeFile, *, until: str | None = None, only: Sequence[str] | None = None) -> int:
     """Run the steps of a recipe, skipping what is finished.
+
+    Args:
+        file: the recipe.
+        until: the last step, or the stage of the last steps.
+        only: exactly these steps; what they stand on must be done.
 
     Returns:
         0 when every step is done, else the exit code of the step that stopped (75: stopped on a signal, start again to go on).
 
     Raises:
-        ConfigError: bad recipe, or a finished step whose inputs have changed since.
+        ConfigError: bad recipe, a finished step whose inputs have changed since, or steps of `only` that stand on unfinished ones.
         InUseError: another process works on the run folder.
     """
     resolved = resolve(file)
     recipe = replace(file.recipe, output=file.recipe.run_folder)
     folder = recipe.run_folder
-    steps = _until(plan_steps(file, resolved), until)
+    every = plan_steps(file, resolved)
+    steps = _until(every, until) if only is None else _exactly(every, only)
     for step in steps:
         _check_inputs_exist(step)
     folder.mkdir(parents=True, exist_ok=True)
     with lock_folder(folder):
         journal = Journal(folder)
+        if only is not None:
+            _check_needs(every, steps, journal, recipe)
         stamps = {step.name: journal.stamp(step, recipe) for step in steps}
         for step in steps:
             journal.refuse_changes(step, stamps[step.name])
@@ -114,6 +123,31 @@ def _until(steps: list[Step], until: str | None) -> list[Step]:
             fix=f"stages: {', '.join(stages)}; steps: {', '.join(s.name for s in steps)}",
         )
     return steps[: last[-1] + 1]
+
+
+def _exactly(steps: list[Step], names: Sequence[str]) -> list[Step]:
+    known = [step.name for step in steps]
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"--steps {name}: no such step", fix=f"steps: {', '.join(known)}")
+    return [step for step in steps if step.name in names]
+
+
+def _check_needs(every: list[Step], chosen: list[Step], journal: Journal, recipe: Recipe) -> None:
+    """What the chosen steps stand on, and is not one of them, is done and was made from the same recipe."""
+    names = {step.name for step in chosen}
+    by_name = {step.name: step for step in every}
+    for step in chosen:
+        for need in step.needs:
+            if need in names:
+                continue
+            if not journal.is_done(by_name[need]):
+                raise ConfigError(
+                    f"step {step.name} stands on {need}, which is not done",
+                    where=journal.path,
+                    fix=f"run it first: --steps {need}",
+                )
+            journal.refuse_changed_values(by_name[need], recipe)
 
 
 def _check_inputs_exist(step: Step) -> None:

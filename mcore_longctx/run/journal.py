@@ -19,6 +19,8 @@ __all__ = ["Journal"]
 
 _SAFETY = ("save_interval", "keep_checkpoints", "async_save", "distributed_timeout_minutes")
 
+_BEFORE_THE_FIRST_STEP = (".lock", "recipe.yaml", "slurm", "logs")  # `launch` writes them
+
 
 class Journal:
     """`run.json`: what each step was made from and how it ended."""
@@ -31,18 +33,16 @@ class Journal:
                 self.steps = {row["name"]: row for row in json.loads(self.path.read_text(encoding="utf-8"))["steps"]}
             except (ValueError, KeyError, TypeError):
                 raise ConfigError("damaged", where=self.path, fix="use another output folder") from None
-        elif any(entry.name not in (".lock", "recipe.yaml") for entry in folder.iterdir()):
+        elif any(entry.name not in _BEFORE_THE_FIRST_STEP for entry in folder.iterdir()):
             raise ConfigError(
                 "output folder is already there and is not a run folder (no run.json)", where=folder, fix="choose another output"
             )
 
     def stamp(self, step: Step, recipe: Recipe) -> dict[str, Any]:
         """What a step is made from: recipe values by dotted path, and a sha256 per input file."""
-        flat = dict(_flatten(yaml.safe_load(dump_recipe(recipe)), ""))
-        values = {key: value for key, value in flat.items() if _decides(key, step)}
         known = {name: row for past in self.steps.values() for name, row in past.get("inputs", {}).get("files", {}).items()}
         return {
-            "recipe": values,
+            "recipe": _values(step, recipe),
             "files": {str(path): _file_stamp(path, known.get(str(path))) for path in _all_files(step.files)},
         }
 
@@ -51,14 +51,7 @@ class Journal:
         past = self.steps.get(step.name, {}).get("inputs")
         if past is None:
             return
-        for key in sorted(past["recipe"].keys() | stamp["recipe"].keys()):
-            old, new = past["recipe"].get(key), stamp["recipe"].get(key)
-            if old != new:
-                raise ConfigError(
-                    f"{key} was {old!r} when step {step.name} ran, it is {new!r} now",
-                    where=self.path,
-                    fix="set it back, or use another output folder",
-                )
+        self._compare_values(step, past["recipe"], stamp["recipe"])
         old_files = {name: row["sha256"] for name, row in past["files"].items()}
         new_files = {name: row["sha256"] for name, row in stamp["files"].items()}
         for name in sorted(old_files.keys() | new_files.keys()):
@@ -66,6 +59,21 @@ class Journal:
                 verb = "is new" if name not in old_files else "is gone" if name not in new_files else "has changed"
                 raise ConfigError(
                     f"{name} {verb} since step {step.name} ran", where=self.path, fix="restore it, or use another output folder"
+                )
+
+    def refuse_changed_values(self, step: Step, recipe: Recipe) -> None:
+        """The same for the values of the recipe alone: input files are not looked at, they may be elsewhere."""
+        past = self.steps.get(step.name, {}).get("inputs")
+        if past is not None:
+            self._compare_values(step, past["recipe"], _values(step, recipe))
+
+    def _compare_values(self, step: Step, past: dict[str, Any], now: dict[str, Any]) -> None:
+        for key in sorted(past.keys() | now.keys()):
+            if past.get(key) != now.get(key):
+                raise ConfigError(
+                    f"{key} was {past.get(key)!r} when step {step.name} ran, it is {now.get(key)!r} now",
+                    where=self.path,
+                    fix="set it back, or use another output folder",
                 )
 
     def is_done(self, step: Step) -> bool:
@@ -94,6 +102,11 @@ class Journal:
     def _write(self) -> None:
         text = {"format": 1, "name": self.folder.name, "versions": versions(), "steps": list(self.steps.values())}
         write_atomic(self.path, json.dumps(text, indent=1) + "\n")
+
+
+def _values(step: Step, recipe: Recipe) -> dict[str, Any]:
+    flat = dict(_flatten(yaml.safe_load(dump_recipe(recipe)), ""))
+    return {key: value for key, value in flat.items() if _decides(key, step)}
 
 
 def _decides(key: str, step: Step) -> bool:

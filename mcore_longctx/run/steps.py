@@ -12,6 +12,7 @@ from mcore_longctx.launch.local import launch_ranks
 from mcore_longctx.recipe.load import RecipeFile
 from mcore_longctx.recipe.resolve import Resolved
 from mcore_longctx.recipe.schema import Recipe, Stage
+from mcore_longctx.run.training import finished_checkpoint, train_job
 
 __all__ = ["Step", "newest_checkpoint", "plan_steps"]
 
@@ -20,7 +21,8 @@ __all__ = ["Step", "newest_checkpoint", "plan_steps"]
 class Step:
     """One step of a run.
 
-    `keys` are the dotted recipe paths (prefixes) whose values decide the result, `files` the inputs from outside the run folder.
+    `keys` are the dotted recipe paths (prefixes) whose values decide the result, `files` the inputs from outside the run folder,
+    `needs` the steps whose results it takes.
     """
 
     name: str
@@ -29,6 +31,7 @@ class Step:
     keys: tuple[str, ...]
     files: tuple[Path, ...]
     outputs: tuple[Path, ...]
+    needs: tuple[str, ...]
     action: Callable[[], dict[str, Any] | None]
 
 
@@ -50,9 +53,9 @@ def plan_steps(file: RecipeFile, resolved: Resolved) -> list[Step]:
                 f"the model with the recipe's rope, not yet trained: {resolved.rope.describe()}",
             )
         )
-    for stage in recipe.stages:
+    for before, stage in zip((None, *recipe.stages), recipe.stages, strict=False):
         steps.append(_data_step(recipe, resolved, folder, stage))
-        steps.append(_train_step(recipe, folder, stage))
+        steps.append(_train_step(file, resolved, folder, stage, before))
         if has_tasks:
             steps.append(
                 _evaluate_step(recipe, folder, stage.name, stage.name, "recipe", f"after stage {stage.name}", stage=stage.name)
@@ -83,6 +86,7 @@ def _import_step(recipe: Recipe, resolved: Resolved, folder: Path) -> Step:
         ("model",),
         (recipe.model.path,),
         (base,),
+        (),
         action,
     )
 
@@ -112,7 +116,8 @@ def _evaluate_step(
         launch_ranks(arguments, parallel.world_size, log=folder / "logs" / f"evaluate-{column}")
 
     keys = ("model", "tokenizer", "evaluate", "seed") + (("rope",) if rope == "recipe" else ())
-    return Step(f"evaluate-{column}", stage, tuple(lines), keys, tuple(dict.fromkeys(files)), (out,), action)
+    needs = ("import",) if stage is None else (f"train-{stage}",)
+    return Step(f"evaluate-{column}", stage, tuple(lines), keys, tuple(dict.fromkeys(files)), (out,), needs, action)
 
 
 def _data_step(recipe: Recipe, resolved: Resolved, folder: Path, stage: Stage) -> Step:
@@ -159,10 +164,10 @@ def _data_step(recipe: Recipe, resolved: Resolved, folder: Path, stage: Stage) -
         "seed",
     )
     files = tuple(source.path for source in section.sources)
-    return Step(f"data-{stage.name}", stage.name, tuple(lines), keys, files, (out / "manifest.json",), action)
+    return Step(f"data-{stage.name}", stage.name, tuple(lines), keys, files, (out / "manifest.json",), (), action)
 
 
-def _train_step(recipe: Recipe, folder: Path, stage: Stage) -> Step:
+def _train_step(file: RecipeFile, resolved: Resolved, folder: Path, stage: Stage, before: Stage | None) -> Step:
     o, tokens = stage.optimizer, stage.iterations * stage.global_batch_size * stage.seq_length
     decay = f", cosine to {o.min_lr:g}" if o.lr_decay_style == "cosine" else ", constant"
     lines = (
@@ -175,15 +180,21 @@ def _train_step(recipe: Recipe, folder: Path, stage: Stage) -> Step:
     )
     out = folder / "checkpoints" / stage.name
 
-    def action() -> None:
+    def action() -> dict[str, Any]:
+        finished = finished_checkpoint(train_job(file, resolved, stage.name))
+        if finished is not None:  # trained by a job of its own (`launch`)
+            print(f"    {finished}: trained to its end with these settings")
+            return {"checkpoint": finished.name}
         launch_ranks(
             ["train", str(folder / "recipe.yaml"), "--stage", stage.name],
             stage.parallel.world_size,
             log=folder / "logs" / f"train-{stage.name}",
             status=folder / "logs" / stage.name / "STATUS",
         )
+        return {}
 
-    return Step(f"train-{stage.name}", stage.name, lines, (f"stages.{stage.name}", "rope", "seed"), (), (out,), action)
+    needs = (f"data-{stage.name}", "import" if before is None else f"train-{before.name}")
+    return Step(f"train-{stage.name}", stage.name, lines, (f"stages.{stage.name}", "rope", "seed"), (), (out,), needs, action)
 
 
 def _export_step(recipe: Recipe, folder: Path, stage: Stage) -> Step:
@@ -201,6 +212,7 @@ def _export_step(recipe: Recipe, folder: Path, stage: Stage) -> Step:
         ("rope",),
         (),
         (out,),
+        (f"train-{stage.name}",),
         action,
     )
 
@@ -219,7 +231,7 @@ def _verify_step(recipe: Recipe, folder: Path, stage: Stage) -> Step:
     about = (
         "the export against the checkpoint: every tensor bit for bit, inverse frequencies, logits up to the end of the new context",
     )
-    return Step("verify", None, about, (), (), (result,), action)
+    return Step("verify", None, about, (), (), (result,), ("export",), action)
 
 
 def _report_step(folder: Path) -> Step:
@@ -231,7 +243,7 @@ def _report_step(folder: Path) -> Step:
         print(f"report: {path}")
 
     return Step(
-        "report", None, (f"{folder / 'report.html'}: one page, no network needed",), (), (), (folder / "report.html",), action
+        "report", None, (f"{folder / 'report.html'}: one page, no network needed",), (), (), (folder / "report.html",), (), action
     )
 
 

@@ -1,0 +1,119 @@
+"""The chain of jobs of a recipe: written into the run folder, submitted one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from mcore_longctx.errors import ConfigError, LayoutError
+from mcore_longctx.launch.slurm import Job, Times, render_steps, render_submit, render_training, shape_of_job
+from mcore_longctx.plan.stages import StagePlan, plan_stage
+from mcore_longctx.recipe import Recipe, Stage
+from mcore_longctx.recipe.load import RecipeFile
+from mcore_longctx.recipe.resolve import resolve
+
+__all__ = ["Chain", "build_chain"]
+
+UNPLANNED_LEAD_SECONDS = 60  # SLURM may be this early; there is no planned step to add
+UNPLANNED_TIMEOUT_MINUTES = 30.0
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The recipe with what was derived, and the text of every file by name, in the order of the jobs."""
+
+    recipe: Recipe
+    jobs: tuple[Job, ...]
+    scripts: dict[str, str]  # 00-prepare.sbatch, ..., submit.sh
+
+
+def build_chain(file: RecipeFile, *, only: str | None = None) -> Chain:
+    """Plan the jobs of a recipe and render their scripts. Writes nothing.
+
+    Args:
+        file: the recipe.
+        only: a stage whose training job is all that is wanted.
+
+    Raises:
+        ConfigError: what cannot run as it stands: a stage that does not fit, a layout that fills no nodes, a time limit that is too
+            short, an unknown GPU, a secret in the recipe.
+    """
+    resolved = resolve(file, need_model=False)
+    recipe = file.recipe
+    plans = {stage.name: plan_stage(stage, resolved.shape, recipe.cluster) for stage in recipe.stages}
+    for stage in recipe.stages:
+        plan = plans[stage.name]
+        if plan is not None and not plan.fits:
+            raise LayoutError(
+                f"does not fit on {recipe.cluster.gpu}: {plan.problem}",
+                where=file.where(f"stages.{stage.name}"),
+                fix="`mcore-longctx plan` lists layouts that fit",
+            )
+    stages = tuple(_with_timeout(stage, plans[stage.name]) for stage in recipe.stages)
+    recipe = replace(recipe, output=recipe.run_folder, stages=stages)
+    jobs = tuple(job for job in _jobs(recipe, file) if only in (None, job.stage))
+    if not jobs:
+        names = ", ".join(stage.name for stage in stages)
+        raise ConfigError(f"no stage {only!r}", where=file.file, fix=f"stages: {names}")
+    scripts: dict[str, str] = {}
+    for job in jobs:
+        text = render_steps(recipe, job)
+        if job.stage is not None:
+            stage = next(stage for stage in stages if stage.name == job.stage)
+            text = render_training(recipe, job, stage, _times(stage, plans[stage.name]))
+        scripts[f"{job.name}.sbatch"] = text
+    scripts["submit.sh"] = render_submit(recipe, list(jobs))
+    return Chain(recipe, jobs, scripts)
+
+
+def _with_timeout(stage: Stage, plan: StagePlan | None) -> Stage:
+    if stage.distributed_timeout_minutes is not None:
+        return stage
+    minutes = UNPLANNED_TIMEOUT_MINUTES if plan is None else plan.intervals.distributed_timeout.value / 60
+    return replace(stage, distributed_timeout_minutes=minutes)
+
+
+def _times(stage: Stage, plan: StagePlan | None) -> Times:
+    timeout = f"{stage.distributed_timeout_minutes:g} minutes"
+    if plan is None:
+        return Times(
+            lead=UNPLANNED_LEAD_SECONDS,
+            lead_note="not planned (no formula for CPUs): raise it above two micro-batches and a save",
+            timeout_note=f"A rank waits up to {timeout} for the others: not planned (no formula for CPUs).",
+            limit_note="not held against a plan (no formula for CPUs)",
+        )
+    lead, limit = plan.intervals.signal_lead, plan.intervals.distributed_timeout
+    return Times(
+        lead=round(lead.value),
+        lead_note=lead.formula,
+        timeout_note=f"A rank waits up to {timeout} for the others: {limit.formula}.",
+        limit_note=f"a step takes about {plan.time.total:,.0f} s [planned]",
+    )
+
+
+def _jobs(recipe: Recipe, file: RecipeFile) -> Iterator[Job]:
+    data = tuple(f"data-{stage.name}" for stage in recipe.stages)
+    yield Job(name="00-prepare", steps=("import", *data), needs_gpus=False)
+    evaluate, nproc = recipe.evaluate, recipe.cluster.nproc_per_node
+    has_tasks = evaluate.needle is not None or evaluate.loss_by_position is not None
+    nodes, ranks = shape_of_job(evaluate.parallel, nproc, where=file.where("evaluate.parallel")) if has_tasks else (1, 1)
+    if has_tasks:
+        yield Job(name="10-evaluate-before", steps=("evaluate-before", "evaluate-scaled"), nodes=nodes, ranks_per_node=ranks)
+    if len(recipe.stages) > 7:
+        raise ConfigError(
+            f"{len(recipe.stages)} stages; the jobs of a chain are numbered for up to 7", where=file.where("stages")
+        )
+    for number, stage in enumerate(recipe.stages, 2):
+        stage_nodes, stage_ranks = shape_of_job(stage.parallel, nproc, where=file.where(f"stages.{stage.name}.parallel"))
+        yield Job(
+            name=f"{number}0-{stage.name}",
+            steps=(f"train-{stage.name}",),
+            stage=stage.name,
+            nodes=stage_nodes,
+            ranks_per_node=stage_ranks,
+        )
+        if has_tasks:
+            yield Job(
+                name=f"{number}1-evaluate-{stage.name}", steps=(f"evaluate-{stage.name}",), nodes=nodes, ranks_per_node=ranks
+            )
+    yield Job(name="90-finish", steps=("export", "verify", "report"))

@@ -1,0 +1,258 @@
+"""One slice of a training under SLURM: what it began with, what became of it, and what the job must do next.
+
+A slice is one start of a job: until the training is done, told to stop, or dead. `begin_slice` notes the newest verified checkpoint,
+`end_slice` reads STATUS and looks again. Two slices of a job in a row without a newer checkpoint stop the chain.
+
+    logs/<stage>/slice.json     the slice that runs
+    logs/<stage>/slices.jsonl   a line for each that has ended
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from mcore_longctx.checkpoint_folder import iteration_of, latest_checkpoint
+from mcore_longctx.errors import CheckpointError, ConfigError, NoProgress
+from mcore_longctx.launch.status import State, read_status
+from mcore_longctx.manifest import verify_manifest, write_atomic
+
+__all__ = ["Slice", "StageFolders", "Verdict", "begin_slice", "decide", "end_slice", "newest_verified"]
+
+IDLE_SLICES = 2  # without a newer checkpoint, in a row
+SHORT_SLICES = 10  # told to stop before a step could end, in a row
+
+# A rank that loses its peers, its network, its disk or its GPU says one of these: the machine's doing, another start may help.
+_MACHINE = re.compile(
+    r"DistBackendError|DistNetworkError|DistStoreError|NCCL|[Cc]onnection (closed|reset|refused)|Broken pipe|[Tt]imed out|"
+    r"CUDA error|AcceleratorError|ECC|Input/output error|Stale file handle"
+)
+
+
+@dataclass(frozen=True)
+class StageFolders:
+    """Of one stage: its logs, its checkpoints, and the iteration at which it is done."""
+
+    stage: str
+    logs: Path
+    checkpoints: Path
+    iterations: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slice:
+    """One start of a job. Iterations are those of the newest verified checkpoint, -1: none."""
+
+    job: str
+    restart: int
+    nodes: str  # as SLURM writes them: n[0-31]
+    began: float  # seconds since the epoch
+    before: int
+    short_seconds: float  # start-up and one step: less is too short for a newer checkpoint
+    seconds: float = 0.0
+    after: int = -1
+    state: State = "none"
+    code: int | None = None
+    reason: str = ""
+    asked: str = ""  # USR1 or TERM, when it was told to stop
+    srun_code: int | None = None
+    verdict: str = ""
+
+    @property
+    def moved(self) -> bool:
+        """Whether there is a newer checkpoint than before."""
+        return self.after > self.before
+
+    @property
+    def short(self) -> bool:
+        """Whether it was told to stop before a step could end."""
+        return bool(self.asked) and self.seconds < self.short_seconds
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the script does next (0: the chain goes on; 1, 2, 3: it stops; 75: requeue), and one line for people."""
+
+    code: int
+    word: str  # done, failed, refused, requeue, no progress
+    line: str
+
+
+def decide(slices: Sequence[Slice], stage: StageFolders) -> Verdict:
+    """The verdict on the last of the slices of a job."""
+    last = slices[-1]
+    moved = f"{_at(last.before)} -> {_at(last.after)}" if last.moved else f"still {_at(last.after)}"
+    if last.state == "done":
+        if last.after >= stage.iterations:
+            return Verdict(0, "done", f"done: {last.reason}, {_at(last.after)}")
+        what = f"STATUS says done, the newest verified checkpoint is {_at(last.after)} of {stage.iterations}"
+        return Verdict(1, "failed", f"failed: {what}; look at {stage.checkpoints}")
+    if last.state == "failed" and not _MACHINE.search(last.reason):
+        if last.code == 2:
+            return Verdict(2, "refused", f"refused: {last.reason}")
+        return Verdict(1, "failed", f"failed: {last.reason} (checkpoint {moved})")
+    what = _how_it_ended(last)
+    idle, short = _without_progress(slices)
+    if idle >= IDLE_SLICES:
+        line = f"no progress: {idle} slices in a row without a newer checkpoint ({_at(last.after)}); the last one {what}"
+        return Verdict(3, "no progress", f"{line}; look at {stage.logs}")
+    if short >= SHORT_SLICES:
+        line = (
+            f"no progress: {short} slices in a row were told to stop before start-up and one step ({last.short_seconds:,.0f} s)"
+        )
+        return Verdict(3, "no progress", f"{line}; ask for a partition that leaves more time")
+    count = " (told to stop before start-up and one step: not counted)" if last.short and not last.moved else ""
+    return Verdict(75, "requeue", f"requeue: it {what}, checkpoint {moved}{count}")
+
+
+def _how_it_ended(last: Slice) -> str:
+    words = {
+        "stopped": f"stopped ({last.reason})",
+        "hung": f"hung ({last.reason})",
+        "failed": f"lost a machine or a link ({last.reason})",
+        "running": "died without a word",
+        "none": "ended before training began",
+        "done": "is done",
+    }[last.state]
+    code = "" if last.srun_code in (None, 0) or last.state == "stopped" else f", srun ended with {last.srun_code}"
+    return words + code
+
+
+def _without_progress(slices: Sequence[Slice]) -> tuple[int, int]:
+    """Slices since the last newer checkpoint: (those that had the time for one, those that had not)."""
+    idle = short = 0
+    for one in reversed(slices):
+        if one.moved:
+            break
+        if one.short:
+            short += 1
+        else:
+            idle += 1
+    return idle, short
+
+
+def _at(iteration: int) -> str:
+    return "no checkpoint" if iteration < 0 else f"checkpoint {iteration}"
+
+
+def newest_verified(checkpoints: Path) -> int:
+    """Iteration of the newest checkpoint, if it has every file of its manifest in its size; -1 if not, or if there is none."""
+    newest = latest_checkpoint(checkpoints)
+    if newest is None:
+        return -1
+    try:
+        verify_manifest(newest, "checkpoint", hashes=False)
+    except CheckpointError:
+        return -1
+    return iteration_of(newest)
+
+
+def begin_slice(stage: StageFolders, environment: Mapping[str, str], *, short_seconds: float) -> Slice:
+    """Note what this slice begins with, and close one before it that was killed with its script.
+
+    Args:
+        stage: whose training it is.
+        environment: of the job (SLURM_JOB_ID, SLURM_RESTART_COUNT, SLURM_JOB_NODELIST).
+        short_seconds: start-up and one step.
+
+    Raises:
+        NoProgress: the slice before was killed with its script, and it was one too many without a newer checkpoint.
+    """
+    stage.logs.mkdir(parents=True, exist_ok=True)
+    before = newest_verified(stage.checkpoints)
+    killed = _read_slice(stage)
+    if killed is not None and killed.job == _job_of(environment):
+        status = read_status(stage.logs / "STATUS", stage.logs / "error")
+        alive = max((path.stat().st_mtime for path in stage.logs.rglob("*") if path.is_file()), default=killed.began)
+        ended = replace(
+            killed,
+            seconds=round(max(0.0, alive - killed.began), 1),
+            after=before,
+            state=status.state,
+            code=status.code,
+            reason=status.reason,
+            asked=_asked(stage),
+        )
+        verdict = decide([*_ended_slices(stage, ended.job), ended], stage)
+        _append(stage, replace(ended, verdict=f"{verdict.word} (killed with its script)"))
+        (stage.logs / "slice.json").unlink()
+        if verdict.code == 3:
+            raise NoProgress(verdict.line)
+    for name in ("STATUS", "error", "asked"):  # of the slice before: what is not there cannot be taken for this one's
+        (stage.logs / name).unlink(missing_ok=True)
+    now = Slice(
+        job=_job_of(environment),
+        restart=int(environment.get("SLURM_RESTART_COUNT", "0")),
+        nodes=environment.get("SLURM_JOB_NODELIST", ""),
+        began=round(time.time(), 1),
+        before=before,
+        short_seconds=short_seconds,
+    )
+    write_atomic(stage.logs / "slice.json", json.dumps(asdict(now)) + "\n")
+    return now
+
+
+def end_slice(stage: StageFolders, *, asked: str, srun_code: int | None) -> Verdict:
+    """Look at what the slice has left, write its line, and say what comes next.
+
+    Raises:
+        ConfigError: no slice has begun.
+    """
+    running = _read_slice(stage)
+    if running is None:
+        raise ConfigError("no slice has begun here", where=stage.logs, fix="`mcore-longctx slice begin` comes first")
+    status = read_status(stage.logs / "STATUS", stage.logs / "error")
+    ended = replace(
+        running,
+        seconds=round(time.time() - running.began, 1),
+        after=newest_verified(stage.checkpoints),
+        state=status.state,
+        code=status.code,
+        reason=status.reason,
+        asked=asked or _asked(stage),
+        srun_code=srun_code,
+    )
+    verdict = decide([*_ended_slices(stage, ended.job), ended], stage)
+    _append(stage, replace(ended, verdict=verdict.word))
+    (stage.logs / "slice.json").unlink()
+    return verdict
+
+
+def _job_of(environment: Mapping[str, str]) -> str:
+    return environment.get("SLURM_JOB_ID", "")
+
+
+def _asked(stage: StageFolders) -> str:
+    """What the script was told, as its trap wrote it down: it may have been killed before it could say so."""
+    file = stage.logs / "asked"
+    return file.read_text(encoding="utf-8").strip() if file.is_file() else ""
+
+
+def _read_slice(stage: StageFolders) -> Slice | None:
+    file = stage.logs / "slice.json"
+    return _slice_of(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def _ended_slices(stage: StageFolders, job: str) -> list[Slice]:
+    file = stage.logs / "slices.jsonl"
+    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    return [one for one in map(_slice_of, lines) if one is not None and one.job == job]
+
+
+def _slice_of(line: str) -> Slice | None:
+    """None for a line that was cut short by a kill."""
+    try:
+        facts: dict[str, Any] = json.loads(line)
+        return Slice(**{field.name: facts[field.name] for field in fields(Slice)})
+    except (ValueError, TypeError, KeyError):
+        return None
+
+
+def _append(stage: StageFolders, ended: Slice) -> None:
+    with (stage.logs / "slices.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(asdict(ended)) + "\n")
