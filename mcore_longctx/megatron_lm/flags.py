@@ -89,7 +89,8 @@ def extra_args_provider(program: Program) -> Callable[[argparse.ArgumentParser],
         group.add_argument(
             "--longctx-rope",
             metavar="PATH",
-            help="config.json of a Hugging Face model, or its folder: train with this rope instead of that of the rope flags",
+            help="config.json of a Hugging Face model, its folder, or the JSON itself: train with this rope instead of that of the rope"
+            " flags",
         )
         group.add_argument(
             "--longctx-phase-dtype",
@@ -111,6 +112,12 @@ def extra_args_provider(program: Program) -> Callable[[argparse.ArgumentParser],
             type=token_count,
             metavar="TOKENS",
             help="tokens whose logits are held at once in the loss (default: as many as 256 MiB hold)",
+        )
+        group.add_argument(
+            "--longctx-data",
+            metavar="PREFIX",
+            help="packed samples of mcore-longctx data, in the order and with the loss masks of mcore-longctx train; in place of"
+            " --data-path",
         )
         group.add_argument(
             "--megatron-lm",

@@ -1,6 +1,7 @@
 """Batches, datasets and loss of plain pretraining, for `pretrain` of Megatron-LM where no pretrain_gpt.py is at hand.
 
-Takes the data flags of pretrain_gpt.py (`--data-path`, blends, splits, `--mock-data`). Chats, fill-in-the-middle, distillation and
+Takes the data flags of pretrain_gpt.py (`--data-path`, blends, splits, `--mock-data`), or `--longctx-data`, packed samples with their
+sidecar: which tokens carry loss, and the order of `mcore-longctx train`. Chats, fill-in-the-middle, distillation and
 multi-token prediction are refused by name; a checkout of Megatron-LM has them.
 """
 
@@ -25,9 +26,12 @@ from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig, Moc
 from megatron.core.rerun_state_machine import get_rerun_state_machine
 from megatron.core.utils import StragglerDetector, get_attr_wrapped_model
 
+from mcore_longctx.data import PackedSamples
+from mcore_longctx.errors import DataError
 from mcore_longctx.layout import zigzag_positions
+from mcore_longctx.train.dataset import SampleOrder
 
-__all__ = ["datasets_provider", "forward_step"]
+__all__ = ["PackedDataset", "datasets_provider", "forward_step"]
 
 _SPIKE = 10.0  # --check-for-spiky-loss: this many times the largest loss so far
 
@@ -42,6 +46,8 @@ def datasets_provider(samples: Sequence[int | None], vp_stage: int | None = None
     from megatron.training import get_args
 
     args = get_args()
+    if args.longctx_data is not None:
+        return PackedDataset(args.longctx_data, args, samples[0] or 0), None, None
     kind = MockGPTDataset if args.mock_data else GPTDataset
     return BlendedMegatronDatasetBuilder(kind, samples, partial(_is_read_here, vp_stage), _dataset_config(args)).build()
 
@@ -79,6 +85,45 @@ def _dataset_config(args: Namespace) -> GPTDatasetConfig:
         "sequences_per_dataset": json.loads(Path(counts).read_text()) if counts is not None else None,
     }
     return GPTDatasetConfig(**values)
+
+
+class PackedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Packed samples of `mcore-longctx data` in the order of `mcore-longctx train`: item i is the i-th sample that is trained on.
+
+    Args:
+        prefix: PREFIX.bin, PREFIX.idx and PREFIX.runs.
+        args: `seq_length`, `seed` and `padded_vocab_size` of Megatron-LM.
+        num_samples: of the whole training.
+
+    Raises:
+        DataError: the samples are missing, damaged or of another length, or one holds a token beyond the vocabulary.
+    """
+
+    def __init__(self, prefix: str, args: Namespace, num_samples: int) -> None:
+        self.samples = PackedSamples(prefix)
+        self.prefix, self.vocab_size = prefix, args.padded_vocab_size
+        if self.samples.seq_length != args.seq_length:
+            raise DataError(
+                f"samples have {self.samples.seq_length:,} tokens, --seq-length is {args.seq_length:,}",
+                where=f"--longctx-data {prefix}",
+            )
+        self.order = SampleOrder(len(self.samples), seed=args.seed)
+        self.num_samples = num_samples + 1  # Megatron's sampler wants one left when a finished run is started again
+
+    def __len__(self) -> int:
+        """Items, one more than are trained on."""
+        return self.num_samples
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """int64 `tokens` and `labels`, float32 `loss_mask`, each [seq_length]."""
+        number = self.order[index]
+        tokens, labels, loss_mask = self.samples.sample(number)
+        if tokens.max() >= self.vocab_size:
+            raise DataError(
+                f"sample {number} holds token {tokens.max()}, the vocabulary has {self.vocab_size:,}", where=self.prefix
+            )
+        mask = torch.from_numpy(loss_mask).float()
+        return {"tokens": torch.from_numpy(tokens), "labels": torch.from_numpy(labels), "loss_mask": mask}
 
 
 # ---------------------------------------------------------------------------------------------------------------------------- step

@@ -252,8 +252,26 @@ def _check_batches(args: Namespace, program: Program, *, is_ours: bool) -> None:
     for name in _NEEDS_CHECKOUT:
         if program.is_own and getattr(args, name):
             _refuse(f"{_flag(name)} needs pretrain_gpt.py, which the wheel does not bring", fix="give --megatron-lm CHECKOUT")
+    if args.longctx_data is not None:
+        _check_packed_samples(args, program)
     if getattr(args, "modelopt_enabled", False):
         _refuse("--modelopt-enabled builds a model of its own", fix="use pretrain_gpt.py itself")
+
+
+_OTHER_DATA = ("data_path", "train_data_path", "data_args_path", "per_split_data_args_path", "mock_data")
+
+
+def _check_packed_samples(args: Namespace, program: Program) -> None:
+    if not program.is_own:
+        _refuse("--longctx-data is read by the program of the wheel, not by pretrain_gpt.py", fix="leave --megatron-lm out")
+    for name in _OTHER_DATA:
+        if getattr(args, name):
+            _refuse(f"{_flag(name)} beside --longctx-data: the samples come from one of them", fix="leave one out")
+    if args.eval_iters or args.dataloader_type not in (None, "single"):
+        what = "--eval-iters" if args.eval_iters else f"--dataloader-type {args.dataloader_type}"
+        _refuse(
+            f"{what} with --longctx-data: it has one part and one order, those of mcore-longctx train", fix="give --eval-iters 0"
+        )
 
 
 def _flag(dest: str) -> str:

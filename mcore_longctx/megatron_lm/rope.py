@@ -48,11 +48,11 @@ def rope_of(args: Namespace, given: Set[str]) -> RopeScaling:
     _check_computed(args)
     if args.longctx_rope is None:
         return _rope_in_flags(args, given, head_dim, args.rotary_base)
-    rope = _read(Path(args.longctx_rope))
+    rope = _read(args.longctx_rope)
     if rope.head_dim != head_dim:
         _refuse(
             f"is for heads of {rope.head_dim}, the model's have {head_dim}",
-            where=f"--longctx-rope {args.longctx_rope}",
+            where=_where_of_file(args),
             fix="check --kv-channels, --hidden-size and --num-attention-heads",
         )
     if "rotary_base" in given and args.rotary_base != rope.rope_theta:
@@ -120,25 +120,39 @@ def _yarn_settings(args: Namespace) -> dict[str, Any]:
     return settings | {"attention_factor": mscale / all_dim}
 
 
-def _read(path: Path) -> RopeScaling:
-    file = path / "config.json" if path.is_dir() else path
+def _read(said: str) -> RopeScaling:
+    """The rope of a config.json: of its text, of its path, or of the folder that it is in."""
+    text, where = said, "--longctx-rope"
+    if not _is_json(said):
+        file = Path(said) / "config.json" if Path(said).is_dir() else Path(said)
+        where = f"--longctx-rope {file}"
+        try:
+            text = file.read_text(encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(f"cannot be read: {error.strerror}", where=where) from None
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot be read: {error.strerror}", where=f"--longctx-rope {file}") from None
+        config = json.loads(text)
     except ValueError as error:
-        raise ConfigError(f"is not JSON: {error}", where=f"--longctx-rope {file}") from None
-    rope = read_hf_rope(config, where=file)
+        raise ConfigError(f"is not JSON: {error}", where=where) from None
+    rope = read_hf_rope(config, where=where)
     rope.check_trainable()
     return rope
+
+
+def _is_json(said: str) -> bool:
+    return said.lstrip().startswith("{")
 
 
 def _contradiction(flags: str, args: Namespace, rope: RopeScaling) -> NoReturn:
     _refuse(
         f"contradicted by {flags}: the file says {rope.describe()}",
-        where=f"--longctx-rope {args.longctx_rope}",
+        where=_where_of_file(args),
         fix="leave these flags out, or change the file",
     )
+
+
+def _where_of_file(args: Namespace) -> str:
+    return "--longctx-rope" if _is_json(args.longctx_rope) else f"--longctx-rope {args.longctx_rope}"
 
 
 def _flag(dest: str) -> str:
