@@ -19,14 +19,17 @@ from types import TracebackType
 from typing import IO, Self
 
 from mcore_longctx.errors import CheckpointError, InUseError, TrainingError
-from mcore_longctx.manifest import MANIFEST, readable_bytes, verify_manifest, write_atomic
+from mcore_longctx.manifest import MANIFEST, fsync_folder, fsync_tree, partial_path, readable_bytes, verify_manifest, write_atomic
 
 __all__ = [
     "FolderLock",
+    "begin_checkpoint",
     "check_free_space",
+    "checkpoints_to_come",
     "iteration_folder",
     "iteration_of",
     "latest_checkpoint",
+    "publish",
     "remove_leftovers",
     "remove_old",
     "write_tracker",
@@ -106,6 +109,30 @@ class FolderLock:
             self._file = None
 
 
+def begin_checkpoint(final: Path) -> Path:
+    """A new folder beside `final` to write the checkpoint into. Only for the holder of the lock.
+
+    Raises:
+        CheckpointError: there is a checkpoint of this iteration.
+    """
+    if final.exists():
+        raise CheckpointError("is already there", where=final, fix="move it away")
+    remove_leftovers(final.parent)
+    partial = partial_path(final)
+    partial.mkdir(parents=True)
+    return partial
+
+
+def publish(partial: Path, final: Path) -> None:
+    """Give a checkpoint that has its manifest its name, once every byte of it is on the disk."""
+    verify_manifest(partial, "checkpoint", hashes=False)
+    fsync_tree(partial)
+    if final.exists():
+        raise CheckpointError("appeared while it was being written", where=final)
+    partial.rename(final)
+    fsync_folder(final.parent)
+
+
 def remove_leftovers(checkpoints: Path) -> None:
     """Remove what killed saves left behind. Only for the holder of the lock: then nobody is writing them."""
     for path in checkpoints.glob("iter_*.partial-*"):
@@ -147,22 +174,34 @@ def write_tracker(checkpoints: Path, iteration: int) -> None:
     write_atomic(checkpoints / TRACKER, f"{iteration}")
 
 
-def check_free_space(checkpoints: Path, needed_bytes: int, files: int = 64) -> None:
-    """Raise TrainingError unless the file system has room for one more checkpoint.
+def check_free_space(checkpoints: Path, needed_bytes: int, files: int = 64, *, count: int = 1) -> None:
+    """Raise TrainingError unless the file system has room for `count` more checkpoints.
 
     Args:
         checkpoints: the folder, existing.
-        needed_bytes: estimated size of the checkpoint; a fifth is added.
-        files: inodes that the checkpoint takes.
+        needed_bytes: estimated size of one checkpoint; a fifth is added.
+        files: inodes that one checkpoint takes.
+        count: how many will be there at once that are not there now.
     """
     status = os.statvfs(checkpoints)
     free = status.f_bavail * status.f_frsize
-    needed = needed_bytes * 6 // 5
+    needed, inodes = count * needed_bytes * 6 // 5, count * files
+    what = "a checkpoint needs" if count == 1 else f"{count} checkpoints (those that are kept and one being written) need"
     newest = latest_checkpoint(checkpoints)
-    fix = "free some space and start again" + (f"; the newest checkpoint, {newest.name}, is untouched" if newest else "")
+    fix = "free some space and start again" + (" or lower keep_checkpoints" if count > 1 else "")
+    fix += f"; the newest checkpoint, {newest.name}, is untouched" if newest else ""
     if free < needed:
-        raise TrainingError(
-            f"{readable_bytes(free)} free, a checkpoint needs {readable_bytes(needed)}", where=checkpoints, fix=fix
-        )
-    if status.f_files and status.f_favail < files:
-        raise TrainingError(f"{status.f_favail:,} inodes free, a checkpoint needs {files:,}", where=checkpoints, fix=fix)
+        raise TrainingError(f"{readable_bytes(free)} free, {what} {readable_bytes(needed)}", where=checkpoints, fix=fix)
+    if status.f_files and status.f_favail < inodes:
+        raise TrainingError(f"{status.f_favail:,} inodes free, {what} {inodes:,}", where=checkpoints, fix=fix)
+
+
+def checkpoints_to_come(checkpoints: Path, keep: int, saves: int) -> int:
+    """How many more checkpoints will lie here at once: until `keep` are complete, and one beside them that is being written.
+
+    Args:
+        checkpoints: the folder, existing.
+        keep: complete ones that are kept.
+        saves: that will be made.
+    """
+    return max(1, min(saves, keep + 1 - len(_complete(checkpoints))))

@@ -116,7 +116,7 @@ def init_process_groups(parallel: Parallel, *, seed: int, timeout_minutes: float
         pipeline_model_parallel_size=parallel.pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
         hierarchical_context_parallel_sizes=None if sizes is None else list(sizes),
-        distributed_timeout_minutes=max(1, round(timeout_minutes)),
+        distributed_timeout_minutes=timeout_minutes,
         create_gloo_process_groups=True,
     )
     seed_rng(seed)

@@ -3,14 +3,24 @@
 A folder holds what megatron-core's `dist_checkpointing` writes (`torch_dist`: model, optimizer, schedule, iteration), `common.pt` in
 the style of 0.16 also under 0.19, the card, the `hf/` files of the model it came from, and a manifest with a sha256 per file. All
 ranks write into one partial folder; rank 0 gives it its name when everything is there.
+
+A save has three parts, and is the same whether the training waits for it or goes on:
+
+    begin     all ranks plan who writes what and take their data
+    write     each rank writes, fsyncs and hashes its file: here, or in a process beside the training
+    seal      all ranks tell that they have written; rank 0 adds the rest and the manifest, renames, removes what is no longer kept:
+              here, or in a thread beside the training
 """
 
 from __future__ import annotations
 
+import logging
 import shutil
+import time
 from collections.abc import Mapping
-from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -20,27 +30,22 @@ from mcore_longctx import megatron_compat as _imports_megatron_quietly  # noqa: 
 from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
-    TorchDistSaveShardedStrategy,
-    _replace_state_dict_keys_with_sharded_keys,
-    mcore_to_pyt_state_dict,
-)
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.state_dict_saver import save as save_state_dict
 
 from mcore_longctx import checkpoint_folder as store
 from mcore_longctx.errors import CheckpointError, TrainingError
 from mcore_longctx.formats.dcp_read import read_torch_dist
-from mcore_longctx.manifest import staged_folder, verify_manifest, write_manifest
+from mcore_longctx.manifest import verify_manifest, write_manifest
 from mcore_longctx.recipe import CARD, CheckpointCard, ModelShape, read_card, write_card
 from mcore_longctx.rope import RopeScaling
 from mcore_longctx.train.control import Control
 from mcore_longctx.train.job import TrainJob
 from mcore_longctx.train.optimizer import load_optimizer_state, prepare_optimizer_state
+from mcore_longctx.train.writing import BesideTraining, SaveStrategy, Share
 
 __all__ = ["Checkpointer", "verify_checkpoint"]
+
+logger = logging.getLogger(__name__)
 
 _HF_FOLDER = "hf"
 _COMMON = "common.pt"
@@ -77,8 +82,25 @@ def verify_checkpoint(folder: Path, *, shape: ModelShape, rope: RopeScaling) -> 
     return manifest
 
 
+@dataclass
+class _Save:
+    """One checkpoint on its way to the disk, as one rank sees it."""
+
+    iteration: int
+    partial: Path
+    final: Path
+    began: float  # time.perf_counter()
+    strategy: SaveStrategy
+    request: Any  # megatron-core's AsyncRequest
+    writing: BesideTraining | None = None
+    sealing: Thread | None = None  # rank 0
+    is_written: bool = False  # all ranks have told so
+    seal_error: BaseException | None = None
+    waited: float = 0.0  # seconds that the training stood still for it
+
+
 class Checkpointer:
-    """Saves and loads the state of one training. Every method is collective.
+    """Saves and loads the state of one training. Every method is collective, unless it says that it is not.
 
     Args:
         job: the job.
@@ -105,10 +127,17 @@ class Checkpointer:
         self.wrapped, self.optimizer, self.schedule, self.control = wrapped, optimizer, schedule, control
         self._replicas = parallel_state.get_data_parallel_group(with_context_parallel=True)
         self._bytes = self._estimate_bytes()
+        self._under_way: _Save | None = None
 
-    def check_free_space(self) -> None:
-        """Raise TrainingError unless one more checkpoint fits."""
-        self.control.on_rank0(lambda: store.check_free_space(self.job.checkpoints, self._bytes, 4 * self.control.world_size + 64))
+    def check_free_space(self, *, saves: int = 1) -> None:
+        """Raise TrainingError unless the checkpoints fit that will be there at once, when `saves` more are made."""
+        folder, files = self.job.checkpoints, 2 * self.control.world_size + 64
+
+        def check() -> None:
+            count = store.checkpoints_to_come(folder, self.job.stage.keep_checkpoints, saves)
+            store.check_free_space(folder, self._bytes, files, count=count)
+
+        self.control.on_rank0(check)
 
     def save(self, iteration: int) -> Path:
         """Write the state after `iteration` steps, then remove what is no longer kept.
@@ -116,14 +145,117 @@ class Checkpointer:
         Raises:
             TrainingError: no room, or writing failed. The checkpoints that were there are untouched.
         """
+        self.begin(iteration, beside=False)
+        self.finish()
+        return store.iteration_folder(self.job.checkpoints, iteration)
+
+    def begin(self, iteration: int, *, beside: bool) -> None:
+        """Begin to save the state after `iteration` steps; a save that is under way is waited for.
+
+        Args:
+            iteration: steps.
+            beside: let a process write while the training goes on; `advance` and `finish` do the rest. Otherwise the share of this
+                rank is written when this returns.
+
+        Raises:
+            TrainingError: no room, or this save or the one before it failed.
+        """
+        self.finish()
+        began = time.perf_counter()
         self.check_free_space()
         final = store.iteration_folder(self.job.checkpoints, iteration)
-        with ExitStack() as staging:  # rank 0 holds the partial folder open; an error on any rank removes it
-            partial = Path(self.control.on_rank0(lambda: str(self._stage(staging, final))))
-            self._write_tensors(partial, iteration, final)
-            self.control.on_rank0(lambda: self._describe(partial, iteration, final))
-            self.control.on_rank0(lambda: self._publish(staging, final, iteration))
-        return final
+        partial = Path(self.control.on_rank0(lambda: self._begin_folder(final)))
+        strategy = SaveStrategy("torch_dist", 1)
+        try:
+            request = dist_checkpointing.save(
+                self._state(iteration),
+                str(partial),
+                FullyParallelSaveStrategyWrapper(strategy, self._replicas),
+                async_sharded_save=True,
+                content_metadata=dict(_LAYOUT_FREE),
+            )
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise self._failed(error, final) from error
+        self._under_way = save = _Save(iteration, partial, final, began, strategy, request)
+        if beside:
+            save.writing = BesideTraining(strategy.writer.write)
+        else:
+            request.async_fn()
+        save.waited = time.perf_counter() - began
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether a save has begun and not ended. The same on all ranks; asks nobody."""
+        return self._under_way is not None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether this rank still writes or seals. Asks nobody and never waits."""
+        save = self._under_way
+        if save is None:
+            return False
+        if save.is_written:
+            return save.sealing is not None and save.sealing.is_alive()
+        return save.writing is not None and save.writing.is_busy
+
+    def advance(self) -> None:
+        """Take the save that is under way one part further. Call it when no rank is busy.
+
+        Raises:
+            TrainingError: a rank could not write, or rank 0 could not finish the folder. It is removed, the others are untouched.
+        """
+        save = self._under_way
+        if save is None:
+            return
+        began = time.perf_counter()
+        try:
+            if save.is_written:
+                self.control.on_rank0(lambda: self._raise_of_sealing(save))
+                self._under_way = None
+            else:
+                sha256 = self._all_have_written(save)
+                if save.writing is None:
+                    self.control.on_rank0(lambda: self._seal(save, sha256))
+                    self._under_way = None
+                elif self.control.rank == 0:
+                    save.sealing = Thread(target=self._seal_beside, args=(save, sha256), name="seal", daemon=True)
+                    save.sealing.start()
+        except BaseException:
+            self.abandon()
+            raise
+        now = time.perf_counter()
+        save.waited += now - began
+        if self._under_way is None:
+            beside = f", training waited {save.waited:.1f} s" if save.writing is not None else ""
+            logger.info("saved %s in %.1f s%s", save.final.name, now - save.began, beside)
+
+    def finish(self) -> None:
+        """Wait until nothing is under way.
+
+        Raises:
+            TrainingError: as `advance`.
+        """
+        while self._under_way is not None:
+            save, began = self._under_way, time.perf_counter()
+            if save.sealing is not None:
+                save.sealing.join()
+            elif save.writing is not None:
+                save.writing.wait()
+            save.waited += time.perf_counter() - began
+            self.advance()
+
+    def abandon(self) -> None:
+        """Drop what is under way, when the ranks may no longer be able to talk: each drops its own. Asks nobody."""
+        save, self._under_way = self._under_way, None
+        if save is None:
+            return
+        if save.writing is not None:
+            save.writing.kill()
+        if save.sealing is not None:
+            save.sealing.join()  # what is whole gets its name
+        if self.control.rank == 0:
+            shutil.rmtree(save.partial, ignore_errors=True)
 
     def load(self, folder: Path) -> int:
         """Fill optimizer and schedule from a verified checkpoint of this stage, at any layout. Returns its iteration.
@@ -148,71 +280,91 @@ class Checkpointer:
             raise CheckpointError(f"holds iteration {iteration:,}", where=folder, fix="give the folder its own name back")
         return iteration
 
-    # ------------------------------------------------------------------ writing
+    # ------------------------------------------------------------------ the parts of a save
 
-    def _stage(self, staging: ExitStack, final: Path) -> Path:
-        store.remove_leftovers(self.job.checkpoints)
-        return staging.enter_context(staged_folder(final))
+    def _state(self, iteration: int) -> dict[str, Any]:
+        model = self.wrapped.module.sharded_state_dict(metadata=self._metadata())
+        return {
+            "model": model,
+            "optimizer": self.optimizer.sharded_state_dict(model, is_loading=False, metadata=self._metadata()),
+            "opt_param_scheduler": self.schedule.state_dict(),
+            "iteration": iteration,
+            "checkpoint_version": 3.0,
+        }
 
-    def _write_tensors(self, partial: Path, iteration: int, final: Path) -> None:
+    def _all_have_written(self, save: _Save) -> dict[str, str]:
+        """Exchange what each rank has written; rank 0 writes `.metadata` and `metadata.json`. Returns the sha256 of all files."""
+        writer = save.strategy.writer
+        if save.writing is not None:
+            writer.outcome = save.writing.wait()
         try:
-            model = self.wrapped.module.sharded_state_dict(metadata=self._metadata())
-            state = {
-                "model": model,
-                "optimizer": self.optimizer.sharded_state_dict(model, is_loading=False, metadata=self._metadata()),
-                "opt_param_scheduler": self.schedule.state_dict(),
-                "iteration": iteration,
-                "checkpoint_version": 3.0,
-            }
-            strategy = FullyParallelSaveStrategyWrapper(_InThisProcess("torch_dist", 1), self._replicas)
-            dist_checkpointing.save(state, str(partial), strategy, content_metadata=dict(_LAYOUT_FREE))
-        except CheckpointException as error:  # raised on every rank: torch's writer tells the others
-            failure = self._save_failed(error, final)
+            for finalize in save.request.finalize_fns:
+                finalize()
+        except CheckpointException as error:  # on every rank: megatron-core tells the others
+            failure = self._failed(error, save.final)
             failure.agreed = True
             raise failure from None
         except OSError as error:
-            raise self._save_failed(error, final) from error
+            raise self._failed(error, save.final) from error
+        save.is_written = True
+        mine = writer.outcome.sha256 if isinstance(writer.outcome, Share) else {}
+        return {name: digest for rank in self.control.gather_objects(mine) for name, digest in rank.items()}
 
-    def _describe(self, partial: Path, iteration: int, final: Path) -> None:
+    def _seal(self, save: _Save, sha256: Mapping[str, str]) -> None:
+        """Add what makes the folder a checkpoint, give it its name, remove what is no longer kept. Rank 0 only."""
         try:
-            if not (
-                partial / _COMMON
-            ).exists():  # megatron-core 0.19 keeps this inside the .distcp files, where 0.16 cannot find it
-                torch.save(dist_checkpointing.load_common_state_dict(str(partial)), partial / _COMMON)
-            if (self.source / _HF_FOLDER).is_dir():
-                shutil.copytree(self.source / _HF_FOLDER, partial / _HF_FOLDER)
-            stage = self.job.stage
-            card = CheckpointCard(
-                shape=self.job.shape,
-                rope=self.job.rope,
-                tokenizer_sha256=self.job.tokenizer_sha256,
-                stage=stage.name,
-                iteration=iteration,
-            )
-            write_card(partial, card)
-            write_manifest(
-                partial,
-                "checkpoint",
-                stage=stage.name,
-                iteration=iteration,
-                consumed_samples=iteration * stage.global_batch_size,
-                rope_fingerprint=self.job.rope.fingerprint(),
-                layout=stage.parallel.describe(),
-                settings=dict(self.settings),
-            )
+            self._describe(save.partial, save.iteration, sha256)
+            store.publish(save.partial, save.final)
+            store.write_tracker(self.job.checkpoints, save.iteration)
+            store.remove_old(self.job.checkpoints, self.job.stage.keep_checkpoints, self.job.stage.name)
         except OSError as error:
-            raise self._save_failed(error, final) from error
+            raise self._failed(error, save.final) from error
 
-    def _publish(self, staging: ExitStack, final: Path, iteration: int) -> None:
+    def _seal_beside(self, save: _Save, sha256: Mapping[str, str]) -> None:
         try:
-            staging.close()
-        except OSError as error:
-            raise self._save_failed(error, final) from error
-        verify_manifest(final, "checkpoint", hashes=False)  # nothing is removed before its successor is known to be there
-        store.write_tracker(self.job.checkpoints, iteration)
-        store.remove_old(self.job.checkpoints, self.job.stage.keep_checkpoints, self.job.stage.name)
+            self._seal(save, sha256)
+        except BaseException as error:  # raised on all ranks when they ask
+            save.seal_error = error
 
-    def _save_failed(self, error: BaseException, final: Path) -> TrainingError:
+    @staticmethod
+    def _raise_of_sealing(save: _Save) -> None:
+        if save.seal_error is not None:
+            raise save.seal_error
+
+    def _describe(self, partial: Path, iteration: int, sha256: Mapping[str, str]) -> None:
+        # megatron-core 0.19 keeps this inside the .distcp files, where 0.16 cannot find it
+        if not (partial / _COMMON).exists():
+            torch.save(dist_checkpointing.load_common_state_dict(str(partial)), partial / _COMMON)
+        if (self.source / _HF_FOLDER).is_dir():
+            shutil.copytree(self.source / _HF_FOLDER, partial / _HF_FOLDER)
+        stage = self.job.stage
+        card = CheckpointCard(
+            shape=self.job.shape,
+            rope=self.job.rope,
+            tokenizer_sha256=self.job.tokenizer_sha256,
+            stage=stage.name,
+            iteration=iteration,
+        )
+        write_card(partial, card)
+        write_manifest(
+            partial,
+            "checkpoint",
+            sha256=sha256,
+            stage=stage.name,
+            iteration=iteration,
+            consumed_samples=iteration * stage.global_batch_size,
+            rope_fingerprint=self.job.rope.fingerprint(),
+            layout=stage.parallel.describe(),
+            settings=dict(self.settings),
+        )
+
+    def _begin_folder(self, final: Path) -> str:
+        try:
+            return str(store.begin_checkpoint(final))
+        except OSError as error:
+            raise self._failed(error, final) from error
+
+    def _failed(self, error: BaseException, final: Path) -> TrainingError:
         newest = store.latest_checkpoint(self.job.checkpoints)
         kept = f"{newest.name} is untouched" if newest is not None else "no earlier checkpoint of this stage exists"
         return TrainingError(f"the checkpoint could not be written: {_first_line(error)}", where=final, fix=kept)
@@ -228,22 +380,6 @@ class Checkpointer:
         tensors = int(self.control.gather([mine]).sum())
         files = [path for path in (self.source / _HF_FOLDER).rglob("*") if path.is_file()]
         return tensors + sum(path.stat().st_size for path in files)
-
-
-class _InThisProcess(TorchDistSaveShardedStrategy):
-    """Saves with torch's own writer, in the rank's own process.
-
-    Megatron's writer forks processes and keeps a manager process beside each rank: SLURM sends a stop signal to every process of a
-    step, which kills the manager, and the next save, the one that the signal asked for, fails.
-    """
-
-    def save(self, sharded_state_dict: Any, checkpoint_dir: Any) -> None:
-        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, self.keep_only_main_replica)
-        save_state_dict(
-            mcore_to_pyt_state_dict(by_key),
-            storage_writer=FileSystemWriter(str(checkpoint_dir)),
-            planner=MCoreSavePlanner(flatten_state_dict=False),
-        )
 
 
 def _first_line(error: BaseException) -> str:

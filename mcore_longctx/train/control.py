@@ -6,6 +6,7 @@ They travel over CPU tensors in a gloo group, beside the groups that train: aski
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -25,11 +26,16 @@ class PeerFailed(Exception):
 
 
 class Control:
-    """Agreement among all ranks. Every method is collective."""
+    """Agreement among all ranks. Every method is collective.
 
-    def __init__(self) -> None:
+    Args:
+        timeout: how long a rank waits for the others, where this makes a group of its own.
+    """
+
+    def __init__(self, timeout: timedelta) -> None:
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self._group = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+        is_gloo = dist.get_backend() == "gloo"
+        self._group = dist.group.WORLD if is_gloo else dist.new_group(backend="gloo", timeout=timeout)
 
     def on_rank0(self, function: Callable[[], T]) -> T:
         """Run `function` on rank 0 while the others wait; every rank gets its result, or raises its error.
@@ -82,11 +88,12 @@ class Control:
         dist.all_gather_object(found, value, group=self._group)
         return found
 
-    def largest(self, value: int) -> int:
-        """The largest of the ranks' numbers."""
-        box = torch.tensor([value], dtype=torch.int64, device="cpu")
+    def largest(self, *values: int) -> list[int]:
+        """The largest over the ranks of each of some numbers."""
+        box = torch.tensor(values, dtype=torch.int64, device="cpu")
         dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self._group)
-        return int(box.item())
+        numbers: list[int] = box.tolist()
+        return numbers
 
 
 def _pack(error: LongctxError) -> tuple[str, str, str | None, str]:

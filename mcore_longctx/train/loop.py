@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from mcore_longctx.recipe import read_card
 from mcore_longctx.train.checkpoint import Checkpointer, verify_checkpoint
 from mcore_longctx.train.control import Control
 from mcore_longctx.train.dataset import MicroBatch, StepData
+from mcore_longctx.train.heartbeat import Heartbeat, Phase
 from mcore_longctx.train.job import TrainJob, data_fingerprint, refuse_changed_settings
 from mcore_longctx.train.metrics import MetricsWriter, StepMetrics, iteration_line, sample_digest
 from mcore_longctx.train.optimizer import build_optimizer, build_schedule, learning_rate, wrap_model
@@ -50,6 +52,9 @@ __all__ = ["train_stage"]
 logger = logging.getLogger(__name__)
 
 _MOST_IDS = 16  # named in an error message
+_TIMEOUT_MINUTES = (
+    60.0  # of the process groups, where neither the recipe nor a plan gives one: Megatron's 10 are less than a step of 4M
+)
 
 
 def train_stage(job: TrainJob) -> int:
@@ -73,13 +78,15 @@ def train_stage(job: TrainJob) -> int:
 
 def _train(job: TrainJob, outcome: Outcome, stop: StopRequest, held: ExitStack) -> str:
     check_backend(job.backend)
-    init_process_groups(job.stage.parallel, seed=job.seed)
-    control = Control()
+    minutes = job.stage.distributed_timeout_minutes or _TIMEOUT_MINUTES
+    init_process_groups(job.stage.parallel, seed=job.seed, timeout_minutes=minutes)
+    control = Control(timedelta(minutes=minutes))
     control.on_rank0(lambda: _hold_folder(job, outcome, held))
     outcome.started()
+    pulse = held.enter_context(Heartbeat(job.log_folder, control.rank, timeout_seconds=60 * minutes, hung=outcome.hung))
     start = control.on_rank0(lambda: _find_start(job))
     job = replace(job, tokenizer_sha256=start.tokenizer_sha256)
-    trainer = Trainer(job, start, control, stop)
+    trainer = Trainer(job, start, control, stop, pulse)
     try:
         reason = trainer.run()
     finally:
@@ -130,9 +137,9 @@ def _find_start(job: TrainJob) -> Start:
 class Trainer:
     """One rank of one job: model, optimizer, data, and the steps over them."""
 
-    def __init__(self, job: TrainJob, start: Start, control: Control, stop: StopRequest) -> None:
+    def __init__(self, job: TrainJob, start: Start, control: Control, stop: StopRequest, pulse: Heartbeat) -> None:
         stage = job.stage
-        self.job, self.stage, self.control, self.stop = job, stage, control, stop
+        self.job, self.stage, self.control, self.stop, self.pulse = job, stage, control, stop, pulse
         self.data = StepData(
             PackedSamples(job.data_prefix),
             stage,
@@ -170,7 +177,7 @@ class Trainer:
             control=control,
         )
         self.finished = self.checkpointer.load(start.folder) if start.resumes else 0  # steps
-        self.saved = self.finished
+        self.saved = self.finished  # the save of this step is done or under way
         self.seconds: list[float] = []  # of the steps of this start
         # losses are counted once: by one tensor-parallel rank of the last pipeline stage
         self.counts_losses = parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
@@ -189,19 +196,22 @@ class Trainer:
         """
         if self.finished >= self.stage.iterations:
             return f"{self.finished} iterations (nothing left to do)"
-        self.checkpointer.check_free_space()
+        steps = self.stage.iterations - self.finished
+        self.checkpointer.check_free_space(saves=-(-steps // self.stage.save_interval))
         while self.finished < self.stage.iterations:
             try:
                 self._step()
             except _StopRequested as stop:
                 self._save()
                 raise self._stopped(stop.number) from None
-            if self.finished % self.stage.save_interval == 0 or self.finished == self.stage.iterations:
-                self._save()
+            is_last = self.finished == self.stage.iterations
+            if is_last or self.finished % self.stage.save_interval == 0:
+                self._save(beside=self.stage.async_save and not is_last)
         return f"{self.finished} iterations"
 
     def close(self) -> None:
-        """Close the metrics files."""
+        """Drop a save that is still under way, after a failure, and close the metrics files."""
+        self.checkpointer.abandon()
         if self.metrics is not None:
             self.metrics.close()
 
@@ -216,8 +226,9 @@ class Trainer:
         began = time.perf_counter()
         iteration = self.finished
         ids = self.data.sample_ids(iteration)
-        self._leave_if_asked()
+        self._pass_border(1)
         losses = self._forward_backward(iteration)
+        self._begin("update", f"iteration {iteration + 1}, update")
         facts = self.control.gather([*self._own_sums(losses), float(_memory_bytes())])
         loss_sum, loss_tokens = (float(total) for total in facts[:, :2].sum(dim=0))
         self._check_loss(loss_sum, loss_tokens, losses, ids)
@@ -246,11 +257,27 @@ class Trainer:
                 ),
             )
 
-    def _leave_if_asked(self) -> None:
-        """All ranks agree, before each micro-batch, whether any of them has had a signal: a rank that left alone would hang the rest."""
-        number = self.control.largest(self.stop.number)
+    def _pass_border(self, micro_batch: int) -> None:
+        """Before each micro-batch: has any rank had a signal, and has the save that is under way got further?
+
+        All ranks agree: a rank that left alone would hang the rest.
+
+        Raises:
+            _StopRequested: on all ranks.
+            TrainingError: the save failed.
+        """
+        self._begin("micro-batch", f"iteration {self.finished + 1}, micro-batch {micro_batch}")
+        number, is_busy = self.control.largest(self.stop.number, self.checkpointer.is_busy)
         if number:
             raise _StopRequested(number)
+        if self.checkpointer.is_under_way and not is_busy:
+            self.checkpointer.advance()
+
+    def _begin(self, phase: Phase, where: str) -> None:
+        if torch.cuda.is_available():
+            # a border is passed when the kernels before it have run, not when they are queued
+            torch.cuda.current_stream().synchronize()
+        self.pulse.passed(phase, where)
 
     def _forward_backward(self, iteration: int) -> list[tuple[tuple[int, ...], torch.Tensor]]:
         """Gradients of a step in the main gradient buffers. Returns (sample ids, [loss sum, tokens]) of each own micro-batch."""
@@ -262,7 +289,7 @@ class Trainer:
         def forward_step(batches: Iterator[MicroBatch], model: Any) -> tuple[torch.Tensor, Any]:
             batch = next(batches)
             if losses and may_stop_inside:
-                self._leave_if_asked()
+                self._pass_border(len(losses) + 1)
             packed = {} if batch.layout is None else {"packed_seq_params": self._packed(batch.layout)}
             weights = batch.loss_mask.float()
             output = model(batch.tokens, batch.positions, None, labels=batch.labels, loss_weights=weights, **packed)
@@ -317,6 +344,11 @@ class Trainer:
             raise self._broken(f"grad norm is {grad_norm}, the loss is a number ({_listed(ids)})")
 
     def _broken(self, what: str) -> TrainingError:
+        self._begin("saving", f"iteration {self.finished + 1}, the save before it")
+        try:
+            self.checkpointer.finish()  # of a good state: all ranks are here
+        except TrainingError as failed_save:
+            logger.error("%s", failed_save)
         newest = store.latest_checkpoint(self.job.checkpoints)
         error = TrainingError(
             f"iteration {self.finished + 1}: {what}",
@@ -329,15 +361,18 @@ class Trainer:
 
     # ------------------------------------------------------------------ saving and telling
 
-    def _save(self) -> None:
+    def _save(self, *, beside: bool = False) -> None:
+        """Save the last finished step, unless that has been done, and finish what is under way. `beside`: only begin."""
+        self._begin("saving", f"iteration {self.finished}, save")
+        self.checkpointer.finish()
         if self.finished == self.saved:
             return
-        began = time.perf_counter()
         if self.metrics is not None:
             self.metrics.sync()
-        folder = self.checkpointer.save(self.finished)
+        self.checkpointer.begin(self.finished, beside=beside)
         self.saved = self.finished
-        logger.info("saved %s in %.1f s", folder.name, time.perf_counter() - began)
+        if not beside:
+            self.checkpointer.finish()
 
     def _stopped(self, signal_number: int) -> StoppedBySignal:
         saved = "checkpoint saved" if self.finished else "before the first step, nothing to save"

@@ -6,8 +6,10 @@
     done 0 36 iterations
     stopped 75 SIGTERM at iteration 12, checkpoint saved
     failed 2 checkpoints/base: no checkpoint here; check the path
+    hung 1 rank 3: no micro-batch for 31 s (3 x the median of 10.1 s) in iteration 12, ...
 
-torchrun turns every exit code into 1, so this file tells the truth. It stays `running` when the process was killed.
+torchrun turns every exit code into 1, so this file tells the truth. It stays `running` when the process was killed. `hung` is a job
+that stood still and was ended by its own watchdog: for whoever requeues it is a death like any other.
 """
 
 from __future__ import annotations
@@ -75,6 +77,15 @@ class Outcome:
             self._say(error, code)
             return code
         return self._claimed_code()
+
+    def hung(self, reason: str) -> None:
+        """Say that the job stands still, unless another rank has spoken. Called by the watchdog, which then ends the process."""
+        if not self._claim_failure(1):
+            return
+        sys.stderr.write(f"mcore-longctx: {reason}\n")
+        sys.stderr.flush()
+        logger.error("%s", reason, extra={"log_file_only": True})
+        self._write_status("hung", 1, reason)
 
     def _say(self, error: BaseException, code: int) -> None:
         line = self._line(error)

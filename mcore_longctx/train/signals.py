@@ -6,9 +6,9 @@ import signal
 from types import FrameType, TracebackType
 from typing import Self
 
-__all__ = ["StopRequest"]
+__all__ = ["HANDLED", "StopRequest"]
 
-_HANDLED = (signal.SIGTERM, signal.SIGUSR1)
+HANDLED = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
@@ -23,7 +23,7 @@ class StopRequest:
         self._old: dict[int, signal.Handlers | int | None] = {}
 
     def __enter__(self) -> Self:
-        for number in _HANDLED:
+        for number in HANDLED:
             self._old[number] = signal.signal(number, self._remember)  # type: ignore[assignment]
         return self
 

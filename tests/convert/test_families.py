@@ -89,13 +89,13 @@ def save(model: Any, folder: Path) -> None:
     import torch.distributed as dist
     from megatron.core import dist_checkpointing
 
-    from mcore_longctx.train.checkpoint import _InThisProcess
+    from mcore_longctx.train.writing import SaveStrategy
 
     if dist.get_rank() == 0:
         folder.mkdir()
     dist.barrier()
     metadata = {"singleton_local_shards": False, "non_homogeneous_layers": False}
-    dist_checkpointing.save(model.sharded_state_dict(metadata=metadata), str(folder), _InThisProcess("torch_dist", 1))
+    dist_checkpointing.save(model.sharded_state_dict(metadata=metadata), str(folder), SaveStrategy("torch_dist", 1))
 
 
 def stock_model(config: dict[str, Any], tp: int, pp: int) -> Any:

@@ -74,8 +74,8 @@ def save_with_optimizer(base: Path, distributed: bool, kinds: list[str], styles:
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
     from mcore_longctx.megatron_compat import device_context
-    from mcore_longctx.train.checkpoint import _InThisProcess
     from mcore_longctx.train.optimizer import prepare_optimizer_state
+    from mcore_longctx.train.writing import SaveStrategy
     from tests.model.llama import build
 
     size = torch.distributed.get_world_size()
@@ -106,7 +106,7 @@ def save_with_optimizer(base: Path, distributed: bool, kinds: list[str], styles:
                 }
                 state = {"model": model.sharded_state_dict(metadata=metadata), "iteration": 7, "checkpoint_version": 3.0}
                 state["optimizer"] = optimizer.sharded_state_dict(state["model"], is_loading=False, metadata=metadata)
-                dist_checkpointing.save(state, str(folder), _InThisProcess("torch_dist", 1))
+                dist_checkpointing.save(state, str(folder), SaveStrategy("torch_dist", 1))
         if size > 1:
             return None
         weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
