@@ -13,7 +13,7 @@ import yaml
 
 from mcore_longctx.errors import ConfigError
 from mcore_longctx.launch.environment import check_names, environment_lines
-from mcore_longctx.launch.local import ERROR_NOTE
+from mcore_longctx.launch.local import CONTAINER, ERROR_NOTE, SRUN_OPTIONS
 from mcore_longctx.recipe import ClusterSection, Parallel, Recipe, Stage, TokenCount
 
 __all__ = ["Job", "Times", "render_steps", "render_submit", "render_training", "shape_of_job"]
@@ -118,8 +118,10 @@ def _render(template: str, recipe: Recipe, job: Job, **more: Any) -> str:
     return _templates().get_template(template).render(
         job=job_facts,
         cluster=cluster,
-        container=cluster.container,
-        container_words=shlex.join(_container_words(cluster, on_gpu=bool(job_facts["gpus_per_node"]))),
+        container_options=shlex.join(_container_options(cluster)),
+        container_command=shlex.join(_container_command(cluster, on_gpu=bool(job_facts["gpus_per_node"]))),
+        srun_options_name=SRUN_OPTIONS,
+        container_name=CONTAINER,
         environment=list(environment_lines(cluster)),
         given=sorted(cluster.environment.items()),
         recipe_name=recipe.name,
@@ -176,12 +178,17 @@ def _option_value(value: str) -> str:
     return f'"{value}"' if any(character.isspace() for character in value) else value
 
 
-def _container_words(cluster: ClusterSection, *, on_gpu: bool) -> list[str]:
+def _container_options(cluster: ClusterSection) -> list[str]:
     container = cluster.container
-    if container.runtime == "pyxis":
-        mounts = [f"--container-mounts={','.join(container.mounts)}"] if container.mounts else []
-        return [f"--container-image={container.image}", *mounts, "--container-workdir=."]
-    if container.runtime == "apptainer":
-        binds = [word for mount in container.mounts for word in ("--bind", mount)]
-        return ["apptainer", "exec", *(["--nv"] if on_gpu else []), *binds, str(container.image)]
-    return []
+    if container.runtime != "pyxis":
+        return []
+    mounts = [f"--container-mounts={','.join(container.mounts)}"] if container.mounts else []
+    return [f"--container-image={container.image}", *mounts, "--container-mount-home"]
+
+
+def _container_command(cluster: ClusterSection, *, on_gpu: bool) -> list[str]:
+    container = cluster.container
+    if container.runtime != "apptainer":
+        return []
+    binds = [word for mount in container.mounts for word in ("--bind", mount)]
+    return ["apptainer", "exec", *(["--nv"] if on_gpu else []), *binds, str(container.image)]

@@ -113,7 +113,12 @@ def _evaluate_step(
 
     def action() -> None:
         arguments = ["evaluate", str(folder / "recipe.yaml"), "--checkpoint", checkpoint, "--rope", rope, "--column", column]
-        launch_ranks(arguments, parallel.world_size, log=folder / "logs" / f"evaluate-{column}")
+        launch_ranks(
+            arguments,
+            parallel.world_size,
+            log=folder / "logs" / f"evaluate-{column}",
+            nproc_per_node=recipe.cluster.nproc_per_node,
+        )
 
     keys = ("model", "tokenizer", "evaluate", "seed") + (("rope",) if rope == "recipe" else ())
     needs = ("import",) if stage is None else (f"train-{stage}",)
@@ -190,6 +195,7 @@ def _train_step(file: RecipeFile, resolved: Resolved, folder: Path, stage: Stage
             stage.parallel.world_size,
             log=folder / "logs" / f"train-{stage.name}",
             status=folder / "logs" / stage.name / "STATUS",
+            nproc_per_node=file.recipe.cluster.nproc_per_node,
         )
         return {}
 
