@@ -3,14 +3,38 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
-from mcore_longctx.plan.layouts import SAME_TIME, Candidate, Search
+from mcore_longctx.plan.layouts import SAME_TIME, Candidate, Problem, Search
 from mcore_longctx.plan.setup import Setup
 from mcore_longctx.plan.tables import duration, gigabytes
 
-__all__ = ["against", "breaks_nearby", "describe", "nearest_fitting", "overrides", "smallest_miss", "why_best"]
+__all__ = [
+    "against",
+    "breaks_nearby",
+    "describe",
+    "nearest_fitting",
+    "overrides",
+    "refused_sizes",
+    "remedy",
+    "smallest_miss",
+    "why_best",
+]
 
 _MOVES = ((1, -1, 0, 0), (-1, 1, 0, 0), (0, -1, 0, 1), (0, 1, 0, -1), (1, 0, 0, -1), (-1, 0, 0, 1), (0, -1, 1, 0), (0, 0, 1, -1))
+# what makes a term of the memory smaller
+_REMEDIES = {
+    "kept activations": "activations.offload_fraction, or a larger CP or TP",
+    "working set": "activations.mlp_tile, or a larger CP or TP",
+    "key/value exchange": "cp_comm_type p2p, or a larger TP",
+    "loss head": "activations.loss_chunk, or a larger TP",
+    "positions and batch": "a larger CP",
+    "weights": "a larger TP or PP",
+    "gradients": "a larger TP or PP",
+    "optimizer": "more GPUs (it is divided over DP x CP)",
+    "offloaded": "a smaller activations.offload_fraction, or more nodes",
+    "data loader": "fewer GPUs in a node",
+}
 _POLICIES = ("none", "selective", "attention_kept", "full")  # fastest first
 
 
@@ -39,29 +63,24 @@ def policy_name(setup: Setup) -> str:
 
 
 def why_best(search: Search, own: Candidate | None = None) -> list[str]:
-    """Lines: the best against the fastest of the others, against other exchanges on its layout, against the recipe's own layout."""
+    """Lines: the best against the next layout, the other policies and exchanges on its layout, and the recipe's own layout."""
     best = search.best
     if best is None:
         return []
-    lines = [f"best: {describe(best)}: {duration(best.seconds)} a step"]
-    fastest = search.fitting[0]
-    if fastest is not best and _spare_gb(fastest, best) > 0:
-        lines.append(
-            f"  {describe(fastest)} is as fast (within {SAME_TIME - 1:.0%}: {duration(fastest.seconds)}), but takes"
-            f" {gigabytes(_spare_gb(fastest, best))} GB more of a GPU"
+    lines, fastest = [f"best: {describe(best)}, {duration(best.seconds)} a step, because"], search.fitting[0]
+    if fastest.seconds < best.seconds:
+        spared = (
+            "no host memory"
+            if fastest.setup.offload_fraction > best.setup.offload_fraction
+            else f"{_gb(best)} instead of {_gb(fastest)} GB"
         )
+        lines.append(f"  it needs {spared}; {describe(fastest)} is faster by {1 - fastest.seconds / best.seconds:.1%} only")
     runner_up = next((c for c in search.by_layout if c.layout != best.layout), None)
     if runner_up is None:
         lines.append("  no other layout fits")
     else:
         lines.append(f"  against the next layout, {describe(runner_up)}: {against(best, runner_up)}")
-    others = {exchange_name(c.setup): c for c in reversed(search.fitting) if c.layout == best.layout and c is not best}
-    others.pop(exchange_name(best.setup), None)
-    if others:
-        text = ", ".join(
-            f"{name} {duration(c.seconds)}" for name, c in sorted(others.items(), key=lambda item: item[1].seconds)[:3]
-        )
-        lines.append(f"  other exchanges on the same layout: {text}")
+    lines += _same_layout(search, best)
     if own is not None and own.time is not None:
         same = describe(own) == describe(best)
         lines.append(f"  the recipe's own layout{' is this one' if same else f': {against(best, own)}'}")
@@ -85,40 +104,40 @@ def against(one: Candidate, other: Candidate) -> str:
     memory = f"{gigabytes(abs(memory_change))} GB {'less' if memory_change < 0 else 'more'} of a GPU"
     if abs(change) < (SAME_TIME - 1) * other.seconds:
         return f"the same time (within {SAME_TIME - 1:.0%}), {memory}"
-    words = f"{duration(abs(change))} {'less' if change < 0 else 'more'} a step ({abs(change) / other.seconds:.0%})"
+    words = f"{duration(abs(change))} {'less' if change < 0 else 'more'} a step ({abs(change) / other.seconds:.1%})"
     return f"{words}{f': {terms}' if terms else ''}; {memory}"
 
 
-def breaks_nearby(search: Search, most: int = 6) -> list[str]:
-    """What does not work one step from the best: a faster policy, half or twice a size. With the reason."""
+def breaks_nearby(search: Search) -> list[str]:
+    """What does not work beside the best, with the reason: faster policies, half or twice a size, sizes that no layout can have."""
     best = search.best
     if best is None:
         return []
-    lines, refused = [], dict(search.refused)
-    for candidate in search.candidates:
-        if candidate.layout == best.layout and exchange_name(candidate.setup) == exchange_name(best.setup) and candidate.problem:
-            lines.append(f"{policy_name(candidate.setup)} on the same layout: {candidate.problem.what}")
-    by_layout: dict[tuple[int, ...], list[Candidate]] = {}
-    for candidate in search.candidates:
-        by_layout.setdefault(candidate.layout, []).append(candidate)
-    for move in _MOVES:
-        sizes = [size * 2.0**step for size, step in zip(best.layout, move, strict=True)]
-        if min(sizes) < 1 or any(size % 1 for size in sizes):
-            continue
-        layout = tuple(int(size) for size in sizes)
-        tried = [
-            c for c in by_layout.get(layout, []) if c.problem is not None and policy_name(c.setup) == policy_name(best.setup)
-        ]
-        impossible = [
-            f"{name} {size}" for name, size in zip(("TP", "CP", "PP", "DP"), layout, strict=True) if f"{name} {size}" in refused
-        ]
-        words = _layout_words(layout)
-        if impossible:
-            lines.append(f"{words}: {impossible[0]}: {refused[impossible[0]]}")
-        elif tried and not any(c.problem is None for c in by_layout[layout]):
-            problem = min((c.problem for c in tried if c.problem is not None), key=lambda p: p.excess)
-            lines.append(f"{words}: {problem.what}")
-    return list(dict.fromkeys(lines))[:most]
+    exchange, policy = exchange_name(best.setup), policy_name(best.setup)
+    lines = [
+        f"{policy_name(c.setup)} on the same layout: {c.problem.what}"
+        for c in search.candidates
+        if c.layout == best.layout and exchange_name(c.setup) == exchange and c.problem is not None
+    ]
+    near = [tuple(size * 2.0**step for size, step in zip(best.layout, move, strict=True)) for move in _MOVES]
+    lines += [
+        f"{describe(c)}: {c.problem.what}"
+        for c in search.candidates
+        if c.layout in near and exchange_name(c.setup) == exchange and policy_name(c.setup) == policy and c.problem is not None
+    ]
+    return lines + refused_sizes(search)
+
+
+def refused_sizes(search: Search) -> list[str]:
+    """Sizes that no layout can have: the smallest of each kind with its reason, the others named behind it."""
+    lines = []
+    for kind in ("TP", "PP", "CP", "DP"):
+        sizes = [(int(name.split()[1]), why) for name, why in search.refused if name.split()[0] == kind]
+        if sizes:
+            size, why = sizes[0]
+            others = ", ".join(f"{other:,}" for other, _ in sizes[1:])
+            lines.append(f"{kind} {size:,}: {why}{f' (nor {others})' if others else ''}")
+    return lines
 
 
 def nearest_fitting(search: Search, setup: Setup) -> Candidate | None:
@@ -150,6 +169,11 @@ def smallest_miss(search: Search) -> Candidate | None:
     )
 
 
+def remedy(problem: Problem) -> str:
+    """What to change about the largest term of what does not fit; empty for a term that nothing changes."""
+    return _REMEDIES.get(problem.largest, "")
+
+
 def overrides(candidate: Candidate) -> list[str]:
     """What to append to a command so that the recipe's stage is laid out like this."""
     stage = candidate.stage
@@ -173,13 +197,24 @@ def overrides(candidate: Candidate) -> list[str]:
     ]
 
 
-def _layout_words(layout: tuple[int, ...]) -> str:
-    return (
-        " x ".join(f"{name} {size}" for name, size in zip(("TP", "CP", "PP", "DP"), layout, strict=True) if size > 1) or "one GPU"
-    )
+def _same_layout(search: Search, best: Candidate) -> Iterator[str]:
+    """The best with the other policies, and with the other exchanges (each with its fastest policy)."""
+    same = [c for c in search.fitting if c.layout == best.layout and c is not best]
+    exchange = exchange_name(best.setup)
+    policies = [f"{policy_name(c.setup)} {duration(c.seconds)}, {_gb(c)} GB" for c in same if exchange_name(c.setup) == exchange]
+    if policies:
+        yield f"  other policies on the same layout: {'; '.join(policies)}"
+    fastest = {exchange_name(c.setup): c for c in reversed(same) if exchange_name(c.setup) != exchange}
+    if fastest:
+        text = [f"{name} {duration(c.seconds)}" for name, c in sorted(fastest.items(), key=lambda item: item[1].seconds)]
+        yield f"  other exchanges on the same layout: {', '.join(text)}"
 
 
-def _spare_gb(one: Candidate, other: Candidate) -> float:
+def _gb(candidate: Candidate) -> str:
+    return gigabytes(candidate.memory.total) if candidate.memory is not None else ""
+
+
+def _difference(one: Candidate, other: Candidate) -> float:
     assert one.memory is not None
     assert other.memory is not None
     return one.memory.total - other.memory.total

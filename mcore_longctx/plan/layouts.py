@@ -1,14 +1,14 @@
 """Every way to run a stage on a number of GPUs: which layouts divide, which of them fit, which is fastest.
 
 A layout is TP x PP x CP x DP with the exchange of its context parallelism. What divides is asked of the code that trains (`Stage`,
-`Parallel`, `ModelShape.check_layout`, `check_seq_length`), never decided here. For each layout and exchange the policies are tried from the fastest
-to the most sparing, until one fits without host memory: `none`, `none` with a tiled MLP, `attention_kept`, `full`, the last two also with as
-many eighths of their layers on the host as it takes. So the list holds what fits and, before it, what was faster but did not.
+`Parallel`, `ModelShape.check_layout`, `check_seq_length`), never decided here. For each layout and exchange the policies are priced from the
+fastest to the most sparing: `none`, `none` with a tiled MLP, `attention_kept`, `full`. As long as none has fitted, the last two are also tried
+with as many eighths of their layers on the host as it takes. So the list holds what fits and, before it, what was faster but did not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Literal
@@ -25,12 +25,15 @@ from mcore_longctx.plan.terms import Term
 from mcore_longctx.recipe.schema import CpCommType, Parallel, Stage, TokenCount
 
 __all__ = [
+    "COMFORTABLE",
     "HOST_USABLE",
+    "MOST_NODES",
     "SAME_TIME",
     "USABLE",
     "Candidate",
     "Problem",
     "Search",
+    "at_peak",
     "fit_problem",
     "nearest_counts",
     "search",
@@ -38,9 +41,10 @@ __all__ = [
 ]
 
 USABLE = 0.92  # of a board: the rest is for what no formula knows
+COMFORTABLE = 0.75  # of a board: fits even where the formulas are a fifth too low
 HOST_USABLE = 0.9  # of a node's memory: the system, the page cache of checkpoints and data
-SAME_TIME = 1.01  # times within 1 % are the same: the formulas are several times less exact
-_MOST_NODES = 512
+SAME_TIME = 1.02  # times within 2 % are the same: the formulas are several times less exact
+MOST_NODES = 512
 _TILE = TokenCount(8192)
 _EIGHTHS = 8
 
@@ -55,6 +59,7 @@ class Problem:
     kind: Literal["sizes", "memory", "host"]
     what: str
     excess: float = 0.0
+    largest: str = ""  # name of the largest term
 
 
 @dataclass(frozen=True)
@@ -102,9 +107,8 @@ class Search:
 
     @cached_property
     def best(self) -> Candidate | None:
-        """Of those within 1 % of the fastest: without host memory before with, then the one with most memory to spare."""
-        close = [c for c in self.fitting if c.seconds <= SAME_TIME * self.fitting[0].seconds]
-        return min(close, key=_spare, default=None)
+        """The fastest, unless one within 2 % of it needs no host memory, or leaves a quarter of the board free."""
+        return _choice(self.fitting)
 
     @cached_property
     def by_layout(self) -> tuple[Candidate, ...]:
@@ -112,20 +116,27 @@ class Search:
         layouts: dict[tuple[int, int, int, int], list[Candidate]] = {}
         for candidate in self.fitting:
             layouts.setdefault(candidate.layout, []).append(candidate)
-        best = [min((c for c in same if c.seconds <= SAME_TIME * same[0].seconds), key=_spare) for same in layouts.values()]
+        best = [choice for same in layouts.values() if (choice := _choice(same)) is not None]
         return tuple(sorted(best, key=lambda c: (c is not self.best, c.seconds)))
 
 
-def _spare(candidate: Candidate) -> tuple[bool, float]:
-    assert candidate.memory is not None
-    return candidate.setup.offload_fraction > 0, candidate.memory.total
+def _choice(fitting: Sequence[Candidate]) -> Candidate | None:
+    """Of what is as fast as the first, the most careful."""
+
+    def cares(candidate: Candidate) -> tuple[bool, bool, float]:
+        assert candidate.memory is not None
+        tight = candidate.memory.total > COMFORTABLE * candidate.setup.gpu.memory_bytes
+        return candidate.setup.offload_fraction > 0, tight, candidate.seconds
+
+    close = [c for c in fitting if c.seconds <= SAME_TIME * fitting[0].seconds]
+    return min(close, key=cares, default=None)
 
 
 def fit_problem(setup: Setup, needed: Memory) -> Problem | None:
     """Why a setup does not fit on its GPU or in the memory of its node, with the largest term; None if it does."""
     gpu = setup.gpu
     return _too_much("memory", "a GPU", needed.total, needed.terms, gpu.memory_bytes, USABLE) or _too_much(
-        "host", "the host memory of a node", needed.host_total, needed.host, gpu.host_memory_bytes, HOST_USABLE
+        "host", "of host memory a node", needed.host_total, needed.host, gpu.host_memory_bytes, HOST_USABLE
     )
 
 
@@ -135,13 +146,19 @@ def _too_much(
     excess = total - share * there
     if excess <= 0:
         return None
-    largest = max(terms, key=lambda term: term.value)
+    largest = max((term for term in terms if at_peak(term)), key=lambda term: term.value)
     return Problem(
         kind,
-        f"{gigabytes(total)} GB of {place}, {gigabytes(excess)} GB over {gigabytes(share * there)} ({share:.0%} of {gigabytes(there)});"
+        f"{gigabytes(total)} GB {place}, {gigabytes(excess)} GB over {gigabytes(share * there)} ({share:.0%} of {gigabytes(there)} GB);"
         f" largest: {largest.name} {gigabytes(largest.value)} GB",
         excess,
+        largest.name,
     )
+
+
+def at_peak(term: Term) -> bool:
+    """Whether a term of `Memory.terms` is part of its total: the loss head and the layer that is run again are not there together."""
+    return "not at the peak" not in term.note
 
 
 def search(stage: Stage, shape: ModelShape, gpu: Gpu, gpus: int, *, kernel: str = "", backend: Backend = "local") -> Search:
@@ -157,9 +174,9 @@ def search(stage: Stage, shape: ModelShape, gpu: Gpu, gpus: int, *, kernel: str 
         raise LayoutError(f"{gpus:,} GPUs do not fill nodes of {per_node}", fix=_counts_that_work(stage, shape, gpu, gpus))
     layouts = list(_layouts(stage, shape, gpu, gpus))
     if not layouts:
-        first = next(iter(_refused(stage, shape, gpu, gpus)), None)
-        why = f" ({first[0]}: {first[1]})" if first is not None else ""
-        raise LayoutError(f"no layout divides {gpus:,} GPUs{why}", fix=_counts_that_work(stage, shape, gpu, gpus))
+        first = {name.split()[0]: f"{name}: {why}" for name, why in reversed(list(_refused(stage, shape, gpu, gpus)))}
+        why = "; ".join(first[kind] for kind in ("TP", "PP", "CP", "DP") if kind in first)
+        raise LayoutError(f"no layout divides {gpus:,} GPUs ({why})", fix=_counts_that_work(stage, shape, gpu, gpus))
     candidates = [candidate for layout in layouts for candidate in _exchanges(layout, shape, gpu, kernel=kernel, backend=backend)]
     return Search(gpus, tuple(candidates), tuple(_refused(stage, shape, gpu, gpus)))
 
@@ -172,7 +189,7 @@ def nearest_counts(stage: Stage, shape: ModelShape, gpu: Gpu, gpus: int) -> tupl
         return fills and next(_layouts(stage, shape, gpu, count), None) is not None
 
     below = next((n for n in range(gpus - 1, 0, -1) if works(n)), None)
-    above = next((n for n in range(max(gpus + 1, 1), _MOST_NODES * gpu.gpus_per_node + 1) if works(n)), None)
+    above = next((n for n in range(max(gpus + 1, 1), MOST_NODES * gpu.gpus_per_node + 1) if works(n)), None)
     return below, above
 
 
@@ -180,7 +197,7 @@ def smallest_count(
     stage: Stage, shape: ModelShape, gpu: Gpu, *, kernel: str = "", backend: Backend = "local", above: int = 0
 ) -> Search | None:
     """The smallest number of GPUs above `above` on which the stage fits: 1, 2, 4, ... of a node, then 1, 2, 4, ... 512 nodes."""
-    doubled = [1 << i for i in range(_MOST_NODES.bit_length())]
+    doubled = [1 << i for i in range(MOST_NODES.bit_length())]
     counts = [n for n in doubled if n < gpu.gpus_per_node] + [n * gpu.gpus_per_node for n in doubled]
     for count in counts:
         if count > above and next(_layouts(stage, shape, gpu, count), None) is not None:
@@ -219,7 +236,7 @@ def _reason(check: Callable[[int], object], size: int) -> str | None:
     try:
         check(size)
     except LongctxError as error:
-        return error.what
+        return error.what + (f", {error.fix}" if error.fix else "")
     except ValueError as error:
         return str(error)
     return None
@@ -287,7 +304,7 @@ def _exchange_kinds(parallel: Parallel, per_node: int) -> Iterator[tuple[CpCommT
 
 
 def _policies(stage: Stage, shape: ModelShape, gpu: Gpu, *, kernel: str, backend: Backend) -> Iterator[Candidate]:
-    """Fastest first, until one fits without host memory."""
+    """Fastest first; with host memory only where a faster policy does not fit without."""
     tile = stage.activations.mlp_tile or _TILE
     policies: list[tuple[Recompute, TokenCount | None]] = [
         ("none", None),
@@ -306,16 +323,16 @@ def _policies(stage: Stage, shape: ModelShape, gpu: Gpu, *, kernel: str, backend
         problem = fit_problem(setup, needed)
         return Candidate(tried, setup, needed, step_time(setup) if problem is None else None, problem)
 
+    fitted = False
     for recompute, mlp_tile in policies:
         candidate = price(recompute, mlp_tile, 0)
         yield candidate
-        if candidate.problem is None:
-            return
-        if recompute != "none":
-            yield from _least_offloaded(partial(price, recompute, mlp_tile))
+        fitted = fitted or candidate.problem is None
+        if not fitted and recompute != "none":
+            yield _least_offloaded(partial(price, recompute, mlp_tile))
 
 
-def _least_offloaded(price: Callable[[int], Candidate]) -> Iterator[Candidate]:
+def _least_offloaded(price: Callable[[int], Candidate]) -> Candidate:
     """The smallest number of eighths on the host with which it fits on the GPU; all of them where it never does."""
     low, high = 1, _EIGHTHS
     found = price(high)
@@ -327,4 +344,4 @@ def _least_offloaded(price: Callable[[int], Candidate]) -> Iterator[Candidate]:
                 high, found = middle, tried
             else:
                 low = middle + 1
-    yield found
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,12 +15,26 @@ from mcore_longctx.plan.advice import (
     nearest_fitting,
     overrides,
     policy_name,
+    refused_sizes,
+    remedy,
     smallest_miss,
     why_best,
 )
 from mcore_longctx.plan.hardware import Gpu
 from mcore_longctx.plan.intervals import Intervals
-from mcore_longctx.plan.layouts import HOST_USABLE, USABLE, Backend, Candidate, Search, search, smallest_count
+from mcore_longctx.plan.layouts import (
+    HOST_USABLE,
+    MOST_NODES,
+    USABLE,
+    Backend,
+    Candidate,
+    Problem,
+    Search,
+    at_peak,
+    fit_problem,
+    search,
+    smallest_count,
+)
 from mcore_longctx.plan.memory import Memory
 from mcore_longctx.plan.setup import Setup
 from mcore_longctx.plan.stages import StagePlan, price_stage
@@ -27,6 +42,8 @@ from mcore_longctx.plan.step_time import StepTime
 from mcore_longctx.plan.tables import columns, count, duration, gigabytes, side_by_side
 from mcore_longctx.plan.terms import Term
 from mcore_longctx.recipe import Stage
+
+_WIDTH = 100
 
 __all__ = ["StagePage", "explain", "make_page", "page", "page_json"]
 
@@ -90,7 +107,15 @@ def page(it: StagePage, *, top: int) -> list[str]:
         lines += ["", f"in detail: {_layout(it.best.setup)}", *_indent(_priced(it.best))]
     if plan is not None:
         lines += ["", *_times(plan.intervals, it.written is None)]
-    return [*lines, *it.extra]
+    return [part for line in [*lines, *it.extra] for part in _wrapped(line)]
+
+
+def _wrapped(line: str) -> list[str]:
+    """At most 100 columns; what is to be copied into a shell stays whole."""
+    if len(line) <= _WIDTH or line.lstrip().startswith(("'stages.", "stages.")):
+        return [line]
+    indent = " " * (len(line) - len(line.lstrip()))
+    return textwrap.wrap(line, _WIDTH, subsequent_indent=indent + "    ", break_long_words=False, break_on_hyphens=False)
 
 
 def explain(plan: StagePlan) -> list[str]:
@@ -161,29 +186,46 @@ def _priced(plan: StagePlan) -> list[str]:
     time, needed, gpu = plan.time, plan.memory, plan.setup.gpu
     head = (
         f"step {duration(time.total)}   {time.tokens_per_second_per_gpu:,.0f} tokens/s/GPU   MFU {time.mfu:.1%} (causal)"
-        f"   {duration(3600 * plan.hours)} in all"
+        f"   {duration(3600 * plan.hours)} for {plan.iterations:,} steps"
     )
     board = f"{gigabytes(needed.total)} of {gigabytes(gpu.memory_bytes)} GB a GPU"
-    verdict = f"{board}: fits (up to {USABLE:.0%})" if plan.fits else f"DOES NOT FIT: {plan.problem}"
-    memory = [f"memory of a GPU, GB{gigabytes(needed.total):>17}", *_bars(needed.terms, gigabytes)]
-    seconds = [f"time of a step{duration(time.total):>22}", *_bars(time.terms, duration)]
-    host = f"host memory of a node: {gigabytes(needed.host_total)} of {gigabytes(gpu.host_memory_bytes)} GB (fits up to {HOST_USABLE:.0%})"
-    return [head, verdict, *side_by_side(memory, seconds), host, *_traffic(plan.setup, time), *(f"note: {n}" for n in plan.notes)]
+    verdict = f"{board}: fits (up to {USABLE:.0%} does)" if plan.fits else f"DOES NOT FIT: {plan.problem}"
+    host = f"host memory of a node: {gigabytes(needed.host_total)} of {gigabytes(gpu.host_memory_bytes)} GB (up to {HOST_USABLE:.0%} fits)"
+    return [
+        head,
+        verdict,
+        *side_by_side(_memory_lines(needed), _time_lines(time)),
+        host,
+        *_traffic(plan.setup, time),
+        *(f"note: {n}" for n in plan.notes),
+    ]
 
 
-def _bars(terms: Sequence[Term], write: Any) -> list[str]:
-    return [f"  {term.name:<24}{write(term.value):>10}" for term in terms if term.value > 0]
+def _memory_lines(memory: Memory) -> list[str]:
+    """In brackets: there, but not at the peak."""
+    texts = [(term.name, gigabytes(term.value), at_peak(term)) for term in memory.terms]
+    lines = [f"  {name:<28}{text if peak else f'({text})':>{10 if peak else 11}}" for name, text, peak in texts if text != "0"]
+    return [f"{'memory of a GPU, GB':<30}{gigabytes(memory.total):>10}", *lines]
+
+
+def _time_lines(time: StepTime) -> list[str]:
+    texts = [(term.name, duration(term.value)) for term in time.terms]
+    return [
+        f"{'time of a step':<30}{duration(time.total):>10}",
+        *(f"  {name:<28}{text:>10}" for name, text in texts if text != "0 ms"),
+    ]
 
 
 def _traffic(setup: Setup, time: StepTime) -> list[str]:
     lines = []
     if setup.parallel.context_parallel_size > 1:
-        hidden = "hides behind the attention kernels" if time.exchange_hidden else "does not hide"
-        lines.append(
-            f"key/value exchange: {gigabytes(time.exchange_bytes)} GB received a GPU, layer and sequence (forward), {hidden}"
-        )
+        ring = {"p2p", "a2a+p2p"} >= set(setup.parallel.cp_comm_types)
+        hidden = "its ring hides behind the kernels" if time.exchange_hidden else "its ring does not hide behind the kernels"
+        received = f"{gigabytes(time.exchange_bytes)} GB received a GPU, layer and sequence (forward)"
+        lines.append(f"key/value exchange: {received}; {hidden if ring else 'not overlapped with the kernels'}")
     if setup.offload_fraction:
-        lines.append(f"offload: {gigabytes(time.offload_bytes)} GB a GPU and micro-batch, out and back")
+        hidden = "waits" if any(t.name == "offload" and t.value > 0 for t in time.terms) else "hides behind the layers"
+        lines.append(f"offload: {gigabytes(time.offload_bytes)} GB a GPU and micro-batch, out and back; {hidden}")
     return lines
 
 
@@ -219,6 +261,9 @@ def _row(c: Candidate, iterations: int, is_best: bool) -> list[str]:
 def _verdict(it: StagePage) -> list[str]:
     lines: list[str] = []
     if it.written is not None and not it.written.fits:
+        problem = fit_problem(it.written.setup, it.written.memory)
+        assert problem is not None
+        lines.append(f"as written it does not fit: {problem.what}{_change(problem)}")
         near = nearest_fitting(it.search, it.written.setup)
         if near is not None:
             lines += [f"nearest to the recipe that fits: {describe(near)}: {duration(near.seconds)} a step"]
@@ -228,17 +273,22 @@ def _verdict(it: StagePage) -> list[str]:
         if it.written is not None and not _same_layout(it.written.setup, it.best.setup):
             lines += ["  to use it, append:", *(f"    {text}" for text in overrides(it.search.best))]
         broken = breaks_nearby(it.search)
-        lines += ["does not work:", *_indent(broken)] if broken else []
+        lines += ["does not work beside it:", *_indent(broken)] if broken else []
         return lines
     miss = smallest_miss(it.search)
     if miss is not None and miss.problem is not None:
-        lines.append(f"nearest: {describe(miss)}: {miss.problem.what}")
+        lines.append(f"nearest: {describe(miss)}: {miss.problem.what}{_change(miss.problem)}")
     if it.smallest is not None and it.smallest.best is not None:
         best = it.smallest.best
         lines.append(f"smallest that fits: {it.smallest.gpus:,} GPUs, {describe(best)}: {duration(best.seconds)} a step")
     elif it.smallest is None:
-        lines.append("no number of these GPUs fits it")
-    return lines
+        lines.append(f"no larger number of these GPUs that was tried fits it (up to {MOST_NODES:,} nodes)")
+    return [*lines, "sizes that do not divide:", *_indent(refused_sizes(it.search))]
+
+
+def _change(problem: Problem) -> str:
+    words = remedy(problem)
+    return f" (change: {words})" if words else ""
 
 
 def _times(it: Intervals, for_best: bool) -> list[str]:
