@@ -46,11 +46,15 @@ def memory(setup: Setup, calibration: Calibration = CALIBRATION) -> Memory:
 
 
 def _stage(setup: Setup, calibration: Calibration, *, first: bool, last: bool) -> tuple[tuple[Term, ...], float]:
-    stack = own_stack if other_stacks.is_own(setup) else other_stacks
+    own = other_stacks.is_own(setup)
+    stack = own_stack if own else other_stacks
     states = _sharded_states(setup, first, last) if setup.sharding == "zero3" else _states(setup, first, last)
     kept = _in_flight(setup, stack.kept_bytes(setup), first)
     layer = (stack.working_set_bytes(setup), stack.exchange_bytes(setup))
-    loss = stack.loss_head_bytes(setup) if last else Term("loss head", 0.0, "0", "0", "on the last stage")
+    if not last:
+        loss = Term("loss head", 0.0, "0", "0", "on the last stage")
+    else:
+        loss = own_stack.loss_head_bytes(setup) if own else other_stacks.loss_head_bytes(setup, calibration)
     needed = sum(term.value for term in layer)
     rest = (*states, kept, own_stack.position_bytes(setup))
     allocated = sum(term.value for term in rest) + max(needed, loss.value)
@@ -98,7 +102,6 @@ def _sharded_states(setup: Setup, first: bool, last: bool) -> tuple[Term, ...]:
     shards = p.data_parallel_size * p.context_parallel_size
     each = {"adam": 16.0, "adam_bf16": 8.0, "adam_cpu": 4.0}[setup.optimizer]
     value = 0.0 if setup.parameters_on_host else each * weights / shards
-    gathered = other_stacks.gathered_bytes(setup)
     terms = [Term("states", value, f"{each:g} P/N", f"{each:g} x {weights:.4g} / {shards}")]
     if p.pipeline_model_parallel_size > 1:
         terms += [
@@ -106,7 +109,7 @@ def _sharded_states(setup: Setup, first: bool, last: bool) -> tuple[Term, ...]:
             Term("undivided gradients", 4 * weights, "4 P/(TP PP)", f"4 x {weights:.4g}", "float32, until the last micro-batch"),
         ]
     else:
-        terms.append(gathered)
+        terms += other_stacks.gathered_bytes(setup)
     return tuple(terms)
 
 

@@ -1,23 +1,53 @@
-"""Bytes that the layers of published stacks take: Megatron's own recompute and losses, Hugging Face layers with ZeRO-3 or FSDP.
+"""Bytes that the layers of published stacks take: Megatron's own recompute and losses, Hugging Face layers under ZeRO-3 or FSDP.
 
-Symbols as in `own_stack`. All per rank and micro-batch, bf16.
+A layer is counted tensor by tensor: what its second forward saves, and the gradients that are alive at the worst point of its backward,
+which is that of the attention or that of the MLP. Three kinds of layer:
+
+    fused     Megatron with TransformerEngine; DeepSpeed with Liger's kernels. Norms save their bf16 output, SwiGLU works in place
+    eager     Hugging Face's layer as it stands: each norm saves a float32 copy, SwiGLU four products of [t, f]
+
+Symbols as in `step_time`. All per rank and micro-batch, activations in bf16.
 """
 
 from __future__ import annotations
 
+from mcore_longctx.plan.calibration import CALIBRATION, Calibration
 from mcore_longctx.plan.models import parameters_per_layer
 from mcore_longctx.plan.setup import Setup
 from mcore_longctx.plan.terms import Term
 
-__all__ = ["exchange_bytes", "gathered_bytes", "is_own", "kept_bytes", "loss_head_bytes", "offloaded_bytes", "working_set_bytes"]
+__all__ = [
+    "exchange_bytes",
+    "gathered_bytes",
+    "is_deepspeed",
+    "is_own",
+    "kept_bytes",
+    "loss_head_bytes",
+    "offloaded_bytes",
+    "working_set_bytes",
+]
 
 _CHUNK = 1024  # tokens of logits at once, where a chunked loss does not say
-_LOGIT_BYTES = {"unfused": 6.0, "native": 10.0, "chunked": 10.0, "hf": 12.0}
+_LOGIT_BYTES = {"unfused": 6.0, "native": 10.0, "chunked": 10.0}
+_REDUCE_BUCKETS = 2 * 5e8 * 2  # DeepSpeed's reduce_bucket_size, bf16, twice for overlap_comm: its defaults
 
 
 def is_own(setup: Setup) -> bool:
     """Whether our own layers and loss run."""
     return setup.sharding == "distributed_optimizer" and setup.loss == "chunked" and setup.recompute != "selective"
+
+
+def is_deepspeed(setup: Setup) -> bool:
+    """ZeRO-3 with Ulysses or without context parallelism and with host memory: DeepSpeed. The other ZeRO-3 is torch's FSDP."""
+    p = setup.parallel
+    ulysses = p.context_parallel_size > 1 and set(p.cp_comm_types) == {"a2a"}
+    alone = p.context_parallel_size == 1 and (setup.optimizer == "adam_cpu" or setup.parameters_on_host)
+    return setup.sharding == "zero3" and (ulysses or alone)
+
+
+def _is_eager(setup: Setup) -> bool:
+    """Hugging Face's own layers; with DeepSpeed a chunked loss is Liger's, and its kernels come with it."""
+    return setup.sharding == "zero3" and not (is_deepspeed(setup) and setup.loss == "chunked") and setup.gemm == "bf16"
 
 
 def kept_bytes(setup: Setup) -> Term:
@@ -37,27 +67,44 @@ def offloaded_bytes(setup: Setup) -> Term:
 
 
 def working_set_bytes(setup: Setup) -> Term:
-    """One layer run again and differentiated."""
+    """One layer run again and differentiated, at the worse of two points of its backward."""
     shape = setup.shape
-    h, d, q, kv, f = shape.hidden_size, shape.kv_channels, shape.num_attention_heads, shape.num_query_groups, shape.ffn_hidden_size
-    attention = 4 * d * (2 * q + 2 * kv) + 4 * q * d
+    h, f, qd = shape.hidden_size, shape.ffn_hidden_size, shape.num_attention_heads * shape.kv_channels
+    kvd = _kv_heads(setup) * shape.kv_channels
+    eager = _is_eager(setup)
+    norm = 8 * h if eager else 2 * h  # float32 copy, its bf16 form and the output, or the output alone
+    saved = norm + 4 * qd + 4 * kvd  # norm, q, k, v, o
     if shape.qk_layernorm:
-        attention += 6 * d * (q + kv)
-    mlp = 8 * f + 4 * h if setup.mlp_tile is None else 0
-    each = 12 * h + max(attention, mlp)
-    return Term("working set", each * _tokens(setup), "(12 h + max(8 d (q + kv) + 4 q d, 8 f + 4 h)) t/TP", f"{each:,} x {_tokens(setup):,.0f}")
+        saved += 6 * (qd + shape.num_query_groups * shape.kv_channels)  # float32 and bf16
+    # of the residual stream, o, q, k, v, and the float32 sum of dq that every kernel makes
+    attention = 2 * h + 2 * qd + 2 * qd + 4 * kvd + 4 * qd + _grouped_bytes(setup)
+    mlp_saved = norm + 2 * h + (8 * f if eager else 6 * f)
+    mlp = 2 * h + (4 * f if eager else 2 * f)
+    if setup.recompute == "none":  # what a layer has saved is kept
+        saved, mlp_saved = 0, 0
+    points = {"attention": saved + attention, "MLP": saved + mlp_saved + mlp}
+    if setup.mlp_tile is not None:
+        points["MLP"] = saved + norm + 2 * h + 4 * h  # its input and both gradients of [t, h]
+    worst = max(points, key=points.__getitem__)
+    return Term(
+        "working set",
+        points[worst] * _tokens(setup),
+        "w t/TP",
+        f"{points[worst]:,} x {_tokens(setup):,.0f}",
+        f"one {'eager' if eager else 'fused'} layer in the backward of its {worst}",
+    )
 
 
-def loss_head_bytes(setup: Setup) -> Term:
+def loss_head_bytes(setup: Setup, calibration: Calibration = CALIBRATION) -> Term:
     """Materialised logits, or a chunk of them with the float32 gradient of the head."""
     shape, tp = setup.shape, setup.parallel.tensor_model_parallel_size
     tokens = _tokens(setup) * tp
     words = shape.vocab_size / tp
-    each = _LOGIT_BYTES[setup.loss]
     if setup.loss == "chunked":
         chunk = min(setup.loss_chunk or _CHUNK, tokens)
-        value = each * words * chunk + 4 * words * shape.hidden_size
-        return Term("loss head", value, "10 c V/TP + 4 V h/TP", f"{each:g} x {chunk:g} x {words:g} + 4 x {words:g} x {shape.hidden_size}")
+        value = _LOGIT_BYTES["chunked"] * words * chunk + 4 * words * shape.hidden_size
+        return Term("loss head", value, "10 c V/TP + 4 V h/TP", f"10 x {chunk:g} x {words:g} + 4 x {words:g} x {shape.hidden_size}")
+    each = calibration.hf_logit_bytes if setup.loss == "hf" else _LOGIT_BYTES[setup.loss]
     return Term("loss head", each * words * tokens, f"{each:g} t V/TP", f"{each:g} x {tokens:g} x {words:g}")
 
 
@@ -66,24 +113,48 @@ def exchange_bytes(setup: Setup) -> Term:
     shape, p = setup.shape, setup.parallel
     if p.context_parallel_size == 1:
         return Term("key/value exchange", 0.0, "0", "0", "one context-parallel rank")
-    kv = 4 * max(1.0, shape.num_query_groups / p.tensor_model_parallel_size) * shape.kv_channels
-    t = setup.tokens_per_rank * setup.micro_batch_size
-    sizes = {"p2p": 4 * kv * t, "all_gather": 2 * kv * t * p.context_parallel_size, "a2a": 0.0, "a2a+p2p": 4 * kv * t}
+    tp, t, s = p.tensor_model_parallel_size, setup.tokens_per_rank * setup.micro_batch_size, setup.seq_length * setup.micro_batch_size
+    kvd = max(1.0, shape.num_query_groups / tp) * shape.kv_channels
+    qd = shape.num_attention_heads / tp * shape.kv_channels
+    if setup.sharding == "zero3":  # torch: sums of dq, dk, dv and the travelling dk, dv in float32, twice; k and v twice
+        ring, formula = (8 * kvd + 4 * qd + 2 * 8 * kvd + 2 * 4 * kvd) * t, "(32 kv + 4 q) d t/TP"
+    else:
+        ring, formula = 16 * kvd * t, "16 kv/TP d t"
+    gathered = 4 * kvd * s + (8 * kvd + 4 * qd) * t + 8 * kvd * s if setup.sharding == "zero3" else 8 * kvd * s
+    sizes = {"p2p": ring, "all_gather": gathered, "a2a": 0.0, "a2a+p2p": ring}
     kind = max(p.cp_comm_types, key=sizes.__getitem__)
-    formula = {"p2p": "16 kv/TP d t", "all_gather": "8 kv/TP d s", "a2a": "0", "a2a+p2p": "16 kv/TP d t"}[kind]
-    return Term("key/value exchange", sizes[kind], formula, f"{kind}: {kv:g} B of keys and values a token")
+    texts = {"p2p": formula, "all_gather": "k, v, dk, dv of all s", "a2a": "0", "a2a+p2p": formula}
+    return Term("key/value exchange", sizes[kind], texts[kind], f"{kind}, {t:,} tokens", "in the working set already" if kind == "a2a" else "")
 
 
-def gathered_bytes(setup: Setup) -> Term:
-    """Weights that ZeRO-3 has gathered: the largest of a layer, the embedding and the head, twice (one prefetched)."""
-    shape = setup.shape
-    largest = max(parameters_per_layer(shape), shape.vocab_size * shape.hidden_size) / setup.parallel.tensor_model_parallel_size
-    return Term("gathered weights", 4 * largest, "2 x 2 max(P_layer, V h)/TP", f"4 x {largest:.4g}")
+def gathered_bytes(setup: Setup) -> tuple[Term, Term]:
+    """Weights and gradients that ZeRO-3 has whole for a while."""
+    shape, tp = setup.shape, setup.parallel.tensor_model_parallel_size
+    layer, words = parameters_per_layer(shape) / tp, shape.vocab_size * shape.hidden_size / tp
+    weights = Term("gathered weights", 4 * max(layer, words), "2 x 2 max(P_layer, V h)/TP", f"4 x {max(layer, words):.4g}", "one prefetched")
+    if is_deepspeed(setup):
+        return weights, Term("gradient buckets", _REDUCE_BUCKETS, "2 x 5e8 x 2", "2 x 5e8 x 2", "reduce_bucket_size and overlap_comm")
+    return weights, Term("undivided gradients", 6 * layer, "(2 + 4) P_layer/TP", f"6 x {layer:.4g}", "of a layer, bf16 and float32")
 
 
 def _tokens(setup: Setup) -> float:
     """Of a rank, as sequence parallelism divides them."""
     return setup.tokens_per_rank * setup.micro_batch_size / setup.parallel.tensor_model_parallel_size
+
+
+def _kv_heads(setup: Setup) -> int:
+    """Key/value heads, replicated where an all-to-all has more ranks than there are heads."""
+    p, groups = setup.parallel, setup.shape.num_query_groups
+    return max(groups, p.attention_neighbours) if p.context_parallel_size > 1 else groups
+
+
+def _grouped_bytes(setup: Setup) -> int:
+    """What kernels need for dk and dv of grouped heads: FlashAttention 2 expands them to the query heads, 3 sums them in float32."""
+    shape, heads = setup.shape, _kv_heads(setup)
+    if heads >= shape.num_attention_heads:
+        return 0
+    kernel = setup.kernel or setup.gpu.default_kernel
+    return 4 * shape.num_attention_heads * shape.kv_channels if kernel == "fa2" else 8 * heads * shape.kv_channels
 
 
 def _kept(setup: Setup) -> float:
