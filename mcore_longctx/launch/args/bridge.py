@@ -1,21 +1,24 @@
 """A stage as `key=value` of NVIDIA Megatron-Bridge, on top of one of its Llama 3 recipes.
 
-Names read in NVIDIA-NeMo/Megatron-Bridge at 067f987 (2026-08-22): training/config.py, models/gpt_provider.py,
-docs/megatron-lm-to-megatron-bridge.md; those of its base classes in megatron.training.config of megatron-core 0.19.2. Not run.
+Names read in NVIDIA-NeMo/Megatron-Bridge at 067f987 (2026-08-22): training/config.py, models/gpt/model_config.py, and those of the base
+classes in megatron-core 0.19.2. The model of its recipes is a GPTModelConfig with a TransformerConfig inside, and its override code
+(training/utils/omegaconf_utils.py, which was run on these classes) refuses `model.num_layers`: it is `model.transformer.num_layers`.
+Training with it has not been run.
 """
 
 from __future__ import annotations
 
 from mcore_longctx.errors import ConfigError
-from mcore_longctx.launch.args.flags import Command, Difference, Flag, flag, number
+from mcore_longctx.launch.args.flags import Command, Difference, Expansion, Flag, flag
 from mcore_longctx.launch.args.megatron_lm import (
     checkpoint_differences,
     distributed_flags,
     environment,
     refuse_masked_documents,
     title,
+    vocabulary_rows,
 )
-from mcore_longctx.launch.args.rope import ROPE_KEYS, why_no_rope_flags, yarn_temperature
+from mcore_longctx.launch.args.rope import ROPE_KEYS, why_no_rope_flags
 from mcore_longctx.launch.args.source import StageRun
 from mcore_longctx.launch.args.stock import refuse_what_is_lost, stock_recompute
 
@@ -52,7 +55,11 @@ def bridge_command(run: StageRun) -> Command:
             ("MODEL", (*_model(run), *_rope(run))),
             (
                 "TRAINING",
-                (*_training(run), *(_said(f"model.{_name(one)}", _value(one), one.keys) for one in recompute), *_offload(run)),
+                (
+                    *_training(run),
+                    *(_said(f"model.transformer.{_name(one)}", _value(one), one.keys) for one in recompute),
+                    *_offload(run),
+                ),
             ),
             ("PARALLEL", tuple(_parallel(run))),
             ("DATA", tuple(_data(run))),
@@ -63,7 +70,7 @@ def bridge_command(run: StageRun) -> Command:
 
 
 def _said(name: str, value: object, keys: str | tuple[str, ...] = (), why: str = "") -> Flag:
-    text = str(value).lower() if isinstance(value, bool) else value if isinstance(value, str) else number(value)
+    text = str(value).lower() if isinstance(value, bool) else value
     return flag(f"{name}=", text, keys=keys, why=why)
 
 
@@ -85,49 +92,41 @@ def _preparation(run: StageRun) -> tuple[str, ...]:
 def _model(run: StageRun) -> list[Flag]:
     shape = run.shape
     return [
-        _said("model.num_layers", shape.num_layers, "model.num_layers"),
-        _said("model.hidden_size", shape.hidden_size, "model.hidden_size"),
-        _said("model.ffn_hidden_size", shape.ffn_hidden_size, "model.ffn_hidden_size"),
-        _said("model.num_attention_heads", shape.num_attention_heads, "model.num_attention_heads"),
-        _said("model.num_query_groups", shape.num_query_groups, "model.num_query_groups"),
-        _said("model.kv_channels", shape.kv_channels, "model.kv_channels"),
-        _said("model.vocab_size", shape.vocab_size, "model.vocab_size"),
+        _said("model.transformer.num_layers", shape.num_layers, "model.num_layers"),
+        _said("model.transformer.hidden_size", shape.hidden_size, "model.hidden_size"),
+        _said("model.transformer.ffn_hidden_size", shape.ffn_hidden_size, "model.ffn_hidden_size"),
+        _said("model.transformer.num_attention_heads", shape.num_attention_heads, "model.num_attention_heads"),
+        _said("model.transformer.num_query_groups", shape.num_query_groups, "model.num_query_groups"),
+        _said("model.transformer.kv_channels", shape.kv_channels, "model.kv_channels"),
+        _said("model.vocab_size", vocabulary_rows(run), "model.vocab_size"),
+        _said("model.should_pad_vocab", False, "model.vocab_size", why="padding would take part in the softmax"),
         _said("model.seq_length", run.stage.seq_length, "stage.seq_length"),
-        _said("model.layernorm_epsilon", shape.layernorm_epsilon, "model.path"),
-        _said("model.add_bias_linear", shape.add_bias_linear, "model.path"),
-        _said("model.add_qkv_bias", shape.add_qkv_bias, "model.path"),
-        _said("model.qk_layernorm", shape.qk_layernorm, "model.path"),
+        _said("model.transformer.layernorm_epsilon", shape.layernorm_epsilon, "model.path"),
+        _said("model.transformer.add_bias_linear", shape.add_bias_linear, "model.path"),
+        _said("model.transformer.add_qkv_bias", shape.add_qkv_bias, "model.path"),
+        _said("model.transformer.qk_layernorm", shape.qk_layernorm, "model.path"),
         _said("model.share_embeddings_and_output_weights", shape.tie_word_embeddings, "model.path"),
-        _said("model.transformer_impl", "transformer_engine", "model.backend"),
+        _said("model.transformer.transformer_impl", "transformer_engine", "model.backend"),
     ]
 
 
 def _rope(run: StageRun) -> list[Flag]:
-    """Unlike Megatron-LM's command line, its GPT provider hands the factor of Llama 3's scaling on."""
+    """Unlike Megatron-LM's command line, its configuration hands the factor of Llama 3's scaling on."""
     rope = run.rope
     why = why_no_rope_flags(rope)
+    if rope.type == "yarn" and not why:
+        why = "the settings of YaRN are no fields of its configuration: an override of them is refused, or with + skipped with a warning"
     if why:
         raise ConfigError(why, where=run.where("rope"), fix="use mcore-longctx train, or --for megatron-lm --program ours")
     keys = (*ROPE_KEYS, "rope.phase_dtype")
     pairs: list[tuple[str, object]] = [
-        ("position_embedding_type", "yarn" if rope.type == "yarn" else "rope"),
+        ("position_embedding_type", "rope"),
         ("rotary_base", rope.rope_theta),
         ("rope_scaling", rope.type == "llama3"),
         ("rope_scaling_factor", rope.factor if rope.type == "llama3" else 1.0),
     ]
     if rope.type == "linear":
         pairs.append(("seq_len_interpolation_factor", rope.factor))
-    if rope.type == "yarn":
-        mscale, all_dim = yarn_temperature(rope)
-        pairs += [
-            ("yarn_rotary_scaling_factor", rope.factor),
-            ("yarn_original_max_position_embeddings", rope.original_length),
-            ("yarn_beta_fast", rope.beta_fast),
-            ("yarn_beta_slow", rope.beta_slow),
-            ("yarn_mscale", mscale),
-            ("yarn_mscale_all_dim", all_dim),
-            ("yarn_correction_range_round_to_int", rope.truncate),
-        ]
     return [_said(f"model.{name}", value, keys) for name, value in pairs]
 
 
@@ -149,9 +148,9 @@ def _training(run: StageRun) -> list[Flag]:
         _said("optimizer.clip_grad", adam.clip_grad, "stage.optimizer.clip_grad"),
         _said("rng.seed", run.seed, "seed"),
         _said("mixed_precision", "bf16_mixed", "stage.precision"),
-        _said("model.calculate_per_token_loss", True, why="one division by the number of tokens, over all ranks"),
+        _said("model.transformer.calculate_per_token_loss", True, why="one division by the number of tokens, over all ranks"),
         _said("ddp.average_in_collective", False, why="follows from it: sums must not be divided twice"),
-        _said("model.cross_entropy_fusion_impl", "native"),
+        _said("model.transformer.cross_entropy_fusion_impl", "native"),
     ]
 
 
@@ -160,9 +159,9 @@ def _offload(run: StageRun) -> list[Flag]:
     if not fraction:
         return []
     return [
-        _said("model.fine_grained_activation_offloading", True, key),
-        _said("model.offload_modules", "[attn_norm,core_attn,attn_proj,mlp_norm]", key),
-        _said("model.activation_offload_fraction", fraction, key),
+        _said("model.transformer.fine_grained_activation_offloading", True, key),
+        _said("model.transformer.offload_modules", "[attn_norm,core_attn,attn_proj,mlp_norm]", key),
+        _said("model.transformer.activation_offload_fraction", fraction, key),
     ]
 
 
@@ -170,13 +169,13 @@ def _parallel(run: StageRun) -> list[Flag]:
     parallel = run.stage.parallel
     sizes, types = parallel.hierarchical_context_parallel_sizes, parallel.cp_comm_types
     names = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "sequence_parallel")
-    flags = [_said(f"model.{name}", getattr(parallel, name), f"stage.parallel.{name}") for name in names]
+    flags = [_said(f"model.transformer.{name}", getattr(parallel, name), f"stage.parallel.{name}") for name in names]
     if parallel.context_parallel_size > 1:
         value = types[0] if len(types) == 1 else f"[{','.join(types)}]"
-        flags.append(_said("model.cp_comm_type", value, "stage.parallel.cp_comm_type"))
+        flags.append(_said("model.transformer.cp_comm_type", value, "stage.parallel.cp_comm_type"))
     if sizes is not None:
         key = "hierarchical_context_parallel_sizes"
-        flags.append(_said(f"model.{key}", f"[{','.join(map(str, sizes))}]", f"stage.parallel.{key}"))
+        flags.append(_said(f"model.transformer.{key}", f"[{','.join(map(str, sizes))}]", f"stage.parallel.{key}"))
     return [
         *flags,
         _said("ddp.use_distributed_optimizer", True),
@@ -187,9 +186,8 @@ def _parallel(run: StageRun) -> list[Flag]:
 def _data(run: StageRun) -> list[Flag]:
     return [
         _said("dataset.data_path", str(run.data_prefix), "stage.data stage.kind stage.name"),
-        _said("dataset.split", "'100,0,0'"),
+        _said("dataset.split", Expansion("'100,0,0'")),  # Hydra reads a bare comma as a list of choices
         _said("dataset.seq_length", run.stage.seq_length, "stage.seq_length"),
-        _said("dataset.skip_getting_attention_mask_from_dataset", True),
         _said("tokenizer.tokenizer_type", "HuggingFaceTokenizer", "tokenizer"),
         _said("tokenizer.tokenizer_model", str(run.tokenizer), "tokenizer"),
     ]

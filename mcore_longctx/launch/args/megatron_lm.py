@@ -27,6 +27,7 @@ __all__ = [
     "schedule_flags",
     "title",
     "tokenizer_flags",
+    "vocabulary_rows",
 ]
 
 ACCEPTED_BY_OURS = "megatron-core 0.19, with or without a checkout of Megatron-LM (tested: 0.19.2); before 0.19 there was no training program in the wheel"
@@ -70,7 +71,7 @@ def our_command(run: StageRun) -> Command:
             ("DATA_ARGS", tuple(data)),
             ("EVAL_AND_LOGGING_ARGS", tuple(logging_flags(run))),
         ),
-        differences=tuple(_our_differences(run, stage.parallel.tensor_model_parallel_size)),
+        differences=tuple(_our_differences(run)),
     )
 
 
@@ -239,14 +240,18 @@ def ddp_flags(run: StageRun) -> list[Flag]:
 
 def tokenizer_flags(run: StageRun) -> list[Flag]:
     """The tokenizer, and the rows of the vocabulary that the softmax is over."""
-    tp = run.stage.parallel.tensor_model_parallel_size
-    rows = -(-run.shape.vocab_size // tp) * tp
     why = "not a multiple of 128: padding would take part in the softmax"
     return [
         flag("--tokenizer-type", "HuggingFaceTokenizer", keys="tokenizer"),
         flag("--tokenizer-model", str(run.tokenizer), keys="tokenizer"),
-        flag("--padded-vocab-size", rows, keys="model.vocab_size", why=why),
+        flag("--padded-vocab-size", vocabulary_rows(run), keys="model.vocab_size", why=why),
     ]
+
+
+def vocabulary_rows(run: StageRun) -> int:
+    """The smallest number of rows that the tensor-parallel ranks can share. All of them take part in Megatron's softmax."""
+    tp = run.stage.parallel.tensor_model_parallel_size
+    return -(-run.shape.vocab_size // tp) * tp
 
 
 def logging_flags(run: StageRun) -> list[Flag]:
@@ -304,15 +309,14 @@ def checkpoint_differences(run: StageRun) -> list[Difference]:
     if minutes is not None and minutes != run.timeout_minutes:
         what = f"--distributed-timeout-minutes takes whole minutes: {run.timeout_minutes} for {minutes:g}."
         found.append(Difference(("stage.distributed_timeout_minutes",), what))
-    rest = run.shape.vocab_size % stage.parallel.tensor_model_parallel_size
-    if rest:
-        rows = stage.parallel.tensor_model_parallel_size - rest
+    rows = vocabulary_rows(run) - run.shape.vocab_size
+    if rows:
         what = f"{rows} rows of zeros fill the vocabulary up to a multiple of the tensor-parallel ranks and take part in the softmax."
         found.append(Difference(("model.vocab_size",), what))
     return found
 
 
-def _our_differences(run: StageRun, tp: int) -> Sequence[Difference]:
+def _our_differences(run: StageRun) -> Sequence[Difference]:
     found = []
     offload = run.stage.activations.offload_fraction
     if offload:
