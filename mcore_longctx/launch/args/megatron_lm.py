@@ -40,7 +40,7 @@ def our_command(run: StageRun) -> Command:
         ConfigError: the stage cannot be trained by this program.
     """
     refuse_masked_documents(run)
-    stage, activations = run.stage, run.stage.activations
+    activations = run.stage.activations
     model = [*model_flags(run), *_our_rope(run)]
     training = [*schedule_flags(run), flag("--longctx-recompute", activations.recompute, keys="stage.activations.recompute")]
     if activations.mlp_tile is not None:
