@@ -150,12 +150,12 @@ class Heartbeat:
         found: list[tuple[int, int, str]] = []
         for path in (self.folder / "heartbeat").glob("rank*"):
             try:
-                _, borders, text = path.read_text(encoding="utf-8").split(" ", 2)
-                found.append((int(borders), int(path.name.removeprefix("rank")), text.strip()))
+                _, borders, phase, where = path.read_text(encoding="utf-8").split(" ", 3)
+                found.append((int(borders), int(path.name.removeprefix("rank")), f"{phase} {where.strip()}"))
             except (OSError, ValueError):
                 continue
         fewest, rank, text = min(found, default=(last.number, self.rank, ""))
-        return f"; rank {rank} is behind, in {text}" if fewest < last.number else ""
+        return f"; rank {rank} is behind, last seen: {text}" if fewest < last.number else ""
 
     def _write(self, border: _Border) -> None:
         line = f"{border.unix:.3f} {border.number} {border.phase} {border.where}"[: _LINE - 1]

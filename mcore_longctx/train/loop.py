@@ -6,6 +6,7 @@ ends with the same weights as one that never stopped; on CPU bit for bit.
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import resource
@@ -196,6 +197,8 @@ class Trainer:
         """
         if self.finished >= self.stage.iterations:
             return f"{self.finished} iterations (nothing left to do)"
+        # megatron-core collects garbage in each save, seconds long: what has been imported and built stays anyway
+        gc.freeze()
         steps = self.stage.iterations - self.finished
         self.checkpointer.check_free_space(saves=-(-steps // self.stage.save_interval))
         while self.finished < self.stage.iterations:
@@ -228,7 +231,7 @@ class Trainer:
         ids = self.data.sample_ids(iteration)
         self._pass_border(1)
         losses = self._forward_backward(iteration)
-        self._begin("update", f"iteration {iteration + 1}, update")
+        self._begin("update", f"iteration {iteration + 1}")
         facts = self.control.gather([*self._own_sums(losses), float(_memory_bytes())])
         loss_sum, loss_tokens = (float(total) for total in facts[:, :2].sum(dim=0))
         self._check_loss(loss_sum, loss_tokens, losses, ids)
@@ -344,7 +347,7 @@ class Trainer:
             raise self._broken(f"grad norm is {grad_norm}, the loss is a number ({_listed(ids)})")
 
     def _broken(self, what: str) -> TrainingError:
-        self._begin("saving", f"iteration {self.finished + 1}, the save before it")
+        self._begin("saving", f"iteration {self.finished}")
         try:
             self.checkpointer.finish()  # of a good state: all ranks are here
         except TrainingError as failed_save:
@@ -363,7 +366,7 @@ class Trainer:
 
     def _save(self, *, beside: bool = False) -> None:
         """Save the last finished step, unless that has been done, and finish what is under way. `beside`: only begin."""
-        self._begin("saving", f"iteration {self.finished}, save")
+        self._begin("saving", f"iteration {self.finished}")
         self.checkpointer.finish()
         if self.finished == self.saved:
             return

@@ -91,7 +91,7 @@ class RankWriter(FileSystemWriterAsync):
         )
         _, answer = results.get_nowait()
         if isinstance(answer, Exception):
-            raise WriteFailed(_first_line(answer)) from answer
+            raise WriteFailed(_cause(answer)) from answer
         return Share(answer, {self._file_name: sha256_file(path)})
 
     def write_here(self) -> None:
@@ -194,7 +194,7 @@ def _result_of(function: Callable[[], Any]) -> Any:
     try:
         return function()
     except Exception as error:  # told to all ranks by whoever asks for the result
-        return error if isinstance(error, WriteFailed) else WriteFailed(_first_line(error))
+        return error if isinstance(error, WriteFailed) else WriteFailed(_cause(error))
 
 
 def _on_host(data: Any) -> Any:
@@ -206,6 +206,10 @@ def _alone(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize else tensor.clone()
 
 
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
+def _cause(error: BaseException) -> str:
+    """What went wrong, in one line. torch speaks of positions in its archive where the system has said `No space left on device`."""
+    found: BaseException | None = error
+    while found is not None and not isinstance(found, OSError):
+        found = found.__cause__ or found.__context__
+    lines = str(found or error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
