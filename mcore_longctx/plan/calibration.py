@@ -23,7 +23,9 @@ class Calibration:
     adam_cpu: float = 1.0e9  # parameters a second and node for Adam on the host (fitted)
     fixed_seconds: float = 0.15  # of a step: launches, clipping, logging (assumed)
     overlap: float = 0.5  # of the time beside it behind which the data-parallel exchange hides (assumed)
-    hf_logit_bytes: float = 12.0  # of an entry of materialised logits in Hugging Face's loss: bf16, fp32, its gradient, and in bf16
+    hf_logit_bytes: float = (
+        12.0  # of an entry of materialised logits in Hugging Face's loss: bf16, fp32, its gradient, and in bf16
+    )
     context_bytes: float = 3.0e9  # CUDA context, cuBLAS, NCCL (assumed)
     fragmentation: float = 0.04  # of what is allocated, with expandable segments (assumed)
 

@@ -171,7 +171,9 @@ def _gpu(name: str, entry: _Entry, table: Mapping[str, Gpu], where: str) -> Gpu:
     else:
         optional = {f.name for f in fields(Gpu) if f.name in ("sustained",)}
         if missing := [key for key in (*_SIZES, "default_kernel") if key not in given and key not in optional]:
-            raise ConfigError(f"gpus.{name}: {missing[0]} is missing", where=where, fix="give it, or take it over: `like: h100-80gb`")
+            raise ConfigError(
+                f"gpus.{name}: {missing[0]} is missing", where=where, fix="give it, or take it over: `like: h100-80gb`"
+            )
         gpu = Gpu(name=name, aliases=entry.aliases, kernels=entry.kernels, source=source, **given)
     if gpu.default_kernel not in gpu.kernels:
         raise ConfigError(f"gpus.{name}: default_kernel {gpu.default_kernel!r} is not one of its kernels", where=where)

@@ -226,7 +226,9 @@ def read_measurements(path: Path | None = None) -> tuple[tuple[Measurement, ...]
         try:
             find_gpu(kernel_point.gpu)
         except ConfigError as error:
-            raise ConfigError(f"{kernel_point.id}: {error.what}", where=lines.get(f"kernel_points.{i}", name), fix=error.fix) from None
+            raise ConfigError(
+                f"{kernel_point.id}: {error.what}", where=lines.get(f"kernel_points.{i}", name), fix=error.fix
+            ) from None
     return tuple(measurements), file
 
 

@@ -50,7 +50,7 @@ def _stage(setup: Setup, calibration: Calibration, *, first: bool, last: bool) -
     stack = own_stack if own else other_stacks
     states = _sharded_states(setup, first, last) if setup.sharding == "zero3" else _states(setup, first, last)
     kept = _in_flight(setup, stack.kept_bytes(setup), first)
-    layer = (stack.working_set_bytes(setup), stack.exchange_bytes(setup))
+    layer = (own_stack.working_set_bytes(setup), own_stack.exchange_bytes(setup)) if own else other_stacks.layer_bytes(setup)
     if not last:
         loss = Term("loss head", 0.0, "0", "0", "on the last stage")
     else:
@@ -64,7 +64,13 @@ def _stage(setup: Setup, calibration: Calibration, *, first: bool, last: bool) -
         "x of all that is allocated",
         f"{calibration.fragmentation} x {allocated:.3g}",
     )
-    context = Term("context and NCCL", calibration.context_bytes, "constant", f"{calibration.context_bytes:.3g}", "CUDA, cuBLAS, communicators")
+    context = Term(
+        "context and NCCL",
+        calibration.context_bytes,
+        "constant",
+        f"{calibration.context_bytes:.3g}",
+        "CUDA, cuBLAS, communicators",
+    )
     if loss.value <= needed:
         loss = _with_note(loss, "not at the peak: it is over before a layer is run again")
     else:
@@ -105,7 +111,13 @@ def _sharded_states(setup: Setup, first: bool, last: bool) -> tuple[Term, ...]:
     terms = [Term("states", value, f"{each:g} P/N", f"{each:g} x {weights:.4g} / {shards}")]
     if p.pipeline_model_parallel_size > 1:
         terms += [
-            Term("gathered weights", 2 * weights, "2 P/(TP PP)", f"2 x {weights:.4g}", "of the stage, from one micro-batch to the next"),
+            Term(
+                "gathered weights",
+                2 * weights,
+                "2 P/(TP PP)",
+                f"2 x {weights:.4g}",
+                "of the stage, from one micro-batch to the next",
+            ),
             Term("undivided gradients", 4 * weights, "4 P/(TP PP)", f"4 x {weights:.4g}", "float32, until the last micro-batch"),
         ]
     else:
@@ -132,10 +144,20 @@ def _host_terms(setup: Setup) -> tuple[Term, ...]:
     if setup.offload_fraction:
         stack = own_stack if other_stacks.is_own(setup) else other_stacks
         away = stack.offloaded_bytes(setup)
-        terms.append(Term(away.name, ranks * away.value, f"ranks of a node x {away.formula}", f"{ranks} x ({away.numbers})", "pinned"))
+        terms.append(
+            Term(away.name, ranks * away.value, f"ranks of a node x {away.formula}", f"{ranks} x ({away.numbers})", "pinned")
+        )
     count = parameters(setup.shape)
     if setup.optimizer == "adam_cpu":
-        terms.append(Term("optimizer", 16 * count / nodes, "16 P / nodes", f"16 x {count:.4g} / {nodes:g}", "float32 weights, gradients, two moments"))
+        terms.append(
+            Term(
+                "optimizer",
+                16 * count / nodes,
+                "16 P / nodes",
+                f"16 x {count:.4g} / {nodes:g}",
+                "float32 weights, gradients, two moments",
+            )
+        )
     if setup.parameters_on_host:
         terms.append(Term("parameters", 2 * count / nodes, "2 P / nodes", f"2 x {count:.4g} / {nodes:g}"))
     sample = _SAMPLE_BYTES * setup.seq_length * setup.micro_batch_size

@@ -104,7 +104,7 @@ def _file() -> _File:
 
 @cache
 def _table() -> MappingProxyType[str, ModelShape]:
-    table = {}
+    table: dict[str, ModelShape] = {}
     for name, entry in _file().models.items():
         shape = ModelShape(
             num_layers=entry.layers,

@@ -17,14 +17,13 @@ from mcore_longctx.plan.setup import Setup
 from mcore_longctx.plan.terms import Term
 
 __all__ = [
-    "exchange_bytes",
     "gathered_bytes",
     "is_deepspeed",
     "is_own",
     "kept_bytes",
+    "layer_bytes",
     "loss_head_bytes",
     "offloaded_bytes",
-    "working_set_bytes",
 ]
 
 _CHUNK = 1024  # tokens of logits at once, where a chunked loss does not say
@@ -66,8 +65,8 @@ def offloaded_bytes(setup: Setup) -> Term:
     return Term("offloaded activations", away * each, "k t/TP L/PP", f"{away:g} layers x {each:.4g}")
 
 
-def working_set_bytes(setup: Setup) -> Term:
-    """One layer run again and differentiated, at the worse of two points of its backward."""
+def layer_bytes(setup: Setup) -> tuple[Term, Term]:
+    """One layer run again and differentiated, at the worse of two points of its backward, and what its context parallelism adds there."""
     shape = setup.shape
     h, f, qd = shape.hidden_size, shape.ffn_hidden_size, shape.num_attention_heads * shape.kv_channels
     kvd = _kv_heads(setup) * shape.kv_channels
@@ -85,14 +84,18 @@ def working_set_bytes(setup: Setup) -> Term:
     points = {"attention": saved + attention, "MLP": saved + mlp_saved + mlp}
     if setup.mlp_tile is not None:
         points["MLP"] = saved + norm + 2 * h + 4 * h  # its input and both gradients of [t, h]
-    worst = max(points, key=points.__getitem__)
-    return Term(
+    exchange = _exchange(setup)
+    worst = "MLP" if points["MLP"] * _tokens(setup) > points["attention"] * _tokens(setup) + exchange.value else "attention"
+    layer = Term(
         "working set",
         points[worst] * _tokens(setup),
         "w t/TP",
         f"{points[worst]:,} x {_tokens(setup):,.0f}",
         f"one {'eager' if eager else 'fused'} layer in the backward of its {worst}",
     )
+    if worst == "MLP":
+        exchange = Term(exchange.name, 0.0, "0", exchange.numbers, "not at the peak, which is in the backward of the MLP")
+    return layer, exchange
 
 
 def loss_head_bytes(setup: Setup, calibration: Calibration = CALIBRATION) -> Term:
@@ -103,17 +106,23 @@ def loss_head_bytes(setup: Setup, calibration: Calibration = CALIBRATION) -> Ter
     if setup.loss == "chunked":
         chunk = min(setup.loss_chunk or _CHUNK, tokens)
         value = _LOGIT_BYTES["chunked"] * words * chunk + 4 * words * shape.hidden_size
-        return Term("loss head", value, "10 c V/TP + 4 V h/TP", f"10 x {chunk:g} x {words:g} + 4 x {words:g} x {shape.hidden_size}")
+        return Term(
+            "loss head", value, "10 c V/TP + 4 V h/TP", f"10 x {chunk:g} x {words:g} + 4 x {words:g} x {shape.hidden_size}"
+        )
     each = calibration.hf_logit_bytes if setup.loss == "hf" else _LOGIT_BYTES[setup.loss]
     return Term("loss head", each * words * tokens, f"{each:g} t V/TP", f"{each:g} x {tokens:g} x {words:g}")
 
 
-def exchange_bytes(setup: Setup) -> Term:
-    """What context parallelism adds to the working set."""
+def _exchange(setup: Setup) -> Term:
+    """Buffers beyond the tensors of the layer."""
     shape, p = setup.shape, setup.parallel
     if p.context_parallel_size == 1:
         return Term("key/value exchange", 0.0, "0", "0", "one context-parallel rank")
-    tp, t, s = p.tensor_model_parallel_size, setup.tokens_per_rank * setup.micro_batch_size, setup.seq_length * setup.micro_batch_size
+    tp, t, s = (
+        p.tensor_model_parallel_size,
+        setup.tokens_per_rank * setup.micro_batch_size,
+        setup.seq_length * setup.micro_batch_size,
+    )
     kvd = max(1.0, shape.num_query_groups / tp) * shape.kv_channels
     qd = shape.num_attention_heads / tp * shape.kv_channels
     if setup.sharding == "zero3":  # torch: sums of dq, dk, dv and the travelling dk, dv in float32, twice; k and v twice
@@ -124,17 +133,29 @@ def exchange_bytes(setup: Setup) -> Term:
     sizes = {"p2p": ring, "all_gather": gathered, "a2a": 0.0, "a2a+p2p": ring}
     kind = max(p.cp_comm_types, key=sizes.__getitem__)
     texts = {"p2p": formula, "all_gather": "k, v, dk, dv of all s", "a2a": "0", "a2a+p2p": formula}
-    return Term("key/value exchange", sizes[kind], texts[kind], f"{kind}, {t:,} tokens", "in the working set already" if kind == "a2a" else "")
+    return Term(
+        "key/value exchange",
+        sizes[kind],
+        texts[kind],
+        f"{kind}, {t:,} tokens",
+        "in the working set already" if kind == "a2a" else "",
+    )
 
 
 def gathered_bytes(setup: Setup) -> tuple[Term, Term]:
     """Weights and gradients that ZeRO-3 has whole for a while."""
     shape, tp = setup.shape, setup.parallel.tensor_model_parallel_size
     layer, words = parameters_per_layer(shape) / tp, shape.vocab_size * shape.hidden_size / tp
-    weights = Term("gathered weights", 4 * max(layer, words), "2 x 2 max(P_layer, V h)/TP", f"4 x {max(layer, words):.4g}", "one prefetched")
+    weights = Term(
+        "gathered weights", 4 * max(layer, words), "2 x 2 max(P_layer, V h)/TP", f"4 x {max(layer, words):.4g}", "one prefetched"
+    )
     if is_deepspeed(setup):
-        return weights, Term("gradient buckets", _REDUCE_BUCKETS, "2 x 5e8 x 2", "2 x 5e8 x 2", "reduce_bucket_size and overlap_comm")
-    return weights, Term("undivided gradients", 6 * layer, "(2 + 4) P_layer/TP", f"6 x {layer:.4g}", "of a layer, bf16 and float32")
+        return weights, Term(
+            "gradient buckets", _REDUCE_BUCKETS, "2 x 5e8 x 2", "2 x 5e8 x 2", "reduce_bucket_size and overlap_comm"
+        )
+    return weights, Term(
+        "undivided gradients", 6 * layer, "(2 + 4) P_layer/TP", f"6 x {layer:.4g}", "of a layer, bf16 and float32"
+    )
 
 
 def _tokens(setup: Setup) -> float:

@@ -29,7 +29,11 @@ _METHODS = {
     "ring_p2p_fa3": ("fa3", "ring"),
     "ring_allgather_fa3": ("fa3", "all_gather"),
 }
-_LOGITS = {"megatron_unfused": 6.0, "megatron_native_fused": 10.0, "torch": 6.0}  # torch alone: logits, log-softmax, gradient in bf16
+_LOGITS = {
+    "megatron_unfused": 6.0,
+    "megatron_native_fused": 10.0,
+    "torch": 6.0,
+}  # torch alone: logits, log-softmax, gradient in bf16
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,15 @@ def step_time(setup: Setup, calibration: Calibration = CALIBRATION) -> StepTime:
         ConfigError: the GPU has no kernel of the setup's name.
     """
     c = _Costs(setup, calibration)
-    sequence = (c.linear(), c.head(), c.attention(forward=True), c.attention(forward=False), c.exchange(), c.tensor_parallel(), c.offload())
+    sequence = (
+        c.linear(),
+        c.head(),
+        c.attention(forward=True),
+        c.attention(forward=False),
+        c.exchange(),
+        c.tensor_parallel(),
+        c.offload(),
+    )
     seconds = sum(term.value for term in sequence)  # of one sequence
     compute = c.sequences * seconds
     bubble = c.bubble(compute)
@@ -152,7 +160,9 @@ class _Costs:
     def _exchanges(self) -> dict[str, float]:
         """Share of the layers with each exchange."""
         kinds = self.setup.parallel.cp_comm_types
-        return {kind: kinds.count(kind) / len(kinds) for kind in set(kinds)} if self.setup.parallel.context_parallel_size > 1 else {}
+        return (
+            {kind: kinds.count(kind) / len(kinds) for kind in set(kinds)} if self.setup.parallel.context_parallel_size > 1 else {}
+        )
 
     @cached_property
     def forwards(self) -> int:
@@ -200,7 +210,11 @@ class _Costs:
     def _ring_left(self, kind: str) -> float:
         """Seconds of one layer that its ring waits for transfers."""
         p = self.setup.parallel
-        moved = self.calibration.ring_traffic * self._received(kind)[0] / self.bandwidth(p.tensor_model_parallel_size * p.context_parallel_size)
+        moved = (
+            self.calibration.ring_traffic
+            * self._received(kind)[0]
+            / self.bandwidth(p.tensor_model_parallel_size * p.context_parallel_size)
+        )
         kernel = self.flops[2] / 3 / self.ranks / self.layers / self.calibration.ring
         forward, backward = kernel / self.rate.forward, _BACKWARD * kernel / self.rate.backward
         return self.forwards * max(0.0, moved - forward) + max(0.0, 2 * moved - backward)
@@ -234,7 +248,13 @@ class _Costs:
             "a2a+p2p": "a2a inside, p2p between",
         }
         note = "hidden behind its kernels" if value == 0.0 else "not hidden"
-        return Term("context-parallel exchange", value, "; ".join(formulas[kind] for kind in sorted(self._exchanges)), "; ".join(parts), note)
+        return Term(
+            "context-parallel exchange",
+            value,
+            "; ".join(formulas[kind] for kind in sorted(self._exchanges)),
+            "; ".join(parts),
+            note,
+        )
 
     def tensor_parallel(self) -> Term:
         tp = self.setup.parallel.tensor_model_parallel_size
@@ -275,7 +295,9 @@ class _Costs:
         pp, chunks = self.setup.parallel.pipeline_model_parallel_size, self.setup.virtual_pipeline_chunks
         micro_batches = self.sequences / self.setup.micro_batch_size
         value = compute * (pp - 1) / (micro_batches * chunks)
-        return Term("pipeline bubble", value, "m t_seq (PP-1) / (m v)", f"{compute:.3g} x {pp - 1} / ({micro_batches:g} x {chunks})")
+        return Term(
+            "pipeline bubble", value, "m t_seq (PP-1) / (m v)", f"{compute:.3g} x {pp - 1} / ({micro_batches:g} x {chunks})"
+        )
 
     def pipeline(self) -> Term:
         p = self.setup.parallel
@@ -301,7 +323,7 @@ class _Costs:
         if shards == 1:
             return Term("data parallel", 0.0, "0", "0", "one shard")
         share = (shards - 1) / shards
-        if setup.sharding == "zero3":
+        if setup.sharding == "zero3" and p.pipeline_model_parallel_size == 1:
             moved = self.sequences / setup.micro_batch_size * 3 * 2 * weights * share / bandwidth
             behind = self.calibration.overlap * self.sequences * (self.linear().value + self.head().value)
             formula = "max(0, m 6 P/(TP PP) (n-1)/n / bw - hidden), n = DP CP"
@@ -318,7 +340,9 @@ class _Costs:
         if setup.optimizer == "adam_cpu":
             nodes = max(1, p.world_size // setup.gpu.gpus_per_node)
             value = parameters(setup.shape) / nodes / self.calibration.adam_cpu
-            return Term("optimizer", value, "P / nodes / a", f"{parameters(setup.shape):.3g} / {nodes} / {self.calibration.adam_cpu:.3g}")
+            return Term(
+                "optimizer", value, "P / nodes / a", f"{parameters(setup.shape):.3g} / {nodes} / {self.calibration.adam_cpu:.3g}"
+            )
         shard = parameters(setup.shape) / p.world_size
         return Term(
             "optimizer",
@@ -343,8 +367,20 @@ class _Costs:
         )
 
     def fixed(self) -> Term:
-        return Term("fixed", self.calibration.fixed_seconds, "constant", f"{self.calibration.fixed_seconds} s", "launches, clipping, logging")
+        return Term(
+            "fixed",
+            self.calibration.fixed_seconds,
+            "constant",
+            f"{self.calibration.fixed_seconds} s",
+            "launches, clipping, logging",
+        )
 
 
 def _times(term: Term, sequences: float) -> Term:
-    return Term(term.name, term.value * sequences, f"m ({term.formula})" if term.formula != "0" else "0", f"{sequences:g} x ({term.numbers})", term.note)
+    return Term(
+        term.name,
+        term.value * sequences,
+        f"m ({term.formula})" if term.formula != "0" else "0",
+        f"{sequences:g} x ({term.numbers})",
+        term.note,
+    )

@@ -174,6 +174,4 @@ def _part_line(part: PartRow, width: int) -> str:
 
 
 def _error_line(name: str, title: str, error: ErrorSummary) -> str:
-    return (
-        f"  {name:6} {title:8} {error.mean:6.1%} over {error.rows} rows  ({error.bias:+.1%}; {error.worst:.0%} in {error.worst_id})"
-    )
+    return f"  {name:6} {title:8} {error.mean:6.1%} over {error.rows} rows  ({error.bias:+.1%}; {error.worst:.0%} in {error.worst_id})"
