@@ -1,25 +1,46 @@
-"""`doctor` names what is wrong instead of dying of it."""
+"""The verb `doctor`: what it prints, and its exit code."""
 
-from mcore_longctx.launch import doctor
+import json
+from pathlib import Path
 
+import pytest
 
-def subjects(findings: list[doctor.Finding], level: str) -> dict[str, str]:
-    return {finding.subject: finding.text for finding in findings if finding.level == level}
+from mcore_longctx.cli.main import main
 
-
-def test_this_machine_is_fit() -> None:
-    findings = doctor.examine()
-    assert not subjects(findings, "wrong")
-    assert {"python", "torch", "megatron-core", "apex"} <= subjects(findings, "ok").keys()
+ROOT = Path(__file__).parents[2]
 
 
-def test_an_empty_transformer_engine_is_named() -> None:
-    text = "RuntimeError: Found empty `transformer-engine` meta package installed."
-    found = {"torch": "2", "cuda": None, "gpus": [], "nccl": False, "gloo": True, "megatron_error": text, "te_error": text}
-    wrong = subjects(doctor._torch_findings(found, {"torch": "2"}), "wrong")
-    assert "pip uninstall transformer-engine" in wrong["megatron-core"]
+def test_a_machine_that_is_fit_is_exit_code_0(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["wrong"] == 0
+    assert {finding["level"] for finding in printed["findings"]} <= {"ok", "note"}
+    assert printed["rope"] is None
 
 
-def test_a_missing_torch_is_named_with_its_cure() -> None:
-    wrong = subjects(doctor._torch_findings({"error": "ModuleNotFoundError: No module named 'torch'"}, {}), "wrong")
-    assert wrong["torch"] == "ModuleNotFoundError: No module named 'torch'; pip install 'mcore-longctx[train]'"
+def test_a_recipe_is_told_its_rope_in_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert main(["doctor", "tiny-cpu", "cluster.gpu=none", f"output={tmp_path / 'run'}"]) == 0
+    printed = capsys.readouterr().out
+    assert "\nrope of tiny-cpu:\nllama3 factor 8 over 512" in printed
+    assert "WRONG" not in printed
+
+
+def test_a_recipe_that_would_fail_is_exit_code_1_and_the_last_line_says_of_what(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("CUDA_LAUNCH_BLOCKING", "1")
+    changed = ["data.chats.sources.chats.path=nowhere.jsonl", f"output={tmp_path / 'run'}", "cluster.gpu=none"]
+    assert main(["doctor", "tiny-cpu", *changed]) == 1
+    printed = capsys.readouterr().out
+    assert printed.splitlines()[-1] == "2 wrong: environment, inputs"
+    for line in printed.splitlines():
+        assert not line.startswith("WRONG") or "; " in line
+
+
+def test_a_recipe_that_is_not_there_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "nowhere.yaml"]) == 2
+    assert "nowhere.yaml" in capsys.readouterr().err

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 
 from mcore_longctx.launch.doctor import environment, libraries, machine, rope, stages, storage
 from mcore_longctx.launch.doctor.findings import Finding
@@ -28,17 +29,21 @@ __all__ = ["Finding", "examine", "examine_recipe"]
 
 def examine() -> list[Finding]:
     """Look at packages, torch, megatron-core, the environment and the machine."""
-    torch = Probe("-c", TORCH, question={"heads": [["bf16", 128]]})
-    megatron = Probe("-c", MEGATRON, question={})
-    findings = [
-        *environment.variables(os.environ),
-        machine.cores(),
-        machine.memory_found(),
-        machine.shared_memory(1, on_gpus=False),
-        *machine.limits(),
-        machine.slurm(wanted=False),
-    ]
-    return [*libraries.installed(), *libraries.torch_found(torch.answer()), *_megatron(megatron), *findings]
+    with Probe("-c", TORCH, question={"heads": [["bf16", 128]]}) as torch, Probe("-c", MEGATRON, question={}) as megatron:
+        findings = [
+            *environment.variables(os.environ),
+            machine.cores(),
+            machine.memory_found(),
+            machine.shared_memory(1, on_gpus=False),
+            *machine.limits(),
+            machine.slurm(wanted=False),
+        ]
+        return [
+            *libraries.installed(),
+            *libraries.torch_found(torch.answer()),
+            *libraries.megatron_found(megatron.answer()),
+            *findings,
+        ]
 
 
 def examine_recipe(file: RecipeFile) -> tuple[list[Finding], Resolved | None]:
@@ -46,36 +51,34 @@ def examine_recipe(file: RecipeFile) -> tuple[list[Finding], Resolved | None]:
     recipe = file.recipe
     resolved, layouts = stages.resolved_part_by_part(file)
     heads = [[precision, resolved.shape.kv_channels] for precision in _precisions(recipe)] if resolved else []
-    torch = Probe("-c", TORCH, question={"heads": heads})
-    megatron = Probe("-c", MEGATRON, question={})
-    built = Probe("-m", "mcore_longctx.model.as_built", question=rope.question(recipe, resolved)) if resolved else None
-    planned, of_plan = stages.plans(recipe, resolved) if resolved else ({}, [])
-    about_torch = torch.answer()
-    findings = [
-        *libraries.installed(),
-        *libraries.torch_found(about_torch),
-        *_megatron(megatron),
-        *environment.variables({**os.environ, **recipe.cluster.environment}, nodes=stages.largest_nodes(recipe)),
-        *_machine(recipe, resolved, planned, about_torch),
-        *layouts,
-    ]
-    if resolved is None or built is None:
-        return findings, None
-    findings += [
-        *stages.inputs(recipe, model_found=resolved.model_found),
-        *of_plan,
-        *stages.gpus_here(about_torch.get("gpus", []), recipe, planned),
-        *stages.timeouts(recipe.stages, planned),
-        stages.dense_mask(recipe),
-        *rope.as_built(built.answer(), recipe, resolved.rope),
-        *rope.of_checkpoints(recipe, resolved),
-    ]
+    with ExitStack() as probes:
+        torch = probes.enter_context(Probe("-c", TORCH, question={"heads": heads}))
+        megatron = probes.enter_context(Probe("-c", MEGATRON, question={}))
+        built = None
+        if resolved is not None:
+            built = probes.enter_context(Probe("-m", "mcore_longctx.model.as_built", question=rope.question(recipe, resolved)))
+        planned, of_plan = stages.plans(recipe, resolved) if resolved else ({}, [])
+        about_torch = torch.answer()
+        findings = [
+            *libraries.installed(),
+            *libraries.torch_found(about_torch),
+            *libraries.megatron_found(megatron.answer()),
+            *environment.variables({**os.environ, **recipe.cluster.environment}, nodes=stages.largest_nodes(recipe)),
+            *_machine(recipe, resolved, planned, about_torch),
+            *layouts,
+        ]
+        if resolved is None or built is None:
+            return findings, None
+        findings += [
+            *stages.inputs(recipe, model_found=resolved.model_found),
+            *of_plan,
+            *stages.gpus_here(about_torch.get("gpus", []), recipe, planned),
+            *stages.timeouts(recipe.stages, planned),
+            stages.dense_mask(recipe),
+            *rope.as_built(built.answer(), recipe, resolved.rope),
+            *rope.of_checkpoints(recipe, resolved),
+        ]
     return findings, resolved
-
-
-def _megatron(probe: Probe) -> Iterator[Finding]:
-    """What imports, without what the package records said already."""
-    return libraries.megatron_found(probe.answer())
 
 
 def _machine(

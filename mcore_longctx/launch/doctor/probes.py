@@ -11,7 +11,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 __all__ = ["MEGATRON", "TORCH", "Probe"]
 
@@ -63,7 +64,10 @@ _PATIENCE = 240  # seconds; cold imports from a network file system take minutes
 
 
 class Probe:
-    """A Python process that reads one JSON object and prints one. It starts at once; `answer` waits for it."""
+    """A Python process that reads one JSON object and prints one. It starts at once; `answer` waits for it.
+
+    A context manager: a process that nobody waited for is ended with the block.
+    """
 
     def __init__(self, *python_arguments: str, question: Mapping[str, Any]) -> None:
         # alone, whatever launched the examination
@@ -94,3 +98,14 @@ class Probe:
             lines = said.strip().splitlines()
             return {"error": lines[-1] if lines else f"ended with code {self._process.returncode}"}
         return found
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._process.poll() is None:
+            self._process.kill()
+        for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
+            if pipe is not None:
+                pipe.close()
+        self._process.wait()

@@ -10,7 +10,7 @@ from typing import Any
 from mcore_longctx.errors import LongctxError
 from mcore_longctx.launch.doctor.findings import Finding, note, ok, wrong
 from mcore_longctx.manifest import readable_bytes
-from mcore_longctx.plan.stages import StagePlan, plan_stage
+from mcore_longctx.plan.stages import StagePlan, one_line, plan_stage
 from mcore_longctx.recipe import Parallel, Recipe, Stage
 from mcore_longctx.recipe.load import RecipeFile
 from mcore_longctx.recipe.resolve import Resolved, resolve
@@ -111,21 +111,18 @@ def plans(recipe: Recipe, resolved: Resolved) -> tuple[dict[str, StagePlan], lis
     findings: list[Finding] = []
     for stage in recipe.stages:
         try:
-            plan = plan_stage(stage, resolved.shape, recipe.cluster)
+            plan = plan_stage(stage, resolved.shape, recipe.cluster, backend=recipe.model.backend)
         except LongctxError as error:
             return {}, [wrong("plan", str(error), error.fix or "correct cluster.gpu or cluster.hardware")]
         if plan is None:
             continue
         found[stage.name] = plan
-        board = readable_bytes(round(plan.setup.gpu.memory_bytes))
-        text = (
-            f"{stage.name}: {readable_bytes(round(plan.memory.total))} of {board} on a {plan.setup.gpu.name}, "
-            f"{plan.time.total:,.0f} s a step, {plan.hours:,.1f} hours (planned)"
-        )
+        text = f"{stage.name} on {plan.setup.gpu.name}: {one_line(plan).removeprefix('plan: ')} (planned)"
         if plan.fits:
             findings.append(ok("plan", text))
         else:
-            findings.append(wrong("plan", f"{text}: {plan.problem}", "`mcore-longctx plan` names the nearest layout that fits"))
+            findings.append(wrong("plan", text, "`mcore-longctx plan` names the nearest layout that fits"))
+        findings += [note("plan", f"{stage.name}: {said}") for said in plan.notes]
     return found, findings
 
 
