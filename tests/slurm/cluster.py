@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -88,19 +88,27 @@ class Cluster:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.tools = folder / "tools"  # first on the PATH of every job
-        self.tools.mkdir()
-        os.chmod(self.tools, 0o755)
-        (self.tools / "mcore-longctx").write_text(f'#!/bin/sh\nexec {sys.executable} -m mcore_longctx "$@"\n')
-        (self.tools / "torchrun").write_text(f'#!/bin/sh\nexec {sys.executable} -m torch.distributed.run "$@"\n')
-        for tool in self.tools.iterdir():
-            tool.chmod(0o755)
+        python, stub = sys.executable, REPOSITORY / "tests" / "slurm" / "stub_trainer.py"
+        own = f'exec {python} -m mcore_longctx "$@"'
+        self._tool("tools/mcore-longctx", own)
+        self._tool("tools/torchrun", f'exec {python} -m torch.distributed.run "$@"')
+        # a stub has made nothing that `run` could note in run.json
+        self._tool("stub/mcore-longctx", f'if [ "$1" = run ]; then echo "would note: $*"; exit 0; fi\n{own}')
+        self._tool("stub/torchrun", f'LOCAL_RANK=0 exec {python} {stub} "$@"')
+
+    def _tool(self, name: str, text: str) -> None:
+        path = self.folder / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"#!/bin/sh\n{text}\n")
+        path.chmod(0o755)
 
     # ------------------------------------------------------------------ commands
-    def environment(self, **more: str) -> dict[str, str]:
-        """Of whoever submits: this Python, this checkout, this cluster."""
+    def environment(self, *, stub: bool = False, **more: str) -> dict[str, str]:
+        """Of whoever submits: this Python, this checkout, this cluster; with `stub` a torchrun that trains nothing."""
         inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH"))}
-        path = os.pathsep.join([str(self.tools), str(Path(sys.executable).parent), os.environ["PATH"], "/usr/sbin", "/sbin"])
+        tools = [str(self.folder / "stub")] if stub else []
+        tools += [str(self.folder / "tools"), str(Path(sys.executable).parent), os.environ["PATH"], "/usr/sbin", "/sbin"]
+        path = os.pathsep.join(tools)
         return inherited | {
             "SLURM_CONF": str(self.folder / "slurm.conf"),
             "PATH": path,
@@ -110,11 +118,13 @@ class Cluster:
             **more,
         }
 
-    def call(self, *words: str | Path, code: int = 0, seconds: float = 60, **variables: str) -> subprocess.CompletedProcess[str]:
+    def call(
+        self, *words: str | Path, code: int = 0, seconds: float = 120, stub: bool = False, **variables: str
+    ) -> subprocess.CompletedProcess[str]:
         """A command in the repository that must end with this exit code."""
         result = subprocess.run(
             [str(word) for word in words],
-            env=self.environment(**variables),
+            env=self.environment(stub=stub, **variables),
             cwd=REPOSITORY,
             capture_output=True,
             text=True,
@@ -124,9 +134,9 @@ class Cluster:
         assert result.returncode == code, f"{words}: {result.returncode}\n{result.stdout}\n{result.stderr}"
         return result
 
-    def submit(self, script: Path, *options: str, **variables: str) -> int:
+    def submit(self, script: Path, *options: str, stub: bool = False, **variables: str) -> int:
         """Hand a script to sbatch. Returns the job id."""
-        return int(self.call("sbatch", "--parsable", *options, script, **variables).stdout)
+        return int(self.call("sbatch", "--parsable", *options, script, stub=stub, **variables).stdout)
 
     def preempt(self, seconds: float = 0.5) -> int:
         """A job in partition urgent that takes both nodes. Returns its id."""
