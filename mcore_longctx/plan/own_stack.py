@@ -18,7 +18,9 @@ need less of the exchange.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 
 from mcore_longctx.layout.heads import key_head_replicas
 from mcore_longctx.plan.setup import Setup
@@ -50,11 +52,32 @@ def offloaded_bytes(setup: Setup) -> Term:
     return _kept(setup).term("offloaded activations", away, "offloaded layers")
 
 
+def _once_a_layer(formula: Callable[[Setup], Term]) -> Callable[[Setup], Term]:
+    """Remember a term: a search asks for the same layer under many PP, DP and shares on the host."""
+    known: dict[tuple[object, ...], Term] = {}
+
+    @wraps(formula)
+    def remembered(setup: Setup) -> Term:
+        p = setup.parallel
+        key = (
+            *(setup.shape, setup.seq_length, setup.micro_batch_size, setup.bytes_per_element, setup.recompute, setup.mlp_tile),
+            *(p.tensor_model_parallel_size, p.context_parallel_size, p.cp_comm_type, p.hierarchical_context_parallel_sizes),
+            setup.kernel or setup.gpu.default_kernel,
+        )
+        if key not in known:
+            known[key] = formula(setup)
+        return known[key]
+
+    return remembered
+
+
+@_once_a_layer
 def working_set_bytes(setup: Setup) -> Term:
     """The largest moment while one layer is run again and differentiated, beside what all layers keep. Without the exchange."""
     return max((moment.term("working set") for moment in _moments(setup)), key=lambda term: term.value)
 
 
+@_once_a_layer
 def exchange_bytes(setup: Setup) -> Term:
     """What context parallelism adds to the working set: 0 where the largest moment has no exchange."""
     if setup.parallel.context_parallel_size == 1:
