@@ -30,25 +30,31 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="YAML file or preset")
     parser.add_argument("overrides", nargs="*", metavar="section.name=value", help="change single values of the recipe")
     parser.add_argument("--stage", metavar="NAME", help="only the training job of this stage")
-    parser.add_argument("--submit", action="store_true", help="submit the chain and print the job ids")
-    parser.add_argument("--dry-run", action="store_true", help="print the scripts, write nothing")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--submit", action="store_true", help="submit the chain and print the job ids")
+    what.add_argument("--dry-run", action="store_true", help="print the scripts, write nothing")
     parser.add_argument("--force", action="store_true", help="write scripts anew that were edited since they were written")
 
 
 def run(args: argparse.Namespace) -> int:
     """Write, print or submit the chain."""
     from mcore_longctx.launch.chain import build_chain
-    from mcore_longctx.launch.submit import submit_chain, write_chain
+    from mcore_longctx.launch.submit import check_submit, submit_chain, write_chain
     from mcore_longctx.recipe.load import open_recipe
+    from mcore_longctx.run import refuse_changed_run
 
-    chain = build_chain(open_recipe(args.recipe, args.overrides), only=args.stage)
+    file = open_recipe(args.recipe, args.overrides)
+    chain = build_chain(file, only=args.stage)
     if args.dry_run:
         for name, text in chain.scripts.items():
             print(f"# ---------- {chain.recipe.run_folder}/slurm/{name}\n{text}")
         return 0
-    for line in write_chain(chain, force=args.force):
+    refuse_changed_run(file)
+    if args.submit:
+        check_submit(chain)
+    for line in [*write_chain(chain, force=args.force), *chain.summary]:
         print(line)
     if args.submit:
         for name, job in submit_chain(chain):
-            print(f"{job} {name}")
+            print(f"job {job}: {name}")
     return 0

@@ -25,6 +25,7 @@ class Chain:
     recipe: Recipe
     jobs: tuple[Job, ...]
     scripts: dict[str, str]  # 00-prepare.sbatch, ..., submit.sh
+    summary: tuple[str, ...]  # a line a job
 
 
 def build_chain(file: RecipeFile, *, only: str | None = None) -> Chain:
@@ -62,8 +63,14 @@ def build_chain(file: RecipeFile, *, only: str | None = None) -> Chain:
             stage = next(stage for stage in stages if stage.name == job.stage)
             text = render_training(recipe, job, stage, _times(stage, plans[stage.name]))
         scripts[f"{job.name}.sbatch"] = text
-    scripts["submit.sh"] = render_submit(recipe, list(jobs))
-    return Chain(recipe, jobs, scripts)
+    if only is None:
+        scripts["submit.sh"] = render_submit(recipe, list(jobs))
+    return Chain(recipe, jobs, scripts, tuple(_describe(job, plans.get(job.stage or "")) for job in jobs))
+
+
+def _describe(job: Job, plan: StagePlan | None) -> str:
+    nodes = f"{job.name:<22} {job.nodes:>4} {'node' if job.nodes == 1 else 'nodes'}  {', '.join(job.steps)}"
+    return nodes if plan is None else f"{nodes}: {plan.hours:,.1f} h [planned]"
 
 
 def _with_timeout(stage: Stage, plan: StagePlan | None) -> Stage:

@@ -9,6 +9,7 @@ A slice is one start of a job: until the training is done, told to stop, or dead
 
 from __future__ import annotations
 
+import fcntl
 import json
 import re
 import time
@@ -18,19 +19,22 @@ from pathlib import Path
 from typing import Any
 
 from mcore_longctx.checkpoint_folder import iteration_of, latest_checkpoint
-from mcore_longctx.errors import CheckpointError, ConfigError, NoProgress
+from mcore_longctx.errors import CheckpointError, ConfigError, InUseError, NoProgress
 from mcore_longctx.launch.status import State, read_status
 from mcore_longctx.manifest import verify_manifest, write_atomic
 
-__all__ = ["Slice", "StageFolders", "Verdict", "begin_slice", "decide", "end_slice", "newest_verified"]
+__all__ = ["Slice", "StageFolders", "Verdict", "begin_slice", "decide", "end_slice", "newest_verified", "read_slices"]
 
 IDLE_SLICES = 2  # without a newer checkpoint, in a row
 SHORT_SLICES = 10  # told to stop before a step could end, in a row
+LOCK_SECONDS = 600.0  # ranks of a slice whose node was lost may live on until they notice
+_POLL_SECONDS = 5.0
 
-# A rank that loses its peers, its network, its disk or its GPU says one of these: the machine's doing, another start may help.
+# What the trainer says of an exception that it did not raise itself (`rank 3: RuntimeError: ...`), when a rank has lost its peers, its
+# network, its disk or its GPU: the machine's doing, another start may help.
 _MACHINE = re.compile(
-    r"DistBackendError|DistNetworkError|DistStoreError|NCCL|[Cc]onnection (closed|reset|refused)|Broken pipe|[Tt]imed out|"
-    r"CUDA error|AcceleratorError|ECC|Input/output error|Stale file handle"
+    r"rank \d+: .*(DistBackendError|DistNetworkError|DistStoreError|NCCL|[Cc]onnection (closed|reset|refused)|Broken pipe|"
+    r"[Tt]imed out|CUDA error|AcceleratorError|ECC error|Input/output error|Stale file handle)"
 )
 
 
@@ -86,28 +90,30 @@ class Verdict:
 def decide(slices: Sequence[Slice], stage: StageFolders) -> Verdict:
     """The verdict on the last of the slices of a job."""
     last = slices[-1]
-    moved = f"{_at(last.before)} -> {_at(last.after)}" if last.moved else f"still {_at(last.after)}"
+    moved = f"from {_at(last.before)} to {_at(last.after)}" if last.moved else f"still at {_at(last.after)}"
     if last.state == "done":
         if last.after >= stage.iterations:
             return Verdict(0, "done", f"done: {last.reason}, {_at(last.after)}")
         what = f"STATUS says done, the newest verified checkpoint is {_at(last.after)} of {stage.iterations}"
         return Verdict(1, "failed", f"failed: {what}; look at {stage.checkpoints}")
-    if last.state == "failed" and not _MACHINE.search(last.reason):
+    if last.state == "failed" and not _MACHINE.match(last.reason):
         if last.code == 2:
             return Verdict(2, "refused", f"refused: {last.reason}")
-        return Verdict(1, "failed", f"failed: {last.reason} (checkpoint {moved})")
+        return Verdict(1, "failed", f"failed: {last.reason} ({moved})")
     what = _how_it_ended(last)
     idle, short = _without_progress(slices)
     if idle >= IDLE_SLICES:
         line = f"no progress: {idle} slices in a row without a newer checkpoint ({_at(last.after)}); the last one {what}"
-        return Verdict(3, "no progress", f"{line}; look at {stage.logs}")
+        died = "" if last.state == "stopped" or not last.nodes else f"; {_deaths(slices)}"
+        return Verdict(3, "no progress", f"{line}; look at {stage.logs}{died}")
     if short >= SHORT_SLICES:
         line = (
             f"no progress: {short} slices in a row were told to stop before start-up and one step ({last.short_seconds:,.0f} s)"
         )
         return Verdict(3, "no progress", f"{line}; ask for a partition that leaves more time")
     count = " (told to stop before start-up and one step: not counted)" if last.short and not last.moved else ""
-    return Verdict(75, "requeue", f"requeue: it {what}, checkpoint {moved}{count}")
+    died = "" if last.state == "stopped" or not last.nodes else f"; {_deaths(slices)}"
+    return Verdict(75, "requeue", f"requeue: it {what}, {moved}{count}{died}")
 
 
 def _how_it_ended(last: Slice) -> str:
@@ -121,6 +127,13 @@ def _how_it_ended(last: Slice) -> str:
     }[last.state]
     code = "" if last.srun_code in (None, 0) or last.state == "stopped" else f", srun ended with {last.srun_code}"
     return words + code
+
+
+def _deaths(slices: Sequence[Slice]) -> str:
+    """Where slices died: a node that is in every one of them is worth an --exclude."""
+    dead = [one for one in slices if one.state not in ("stopped", "done")]
+    nodes = dict.fromkeys(one.nodes for one in dead)
+    return f"slices of this job that died: {len(dead)}, on {', then on '.join(nodes)} (sbatch --exclude=NODE leaves one out)"
 
 
 def _without_progress(slices: Sequence[Slice]) -> tuple[int, int]:
@@ -155,6 +168,8 @@ def newest_verified(checkpoints: Path) -> int:
 def begin_slice(stage: StageFolders, environment: Mapping[str, str], *, short_seconds: float) -> Slice:
     """Note what this slice begins with, and close one before it that was killed with its script.
 
+    Waits, up to LOCK_SECONDS, for ranks of an earlier slice of this job that still hold the checkpoints.
+
     Args:
         stage: whose training it is.
         environment: of the job (SLURM_JOB_ID, SLURM_RESTART_COUNT, SLURM_JOB_NODELIST).
@@ -162,7 +177,9 @@ def begin_slice(stage: StageFolders, environment: Mapping[str, str], *, short_se
 
     Raises:
         NoProgress: the slice before was killed with its script, and it was one too many without a newer checkpoint.
+        InUseError: another job trains into this folder; its number and its host are in the message.
     """
+    _wait_for_lock(stage.checkpoints, _job_of(environment))
     stage.logs.mkdir(parents=True, exist_ok=True)
     before = newest_verified(stage.checkpoints)
     killed = _read_slice(stage)
@@ -178,7 +195,7 @@ def begin_slice(stage: StageFolders, environment: Mapping[str, str], *, short_se
             reason=status.reason,
             asked=_asked(stage),
         )
-        verdict = decide([*_ended_slices(stage, ended.job), ended], stage)
+        verdict = decide([*_of_job(stage, ended.job), ended], stage)
         _append(stage, replace(ended, verdict=f"{verdict.word} (killed with its script)"))
         (stage.logs / "slice.json").unlink()
         if verdict.code == 3:
@@ -217,10 +234,38 @@ def end_slice(stage: StageFolders, *, asked: str, srun_code: int | None) -> Verd
         asked=asked or _asked(stage),
         srun_code=srun_code,
     )
-    verdict = decide([*_ended_slices(stage, ended.job), ended], stage)
+    verdict = decide([*_of_job(stage, ended.job), ended], stage)
     _append(stage, replace(ended, verdict=verdict.word))
     (stage.logs / "slice.json").unlink()
     return verdict
+
+
+def _wait_for_lock(checkpoints: Path, job: str) -> None:
+    """A lock of a dead process is gone: the kernel, or the file server, gives it back."""
+    until = time.monotonic() + LOCK_SECONDS
+    while owner := _lock_owner(checkpoints):
+        ours = bool(job) and owner.endswith(f"SLURM job {job}")
+        if not ours or time.monotonic() > until:
+            fix = "wait for it, scancel it, or use another output"
+            if ours:
+                fix = (
+                    "ranks of an earlier slice of this job live on: end them on that host, then scontrol release or submit again"
+                )
+            raise InUseError(f"{owner} trains into this folder", where=checkpoints, fix=fix)
+        time.sleep(_POLL_SECONDS)
+
+
+def _lock_owner(checkpoints: Path) -> str:
+    """Who holds the folder, as `checkpoint_folder.FolderLock` writes it down; empty: nobody."""
+    try:
+        with (checkpoints / ".lock").open("r+", encoding="utf-8") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                return file.read().strip() or "an unknown process"
+    except FileNotFoundError:
+        pass
+    return ""
 
 
 def _job_of(environment: Mapping[str, str]) -> str:
@@ -238,10 +283,15 @@ def _read_slice(stage: StageFolders) -> Slice | None:
     return _slice_of(file.read_text(encoding="utf-8")) if file.is_file() else None
 
 
-def _ended_slices(stage: StageFolders, job: str) -> list[Slice]:
-    file = stage.logs / "slices.jsonl"
+def _of_job(stage: StageFolders, job: str) -> list[Slice]:
+    return [one for one in read_slices(stage.logs) if one.job == job]
+
+
+def read_slices(log_folder: Path) -> list[Slice]:
+    """The slices of a stage that have ended, oldest first."""
+    file = log_folder / "slices.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
-    return [one for one in map(_slice_of, lines) if one is not None and one.job == job]
+    return [one for one in map(_slice_of, lines) if one is not None]
 
 
 def _slice_of(line: str) -> Slice | None:
@@ -254,5 +304,7 @@ def _slice_of(line: str) -> Slice | None:
 
 
 def _append(stage: StageFolders, ended: Slice) -> None:
-    with (stage.logs / "slices.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(asdict(ended)) + "\n")
+    path = stage.logs / "slices.jsonl"
+    cut = path.is_file() and not path.read_bytes().endswith(b"\n")  # a writer was killed
+    with path.open("a", encoding="utf-8") as file:
+        file.write(("\n" if cut else "") + json.dumps(asdict(ended)) + "\n")

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,55 +16,61 @@ from mcore_longctx.launch.chain import Chain
 from mcore_longctx.manifest import write_atomic
 from mcore_longctx.recipe.load import dump_recipe
 
-__all__ = ["submit_chain", "write_chain"]
+__all__ = ["check_submit", "submit_chain", "write_chain"]
 
 _OURS = ("recipe.yaml", "run.json", "slurm", "logs", ".lock")
 
 
-def write_chain(chain: Chain, *, force: bool = False) -> Iterator[str]:
-    """Write recipe and scripts. A script that was edited since it was written is kept, unless `force`. Yields a line each.
+def write_chain(chain: Chain, *, force: bool = False) -> list[str]:
+    """Write recipe and scripts. A script that was edited since it was written is kept, unless `force`.
+
+    Returns:
+        A line for each file.
 
     Raises:
-        ConfigError: the run folder is somebody else's.
+        ConfigError: the run folder is somebody else's, or jobs in the queue would read another recipe than they were submitted with.
     """
     folder = chain.recipe.run_folder
     if folder.is_dir() and not (folder / "run.json").exists() and any(p.name not in _OURS for p in folder.iterdir()):
         raise ConfigError("is already there and is not a run folder (no run.json)", where=folder, fix="choose another output")
-    slurm = folder / "slurm"
-    slurm.mkdir(parents=True, exist_ok=True)
+    slurm, recipe, text = folder / "slurm", folder / "recipe.yaml", dump_recipe(chain.recipe)
     book = _read_book(slurm)
+    if recipe.is_file() and recipe.read_text(encoding="utf-8") != text:
+        _refuse_while_queued(book, slurm, "jobs of this chain would read a changed recipe")
+    slurm.mkdir(parents=True, exist_ok=True)
+    write_atomic(recipe, text)
     written: dict[str, str] = book.setdefault("scripts", {})
-    write_atomic(folder / "recipe.yaml", dump_recipe(chain.recipe))
-    yield f"{folder / 'recipe.yaml'}: the recipe as it will run"
-    for name, text in chain.scripts.items():
+    said = [f"{recipe}: the recipe as it will run"]
+    for name, script in chain.scripts.items():
         path = slurm / name
-        if path.exists() and _digest(path.read_text(encoding="utf-8")) not in (written.get(name), _digest(text)) and not force:
-            yield f"{path}: edited since it was written, kept (--force writes it anew)"
+        if not force and path.exists() and _digest(path.read_bytes()) not in (written.get(name), _digest(script.encode())):
+            said.append(f"{path}: edited since it was written, kept (--force writes it anew)")
             continue
-        write_atomic(path, text)
+        write_atomic(path, script)
         if path.suffix == ".sh":
-            path.chmod(path.stat().st_mode | 0o111 & ~_umask())
-        written[name] = _digest(text)
-        yield f"{path}"
+            path.chmod(path.stat().st_mode | path.stat().st_mode >> 2 & 0o111)  # who may read it may run it
+        written[name] = _digest(script.encode())
+        said.append(f"{path}")
     write_atomic(slurm / "jobs.json", json.dumps(book, indent=1) + "\n")
+    return said
 
 
-def submit_chain(chain: Chain) -> list[tuple[str, str]]:
+def submit_chain(chain: Chain, environment: Mapping[str, str] = os.environ) -> list[tuple[str, str]]:
     """Submit the scripts as they lie in the run folder, each after the one before. Returns (name, job id).
 
+    sbatch hands the environment of the caller on: that is how secrets, of which scripts hold the names, get into the jobs.
+
     Raises:
-        ConfigError: no sbatch here, jobs of this chain still in the queue, or sbatch refused a script (then none is left).
+        ConfigError: no sbatch here, a secret that is not set, jobs of this chain still in the queue, or sbatch refused a script (then none is left).
     """
-    if shutil.which("sbatch") is None:
-        raise ConfigError("sbatch is not on PATH: nothing was submitted", fix="submit on a login node of the cluster")
+    check_submit(chain, environment)
     slurm = chain.recipe.run_folder / "slurm"
     book = _read_book(slurm)
-    _refuse_twice(book, slurm)
     submitted: list[tuple[str, str]] = []
     for job in chain.jobs:
         after = [f"--dependency=afterok:{submitted[-1][1]}"] if submitted else []
         command = ["sbatch", "--parsable", "--kill-on-invalid-dep=yes", *after, str(slurm / f"{job.name}.sbatch")]
-        answer = subprocess.run(command, capture_output=True, text=True, check=False)
+        answer = subprocess.run(command, capture_output=True, text=True, check=False, env=dict(environment))
         if answer.returncode != 0:
             ids = [job_id for _, job_id in submitted]
             if ids:
@@ -78,21 +85,32 @@ def submit_chain(chain: Chain) -> list[tuple[str, str]]:
     return submitted
 
 
-def _refuse_twice(book: dict[str, Any], slurm: Path) -> None:
+def check_submit(chain: Chain, environment: Mapping[str, str] = os.environ) -> None:
+    """What would stop a submission, before anything is written.
+
+    Raises:
+        ConfigError: no sbatch here, a secret that is not set, or jobs of this chain still in the queue.
+    """
+    if shutil.which("sbatch", path=environment.get("PATH")) is None:
+        raise ConfigError("sbatch is not on PATH: nothing was submitted", fix="submit on a login node of the cluster")
+    missing = [name for name in chain.recipe.cluster.secrets if not environment.get(name)]
+    if missing:
+        raise ConfigError(f"{', '.join(missing)}: not set, nothing was submitted", where="cluster.secrets", fix="export it first")
+    slurm = chain.recipe.run_folder / "slurm"
+    _refuse_while_queued(_read_book(slurm), slurm, "the chain is already submitted")
+
+
+def _refuse_while_queued(book: dict[str, Any], slurm: Path, what: str) -> None:
     ids = {str(job["id"]): str(job["name"]) for job in book.get("jobs", [])}
-    if not ids:
+    if not ids or shutil.which("squeue") is None:
         return
-    asked = subprocess.run(
-        ["squeue", "--noheader", "--format=%A %T", f"--jobs={','.join(ids)}"], capture_output=True, text=True, check=False
-    )
+    # of this user's jobs: squeue forgets a job that has ended, and complains when it is asked for one
+    asked = subprocess.run(["squeue", "--noheader", "--me", "--format=%A %T"], capture_output=True, text=True, check=False)
     rows = [line.split() for line in asked.stdout.splitlines()]
-    alive = [f"{ids[row[0]]} (job {row[0]}, {row[1].lower()})" for row in rows if len(row) == 2 and row[0] in ids]
+    alive = [(row[0], f"{ids[row[0]]} (job {row[0]}, {row[1].lower()})") for row in rows if len(row) == 2 and row[0] in ids]
     if alive:
-        raise ConfigError(
-            f"the chain is already submitted: {', '.join(alive)}",
-            where=slurm,
-            fix="wait for it, or scancel " + " ".join(ids),
-        )
+        names, numbers = ", ".join(name for _, name in alive), " ".join(number for number, _ in alive)
+        raise ConfigError(f"{what}: {names}", where=slurm, fix=f"wait for them, or scancel {numbers}")
 
 
 def _read_book(slurm: Path) -> dict[str, Any]:
@@ -106,12 +124,5 @@ def _read_book(slurm: Path) -> dict[str, Any]:
     return book
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _umask() -> int:
-    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-        if line.startswith("Umask:"):
-            return int(line.split()[1], 8)
-    return 0o022
+def _digest(text: bytes) -> str:
+    return hashlib.sha256(text).hexdigest()

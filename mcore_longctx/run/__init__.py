@@ -19,7 +19,7 @@ from mcore_longctx.rope import dropped_scaling, explain
 from mcore_longctx.run.journal import Journal
 from mcore_longctx.run.steps import Step, plan_steps
 
-__all__ = ["print_plan", "run_recipe"]
+__all__ = ["print_plan", "refuse_changed_run", "run_recipe"]
 
 
 def print_plan(file: RecipeFile, *, until: str | None = None, only: Sequence[str] | None = None) -> None:
@@ -91,6 +91,15 @@ def run_recipe(file: RecipeFile, *, until: str | None = None, only: Sequence[str
             journal.end(step, "done", time.monotonic() - started, facts or {})
             print(f"{head}: done in {time.monotonic() - started:.0f} s", flush=True)
     return 0
+
+
+def refuse_changed_run(file: RecipeFile) -> None:
+    """Raise ConfigError when steps of this run folder were made from other values of the recipe. Input files are not looked at."""
+    recipe = replace(file.recipe, output=file.recipe.run_folder)
+    if (recipe.run_folder / "run.json").exists():
+        journal = Journal(recipe.run_folder)
+        for step in plan_steps(file, resolve(file, need_model=False)):
+            journal.refuse_changed_values(step, recipe)
 
 
 def _describe_model(recipe: Recipe, resolved: Resolved) -> Iterator[tuple[str, str]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from mcore_longctx.errors import ConfigError
 from mcore_longctx.launch.local import launch_ranks
+from mcore_longctx.launch.progress import read_slices
 from mcore_longctx.recipe.load import RecipeFile
 from mcore_longctx.recipe.resolve import Resolved
 from mcore_longctx.recipe.schema import Recipe, Stage
@@ -189,7 +190,8 @@ def _train_step(file: RecipeFile, resolved: Resolved, folder: Path, stage: Stage
         finished = finished_checkpoint(train_job(file, resolved, stage.name))
         if finished is not None:  # trained by a job of its own (`launch`)
             print(f"    {finished}: trained to its end with these settings")
-            return {"checkpoint": finished.name}
+            seconds = sum(one.seconds for one in read_slices(folder / "logs" / stage.name))
+            return {"checkpoint": finished.name, **({"seconds": round(seconds, 1)} if seconds else {})}
         launch_ranks(
             ["train", str(folder / "recipe.yaml"), "--stage", stage.name],
             stage.parallel.world_size,
