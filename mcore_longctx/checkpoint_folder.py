@@ -139,6 +139,8 @@ def remove_leftovers(checkpoints: Path) -> None:
         if _PARTIAL.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
             logger.info("removing %s: a save that was not finished", path.name)
             shutil.rmtree(path)
+    for path in checkpoints.glob(f"{TRACKER}.partial-*"):
+        path.unlink()
 
 
 def remove_old(checkpoints: Path, keep: int, stage: str) -> None:

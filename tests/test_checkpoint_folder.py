@@ -84,6 +84,7 @@ def test_leftovers_of_killed_saves_go_and_nothing_else(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text("")
     (tmp_path / "iter_0000005.partial-a-file").write_text("")
+    (tmp_path / "latest_checkpointed_iteration.txt.partial-node07-4711").write_text("4")
     store.remove_leftovers(tmp_path)
     assert names(tmp_path) == sorted(
         ["iter_0000002", "iter_4.partial-x-1", "iter_0000004.partial", "other.partial-x-1", "iter_0000005.partial-a-file"]

@@ -53,6 +53,8 @@ class Outcome:
         """STATUS of a job that begins. Rank 0 calls it, before any other rank can fail on its own."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self._claim.unlink(missing_ok=True)
+        for leftover in self.folder.glob("STATUS.partial-*"):  # of processes that were killed while they wrote it
+            leftover.unlink()
         self._write_status("running", None, f"process {os.getpid()} on {socket.gethostname()}")
 
     def done(self, reason: str) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import gc
 import importlib
 import json
+import math
 import os
 import random
 import signal
@@ -55,10 +56,6 @@ def finish(job: TrainJob) -> None:
         raise AssertionError(f"exit code {code}: {(job.log_folder / 'err').read_text()[-2000:]}")
 
 
-def has_ended(pid: int) -> bool:
-    return os.waitpid(pid, os.WNOHANG)[0] == pid
-
-
 def group_is_gone(group: int, within: float) -> bool:
     deadline = time.monotonic() + within
     while time.monotonic() < deadline:
@@ -82,6 +79,41 @@ def look(job: TrainJob) -> dict[str, int]:
     return {"complete": len(names) - partial, "partial": partial}
 
 
+def kill_once(job: TrainJob, delay: float, *, alone: bool) -> bool:
+    """Start, wait for the first step and a moment more, and kill. Whether there was still something to kill.
+
+    Args:
+        job: the job.
+        delay: seconds after the first step.
+        alone: kill the trainer only: what it has started must follow by itself.
+    """
+    before = steps_of(job)
+    pid = start(job)
+    deadline = time.monotonic() + 120
+    moment = math.inf
+    while time.monotonic() < min(moment, deadline):
+        if moment is math.inf and steps_of(job) > before:
+            moment = time.monotonic() + delay
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            code = os.waitstatus_to_exitcode(status)
+            if code:
+                raise AssertionError(f"exit code {code}: {(job.log_folder / 'err').read_text()[-2000:]}")
+            return False
+        time.sleep(0.002)
+    if moment is math.inf:
+        raise AssertionError("no step in 120 s")
+    (os.kill if alone else os.killpg)(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    if not group_is_gone(pid, 10):
+        raise AssertionError("a process has outlived its trainer")
+    return True
+
+
+def steps_of(job: TrainJob) -> int:
+    return job.metrics_path.read_text().count("\n") if job.metrics_path.exists() else 0
+
+
 def main() -> None:
     folder, kills, seed = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     importlib.import_module("torch.utils.tensorboard")  # what a start would import by itself
@@ -91,49 +123,23 @@ def main() -> None:
     reference = job_of(world, "reference", save_interval=STEPS)
     finish(reference)
     expected = rows(reference)
-    done, run, counts = 0, 0, {"during a save": 0, "between saves": 0, "beside": 0, "alone writers killed": 0, "finished runs": 0}
-    while done < kills:
-        job = job_of(world, f"killed{run}", save_interval=1)
-        run += 1
-        while done < kills:
-            is_beside = bool(done % 2)
-            one = job_of(world, f"killed{run - 1}", save_interval=1, async_save=is_beside)
-            lines = len(job.metrics_path.read_text().splitlines()) if job.metrics_path.exists() else 0
-            pid = start(one)
-            deadline = time.monotonic() + 60
-            while not job.metrics_path.exists() or len(job.metrics_path.read_text().splitlines()) <= lines:
-                if has_ended(pid) or time.monotonic() > deadline:
-                    break
-                time.sleep(0.002)
-            time.sleep(dice.uniform(0, 0.4))
-            if done % 5 == 4:  # the trainer alone: what it has started must follow by itself
-                os.kill(pid, signal.SIGKILL)
-                counts["alone writers killed"] += 1
-            else:
-                os.killpg(pid, signal.SIGKILL)
-            try:
-                _, status = os.waitpid(pid, 0)
-            except ChildProcessError:  # it has ended before: the run is done
+    counts = {"kills": 0, "in a save": 0, "beside": 0, "trainer alone": 0, "runs": 0}
+    while counts["kills"] < kills:
+        counts["runs"] += 1
+        run = f"killed{counts['runs']}"
+        while counts["kills"] < kills:
+            is_beside, alone = bool(counts["kills"] % 2), counts["kills"] % 5 == 4
+            job = job_of(world, run, save_interval=1, async_save=is_beside)
+            if not kill_once(job, dice.uniform(0, 0.4), alone=alone):
                 break
-            if os.waitstatus_to_exitcode(status) != -signal.SIGKILL:
-                break
-            if not group_is_gone(pid, 5):
-                raise AssertionError("a process has outlived its trainer")
-            found = look(one)
-            counts["during a save" if found["partial"] else "between saves"] += 1
+            counts["in a save"] += bool(look(job)["partial"])
+            counts["kills"] += 1
             counts["beside"] += is_beside
-            done += 1
-        if done < kills:
-            finish(job)
-            counts["finished runs"] += 1
-        mine = rows(job)
-        if mine != expected[: len(mine)]:
-            raise AssertionError(f"run {run - 1} has other losses than one that was never killed")
-    last = job_of(world, f"killed{run - 1}", save_interval=1)
-    finish(last)
-    if rows(last) != expected:
-        raise AssertionError("the last run has other losses than one that was never killed")
-    sys.stdout.write(json.dumps({"kills": done, "runs": run, **counts}) + "\n")
+            counts["trainer alone"] += alone
+        finish(job_of(world, run, save_interval=1))
+        if rows(job) != expected:
+            raise AssertionError(f"{run} has other losses than a run that was never killed")
+    sys.stdout.write(json.dumps(counts) + "\n")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,9 @@ from tests.train.jobs import make_job, start_at, train
 if __name__ == "__main__":
     world = Path(sys.argv[1])
     train(start_at(make_job(world, "ours-there"), iteration_folder(make_job(world, "alone").checkpoints, 4)))
-    train(make_job(world, "theirs", keep_checkpoints=9))
+    beside = iteration_folder(make_job(world, "alone-beside").checkpoints, 4)
+    train(start_at(make_job(world, "ours-beside-there"), beside))
+    train(make_job(world, "theirs", keep_checkpoints=9, async_save=True))
     (world / "other").mkdir()
     text = {"python": list(sys.version_info[:2]), "megatron-core": version("megatron-core")}
     (world / "other" / "versions.json").write_text(json.dumps(text))

@@ -13,7 +13,7 @@ import pytest
 
 from mcore_longctx.manifest import verify_manifest
 from mcore_longctx.train import TrainJob, iteration_folder, latest_checkpoint
-from tests.train.jobs import Ranks, make_job, make_world, rows, start_at, tensor_hashes, train
+from tests.train.jobs import Ranks, die_in_save, make_job, make_world, rows, start_at, tensor_hashes, train
 
 pytestmark = pytest.mark.multiproc
 
@@ -164,33 +164,14 @@ def test_a_signal_before_the_first_step_takes_none(world: Path) -> None:
     assert job.metrics_path.read_text() == ""
 
 
-def die_in_save(rank: int, module: str, name: str, call: int, after: bool) -> None:
-    """kill -9 at the `call`-th call of a function that saving uses, before it or after it."""
-    import importlib
-
-    owner = importlib.import_module(module)
-    original, calls = getattr(owner, name), [0]
-
-    def deadly(*args: Any, **kwargs: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == call and not after:
-            os.kill(os.getpid(), signal.SIGKILL)
-        result = original(*args, **kwargs)
-        if calls[0] == call:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return result
-
-    setattr(owner, name, deadly)
-
-
-CHECKPOINT = "mcore_longctx.train.checkpoint"
+CHECKPOINT, WRITING = "mcore_longctx.train.checkpoint", "mcore_longctx.train.writing"
 DEATHS = [  # where in a save, and which checkpoint is the newest afterwards
-    ((CHECKPOINT, "save_state_dict", 1, True), None),
+    ((WRITING, "RankWriter.write", 1, True), None),
     ((CHECKPOINT, "write_card", 1, False), None),
     ((CHECKPOINT, "write_manifest", 1, True), None),
     (("mcore_longctx.checkpoint_folder", "write_tracker", 1, False), "iter_0000002"),
     (("shutil", "rmtree", 1, False), "iter_0000004"),  # old checkpoint renamed, not yet removed
-    ((CHECKPOINT, "save_state_dict", 1, False), "iter_0000004"),
+    ((WRITING, "RankWriter.write", 1, False), "iter_0000004"),
 ]
 
 
@@ -272,6 +253,7 @@ OTHER = "MCORE_LONGCTX_OTHER_PYTHON"  # an interpreter with another megatron-cor
 def test_checkpoints_cross_megatron_versions(world: Path, alone: TrainJob) -> None:
     import subprocess
 
+    train(make_job(world, "alone-beside", keep_checkpoints=9, async_save=True))
     script = Path(__file__).with_name("other_version.py")
     root = Path(__file__).parents[2]
     environment = os.environ | {"PYTHONPATH": str(root)}
@@ -289,6 +271,7 @@ def test_checkpoints_cross_megatron_versions(world: Path, alone: TrainJob) -> No
     assert versions["python"] != list(sys.version_info[:2])
     # theirs goes on from our checkpoint, ours from theirs
     assert rows(make_job(world, "ours-there")) == rows(alone)[4:]
+    assert rows(make_job(world, "ours-beside-there")) == rows(alone)[4:]
     job = start_at(make_job(world, "theirs-here"), iteration_folder(make_job(world, "theirs").checkpoints, 4))
     train(job)
     assert rows(job) == rows(make_job(world, "theirs"))[4:]
