@@ -17,6 +17,7 @@ from mcore_longctx.plan.setup import Setup
 from mcore_longctx.plan.terms import Term
 
 __all__ = [
+    "elementwise_bytes",
     "gathered_bytes",
     "is_deepspeed",
     "is_own",
@@ -96,6 +97,22 @@ def layer_bytes(setup: Setup) -> tuple[Term, Term]:
     if worst == "MLP":
         exchange = Term(exchange.name, 0.0, "0", exchange.numbers, "not at the peak, which is in the backward of the MLP")
     return layer, exchange
+
+
+def elementwise_bytes(setup: Setup) -> int:
+    """Bytes that the forward of a layer reads and writes for one token outside of its matrix products and its attention, before TP.
+
+    Fused kernels read and write each tensor once: two norms (8 h), two residual sums (12 h), the rotary embedding, SwiGLU. Eager layers
+    do so operation by operation: 36 h for a norm in float32, 18 for an element that is rotated, 10 f for SwiGLU. FP8 casts the input of
+    each product and its transpose.
+    """
+    shape = setup.shape
+    h, f, d = shape.hidden_size, shape.ffn_hidden_size, shape.kv_channels
+    rotated = (shape.num_attention_heads + shape.num_query_groups) * d
+    casts = 4 * (2 * h + shape.num_attention_heads * d + f) if setup.gemm == "fp8" else 0
+    if _is_eager(setup):
+        return 84 * h + 18 * rotated + 10 * f + casts + (36 * rotated if shape.qk_layernorm else 0)
+    return 20 * h + 4 * rotated + 6 * f + casts + (4 * rotated if shape.qk_layernorm else 0)
 
 
 def loss_head_bytes(setup: Setup, calibration: Calibration = CALIBRATION) -> Term:

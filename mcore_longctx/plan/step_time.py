@@ -13,6 +13,7 @@ from functools import cached_property
 from mcore_longctx.plan.calibration import CALIBRATION, Calibration
 from mcore_longctx.plan.hardware import KernelRate
 from mcore_longctx.plan.models import parameters, parameters_per_layer, step_flops
+from mcore_longctx.plan.other_stacks import elementwise_bytes, is_own
 from mcore_longctx.plan.own_stack import offloaded_bytes
 from mcore_longctx.plan.setup import Setup
 from mcore_longctx.plan.terms import Term
@@ -46,6 +47,7 @@ def step_time(setup: Setup, calibration: Calibration = CALIBRATION) -> StepTime:
     c = _Costs(setup, calibration)
     sequence = (
         c.linear(),
+        c.elementwise(),
         c.head(),
         c.attention(forward=True),
         c.attention(forward=False),
@@ -121,26 +123,43 @@ class _Costs:
 
     @cached_property
     def own(self) -> bool:
-        return self.setup.sharding == "distributed_optimizer" and self.setup.loss == "chunked"
+        return is_own(self.setup)
 
-    def linear(self) -> Term:
+    @cached_property
+    def again(self) -> float:
+        """Share of the linear layers' forward that runs again in the backward pass."""
         setup = self.setup
         shape = setup.shape
-        share = shape.hidden_size * shape.ffn_hidden_size / parameters_per_layer(shape)  # of one of the three matrices of the MLP
-        again = {"full": 1.0, "attention_kept": 1 - share, "selective": 3 * share, "none": 0.0}[setup.recompute]
-        if self.own and setup.recompute == "full":
-            again = 1 - share  # our MLP never makes the product with `down` again
-        elif setup.mlp_tile is not None and setup.recompute == "full":
-            again += 3 * share  # a tiled MLP inside a checkpoint: its forward runs a third time
-        elif setup.mlp_tile is not None and setup.recompute == "none":
-            again = 2 * share
-        value = self.flops[0] * (1 + again / 3) / self.ranks / self.gemm_rate(setup.gemm)
+        matrix = shape.hidden_size * shape.ffn_hidden_size / parameters_per_layer(shape)  # one of the three of the MLP
+        if setup.recompute == "none":
+            return 2 * matrix if setup.mlp_tile is not None else 0.0
+        if setup.recompute == "selective":
+            return 3 * matrix
+        if setup.recompute == "attention_kept" or self.own:
+            return 1 - matrix  # nobody needs the product with `down` again, and ours does not make it
+        return 1 + 3 * matrix if setup.mlp_tile is not None else 1.0  # tiled in a checkpoint: the MLP's forward runs a third time
+
+    def linear(self) -> Term:
+        rate = self.gemm_rate(self.setup.gemm)
         return Term(
             "linear layers",
-            value,
+            self.flops[0] * (1 + self.again / 3) / self.ranks / rate,
             "6 L P_layer s (1 + x/3) / (TP PP CP) / (peak e_g)",
-            f"{self.flops[0]:.3g} (1 + {again:.2f}/3) / {self.ranks} / {self.gemm_rate(setup.gemm):.3g}",
-            f"x = {again:.2f} of the forward is done again",
+            f"{self.flops[0]:.3g} (1 + {self.again:.2f}/3) / {self.ranks} / {rate:.3g}",
+            f"x = {self.again:.2f} of the forward is done again",
+        )
+
+    def elementwise(self) -> Term:
+        """Norms, residual sums, rotary embedding, SwiGLU, casts: bytes through the GPU's memory, the backward twice the forward."""
+        bytes_ = elementwise_bytes(self.setup)
+        bandwidth = self.setup.gpu.memory_bandwidth * self.calibration.memory
+        tokens = self.tokens / self.setup.parallel.tensor_model_parallel_size
+        return Term(
+            "elementwise",
+            self.layers * tokens * bytes_ * (3 + self.again) / bandwidth,
+            "L/PP t/TP b (3 + x) / memory bandwidth",
+            f"{self.layers:g} x {tokens:.4g} x {bytes_:,} x {3 + self.again:.2f} / {bandwidth:.3g}",
+            "read and written in the forward of a layer",
         )
 
     def head(self) -> Term:
@@ -280,7 +299,7 @@ class _Costs:
             return Term("offload", 0.0, "0", "0", "nothing is kept on the host")
         moved = self.offloaded / self.setup.micro_batch_size / self.setup.gpu.pcie_bandwidth
         away = self.setup.offload_fraction
-        linear, kernel = self.linear().value, self.attention(forward=True).value / self.forwards
+        linear, kernel = self.linear().value + self.elementwise().value, self.attention(forward=True).value / self.forwards
         forward = away * (linear / 4 + kernel)
         backward = away * (linear * 3 / 4 + self.attention(forward=False).value + (self.forwards - 1) * kernel)
         return Term(
