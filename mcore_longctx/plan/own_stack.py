@@ -83,9 +83,7 @@ def exchange_bytes(setup: Setup) -> Term:
     if setup.parallel.context_parallel_size == 1:
         return Term("key/value exchange", 0.0, "0", "0", "one context-parallel rank")
     alone = working_set_bytes(setup).value
-    moments = [
-        (kind, moment) for kind in sorted(set(setup.parallel.cp_comm_types)) for moment in _exchange_moments(setup, kind)
-    ]
+    moments = [(kind, moment) for kind in sorted(set(setup.parallel.cp_comm_types)) for moment in _exchange_moments(setup, kind)]
     kind, largest = max(moments, key=lambda pair: pair[1].bytes)
     formula = f"max(0, t ({largest.formula}) - working set)"
     note = f"{kind}, while {largest.name}"
@@ -104,7 +102,9 @@ def loss_head_bytes(setup: Setup) -> Term:
     logits = columns * (_FLOAT + (e if e < _FLOAT else 0))  # float32 models: the gradient takes the place of the logits
     gathered = 6 * e * h if tp > 1 else 0  # rows of this chunk and the next, summands of this one and the last
     per_token = 3 * e * h / tp + _FLOAT / tp + _FLOAT + (e * h if tp > 1 else 0)
-    angles = _FLOAT * shape.kv_channels * setup.tokens_per_rank if setup.recompute == "none" else 0  # else they are there all the time
+    angles = (
+        _FLOAT * shape.kv_channels * setup.tokens_per_rank if setup.recompute == "none" else 0
+    )  # else they are there all the time
     value = per_token * _tokens(setup) + chunk * (logits + gathered) + _FLOAT * columns * h + angles
     low = " + e" if e < _FLOAT else ""
     formula = f"t (3 e h/T + 4/T + 4{' + e h' if tp > 1 else ''}) + c ((4{low}) v/T{' + 6 e h' if tp > 1 else ''}) + 4 v h/T"
@@ -181,7 +181,7 @@ class _Sizes:
         }
 
     def split(self, **counts: float) -> tuple[str, float]:
-        """Elements of e bytes that tensor parallelism divides: split(h=4, qd=3, gd=3)."""
+        """Elements of e bytes that tensor parallelism divides; `qd` is q d."""
         return self._part("e", self.e, counts, divided=True)
 
     def floats(self, **counts: float) -> tuple[str, float]:
@@ -231,7 +231,9 @@ def _moments(setup: Setup) -> list[_Moment]:
     gathered = [of.whole(h=1)] if of.tp > 1 else []  # Megatron's buffer for gathered inputs, there once and for all
     again = [] if setup.recompute == "none" else [of.whole(d=4), *_attention_again(setup, of), *_head_norms(setup, of)]
     tokens, scratch = _tokens(setup), _scratch(setup, of)
-    moments = [_Moment("the attention is differentiated", tokens, (*attention, of.split(qd=1, gd=2), *gathered, *again, *scratch))]
+    moments = [
+        _Moment("the attention is differentiated", tokens, (*attention, of.split(qd=1, gd=2), *gathered, *again, *scratch))
+    ]
     if of.tp > 1:
         # the gradient of the output projection's result is gathered
         projected = of.split(h=-1, qd=1) if setup.recompute == "none" else of.split(h=4, qd=3, gd=3)
@@ -266,7 +268,9 @@ def _mlp(setup: Setup) -> tuple[list[tuple[str, float]], tuple[str, float]]:
         return [of.split(h=1, f=2)], ("", 0.0)
     base = [of.split(h=2)] if setup.recompute == "none" else [of.split(h=6, qd=2, gd=3), of.floats(one=2)]
     tile = tokens if setup.mlp_tile is None else min(setup.mlp_tile, tokens)
-    rows = 6 if of.tp > 1 and tile < tokens else 3 if of.tp > 1 else 0  # gathered: x and gradient of this tile and the next, two summands
+    rows = (
+        6 if of.tp > 1 and tile < tokens else 3 if of.tp > 1 else 0
+    )  # gathered: x and gradient of this tile and the next, two summands
     each = of.e * (5 * of.of["f"] / of.tp + rows * of.of["h"])
     text = f"tile e (5 f{'/T' if of.tp > 1 else ''}{f' + {rows} h' if rows else ''})"
     return base, (text, tile * each)
@@ -302,9 +306,7 @@ def _exchange_moments(setup: Setup, kind: str) -> list[_Moment]:
         return [_Moment("keys and values go round the ring", tokens, (*base, *_ring(of, ranks, 1), *scratch))]
     if kind == "all_gather":
         return [
-            _Moment(
-                "the last rows see all keys", tokens, (*base, *_all_keys(of, ranks), *scratch, ("8 C", 8.0 * ranks))
-            ),
+            _Moment("the last rows see all keys", tokens, (*base, *_all_keys(of, ranks), *scratch, ("8 C", 8.0 * ranks))),
             _Moment("key gradients are scattered", tokens, (*base, *_scattered(of, ranks), ("8 C", 8.0 * ranks))),
         ]
     sizes = setup.parallel.hierarchical_context_parallel_sizes
