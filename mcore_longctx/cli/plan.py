@@ -79,7 +79,8 @@ def run(args: argparse.Namespace) -> int:
 def _plan(args: argparse.Namespace) -> int:
     import json
 
-    from mcore_longctx.plan.page import explain, page, page_json
+    from mcore_longctx.plan.as_json import page_json
+    from mcore_longctx.plan.page import explain, page
 
     top = _number("--top", args.top)
     pages = _pages(args)
@@ -116,6 +117,7 @@ def _pages(args: argparse.Namespace) -> list[StagePage]:
             kernel=args.kernel,
             backend=recipe.model.backend,
             written=True,
+            time_limit=recipe.cluster.time_limit,
         )
         for stage in _stages(args, file)
     ]

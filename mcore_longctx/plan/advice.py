@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from mcore_longctx.plan.layouts import SAME_TIME, Candidate, Problem, Search
+from mcore_longctx.plan.candidates import NO_DIFFERENCE, Candidate, Problem, Search, drawbacks
 from mcore_longctx.plan.setup import Setup
 from mcore_longctx.plan.tables import duration, gigabytes
 
@@ -32,9 +32,11 @@ _REMEDIES = {
     "weights": "a larger TP or PP",
     "gradients": "a larger TP or PP",
     "optimizer": "more GPUs (it is divided over DP x CP)",
-    "offloaded": "a smaller activations.offload_fraction, or more nodes",
+    "offloaded activations": "a smaller activations.offload_fraction, or more nodes",
     "data loader": "fewer GPUs in a node",
 }
+# what the best has over a faster one, in the order of `layouts.drawbacks`
+_CARES = ("needs no host memory", "leaves a quarter of the board free", "needs no pipeline", "exchanges in one level")
 _POLICIES = ("none", "selective", "attention_kept", "full")  # fastest first
 
 
@@ -68,13 +70,9 @@ def why_best(search: Search, own: Candidate | None = None) -> list[str]:
     if best is None:
         return []
     lines, fastest = [f"best: {describe(best)}, {duration(best.seconds)} a step, because"], search.fitting[0]
-    if fastest.seconds < best.seconds:
-        spared = (
-            "no host memory"
-            if fastest.setup.offload_fraction > best.setup.offload_fraction
-            else f"{_gb(best)} instead of {_gb(fastest)} GB"
-        )
-        lines.append(f"  it needs {spared}; {describe(fastest)} is faster by {1 - fastest.seconds / best.seconds:.1%} only")
+    better = [words for words, his, mine in zip(_CARES, drawbacks(fastest), drawbacks(best), strict=True) if his and not mine]
+    if better:
+        lines.append(f"  it {better[0]}; {describe(fastest)} is faster by {1 - fastest.seconds / best.seconds:.1%} only")
     runner_up = next((c for c in search.by_layout if c.layout != best.layout), None)
     if runner_up is None:
         lines.append("  no other layout fits")
@@ -102,8 +100,8 @@ def against(one: Candidate, other: Candidate) -> str:
     terms = ", ".join(f"{name} {'-' if value < 0 else '+'}{duration(abs(value))}" for name, value in large)
     memory_change = one.memory.total - other.memory.total
     memory = f"{gigabytes(abs(memory_change))} GB {'less' if memory_change < 0 else 'more'} of a GPU"
-    if abs(change) < (SAME_TIME - 1) * other.seconds:
-        return f"the same time (within {SAME_TIME - 1:.0%}), {memory}"
+    if abs(change) < (NO_DIFFERENCE - 1) * other.seconds:
+        return f"the same time (within {NO_DIFFERENCE - 1:.0%}), {memory}"
     words = f"{duration(abs(change))} {'less' if change < 0 else 'more'} a step ({abs(change) / other.seconds:.1%})"
     return f"{words}{f': {terms}' if terms else ''}; {memory}"
 

@@ -1,164 +1,37 @@
 """Every way to run a stage on a number of GPUs: which layouts divide, which of them fit, which is fastest.
 
 A layout is TP x PP x CP x DP with the exchange of its context parallelism. What divides is asked of the code that trains (`Stage`,
-`Parallel`, `ModelShape.check_layout`, `check_seq_length`), never decided here. For each layout and exchange the policies are priced from the
-fastest to the most sparing: `none`, `none` with a tiled MLP, `attention_kept`, `full`. As long as none has fitted, the last two are also tried
-with as many eighths of their layers on the host as it takes. So the list holds what fits and, before it, what was faster but did not.
+`Parallel`, `ModelShape.check_layout`, `check_seq_length`), never decided here. For each layout and exchange the policies are priced from
+the fastest to the most sparing: `none`, `none` with a tiled MLP, `attention_kept`, `full`. As long as none has fitted, the last two are
+also tried with as many eighths of their layers on the host as it takes; where `none` fits with room to spare nothing else is. So the list
+holds what fits and, before it, what was faster but did not. Of a layout on which not even `full` with everything on the host fits, the
+list has just that and `attention_kept`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 from mcore_longctx.errors import LayoutError, LongctxError
 from mcore_longctx.families import ModelShape
 from mcore_longctx.layout import check_seq_length
+from mcore_longctx.plan.candidates import Candidate, Problem, Search, fit_problem, is_tight
 from mcore_longctx.plan.hardware import Gpu
-from mcore_longctx.plan.memory import Memory, memory
-from mcore_longctx.plan.setup import Setup, stage_setup
-from mcore_longctx.plan.step_time import StepTime, step_time
-from mcore_longctx.plan.tables import gigabytes
-from mcore_longctx.plan.terms import Term
+from mcore_longctx.plan.memory import memory
+from mcore_longctx.plan.setup import stage_setup
+from mcore_longctx.plan.step_time import step_time
 from mcore_longctx.recipe.schema import CpCommType, Parallel, Stage, TokenCount
 
-__all__ = [
-    "COMFORTABLE",
-    "HOST_USABLE",
-    "MOST_NODES",
-    "SAME_TIME",
-    "USABLE",
-    "Candidate",
-    "Problem",
-    "Search",
-    "at_peak",
-    "fit_problem",
-    "nearest_counts",
-    "search",
-    "smallest_count",
-]
+__all__ = ["MOST_NODES", "Backend", "nearest_counts", "search", "smallest_count"]
 
-USABLE = 0.92  # of a board: the rest is for what no formula knows
-COMFORTABLE = 0.75  # of a board: fits even where the formulas are a fifth too low
-HOST_USABLE = 0.9  # of a node's memory: the system, the page cache of checkpoints and data
-SAME_TIME = 1.02  # times within 2 % are the same: the formulas are several times less exact
 MOST_NODES = 512
 _TILE = TokenCount(8192)
 _EIGHTHS = 8
-
 Backend = Literal["local", "te"]
 Recompute = Literal["none", "full", "attention_kept"]
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Why a layout cannot run: sizes that do not divide, or `excess` bytes too many on the GPU or on the host of a node."""
-
-    kind: Literal["sizes", "memory", "host"]
-    what: str
-    excess: float = 0.0
-    largest: str = ""  # name of the largest term
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One layout, exchange and policy: priced, or with the reason why it is impossible.
-
-    `memory` is None where sizes do not divide, `time` where it does not fit.
-    """
-
-    stage: Stage  # the stage with this layout and these activations
-    setup: Setup
-    memory: Memory | None = None
-    time: StepTime | None = None
-    problem: Problem | None = None
-
-    @property
-    def layout(self) -> tuple[int, int, int, int]:
-        """TP, CP, PP, DP."""
-        p = self.setup.parallel
-        return (
-            p.tensor_model_parallel_size,
-            p.context_parallel_size,
-            p.pipeline_model_parallel_size,
-            p.data_parallel_size,
-        )
-
-    @property
-    def seconds(self) -> float:
-        """Of a step; infinite for what does not run."""
-        return self.time.total if self.time is not None else float("inf")
-
-
-@dataclass(frozen=True)
-class Search:
-    """What was tried for a number of GPUs. `refused` are sizes that no layout can have: `("TP 16", reason)`."""
-
-    gpus: int
-    candidates: tuple[Candidate, ...]
-    refused: tuple[tuple[str, str], ...]
-
-    @cached_property
-    def fitting(self) -> tuple[Candidate, ...]:
-        """All that fit, fastest first."""
-        return tuple(sorted((c for c in self.candidates if c.problem is None), key=lambda c: c.seconds))
-
-    @cached_property
-    def best(self) -> Candidate | None:
-        """The fastest, unless one within 2 % of it needs no host memory, or leaves a quarter of the board free."""
-        return _choice(self.fitting)
-
-    @cached_property
-    def by_layout(self) -> tuple[Candidate, ...]:
-        """The best of each TP x CP x PP x DP, in order of time, the best of all first."""
-        layouts: dict[tuple[int, int, int, int], list[Candidate]] = {}
-        for candidate in self.fitting:
-            layouts.setdefault(candidate.layout, []).append(candidate)
-        best = [choice for same in layouts.values() if (choice := _choice(same)) is not None]
-        return tuple(sorted(best, key=lambda c: (c is not self.best, c.seconds)))
-
-
-def _choice(fitting: Sequence[Candidate]) -> Candidate | None:
-    """Of what is as fast as the first, the most careful."""
-
-    def cares(candidate: Candidate) -> tuple[bool, bool, float]:
-        assert candidate.memory is not None
-        tight = candidate.memory.total > COMFORTABLE * candidate.setup.gpu.memory_bytes
-        return candidate.setup.offload_fraction > 0, tight, candidate.seconds
-
-    close = [c for c in fitting if c.seconds <= SAME_TIME * fitting[0].seconds]
-    return min(close, key=cares, default=None)
-
-
-def fit_problem(setup: Setup, needed: Memory) -> Problem | None:
-    """Why a setup does not fit on its GPU or in the memory of its node, with the largest term; None if it does."""
-    gpu = setup.gpu
-    return _too_much("memory", "a GPU", needed.total, needed.terms, gpu.memory_bytes, USABLE) or _too_much(
-        "host", "of host memory a node", needed.host_total, needed.host, gpu.host_memory_bytes, HOST_USABLE
-    )
-
-
-def _too_much(
-    kind: Literal["memory", "host"], place: str, total: float, terms: tuple[Term, ...], there: float, share: float
-) -> Problem | None:
-    excess = total - share * there
-    if excess <= 0:
-        return None
-    largest = max((term for term in terms if at_peak(term)), key=lambda term: term.value)
-    return Problem(
-        kind,
-        f"{gigabytes(total)} GB {place}, {gigabytes(excess)} GB over {gigabytes(share * there)} ({share:.0%} of {gigabytes(there)} GB);"
-        f" largest: {largest.name} {gigabytes(largest.value)} GB",
-        excess,
-        largest.name,
-    )
-
-
-def at_peak(term: Term) -> bool:
-    """Whether a term of `Memory.terms` is part of its total: the loss head and the layer that is run again are not there together."""
-    return "not at the peak" not in term.note
 
 
 def search(stage: Stage, shape: ModelShape, gpu: Gpu, gpus: int, *, kernel: str = "", backend: Backend = "local") -> Search:
@@ -323,13 +196,22 @@ def _policies(stage: Stage, shape: ModelShape, gpu: Gpu, *, kernel: str, backend
         problem = fit_problem(setup, needed)
         return Candidate(tried, setup, needed, step_time(setup) if problem is None else None, problem)
 
+    *_, last = policies
+    sparest = price(*last, _EIGHTHS)
+    if sparest.problem is not None and sparest.problem.kind == "memory":  # then nothing fits: no need to price the rest
+        yield from (price(*policies[-2], 0), sparest)
+        return
     fitted = False
     for recompute, mlp_tile in policies:
         candidate = price(recompute, mlp_tile, 0)
         yield candidate
         fitted = fitted or candidate.problem is None
+        if recompute == "none" and fitted and not is_tight(candidate):
+            return  # nothing is faster, and there is nothing to spare
         if not fitted and recompute != "none":
-            yield _least_offloaded(partial(price, recompute, mlp_tile))
+            offloaded = _least_offloaded(partial(price, recompute, mlp_tile))
+            yield offloaded
+            fitted = offloaded.problem is None
 
 
 def _least_offloaded(price: Callable[[int], Candidate]) -> Candidate:

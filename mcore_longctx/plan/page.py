@@ -1,12 +1,14 @@
-"""What `mcore-longctx plan` prints for one stage, and the same for programs."""
+"""What `mcore-longctx plan` prints for one stage."""
 
 from __future__ import annotations
 
+import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
+from mcore_longctx.errors import ConfigError
 from mcore_longctx.families import ModelShape
 from mcore_longctx.plan.advice import (
     breaks_nearby,
@@ -20,32 +22,21 @@ from mcore_longctx.plan.advice import (
     smallest_miss,
     why_best,
 )
+from mcore_longctx.plan.candidates import HOST_USABLE, USABLE, Candidate, Problem, Search, at_peak, fit_problem
 from mcore_longctx.plan.hardware import Gpu
-from mcore_longctx.plan.intervals import Intervals
-from mcore_longctx.plan.layouts import (
-    HOST_USABLE,
-    MOST_NODES,
-    USABLE,
-    Backend,
-    Candidate,
-    Problem,
-    Search,
-    at_peak,
-    fit_problem,
-    search,
-    smallest_count,
-)
+from mcore_longctx.plan.intervals import Intervals, check_time_limit
+from mcore_longctx.plan.layouts import MOST_NODES, Backend, search, smallest_count
 from mcore_longctx.plan.memory import Memory
 from mcore_longctx.plan.setup import Setup
 from mcore_longctx.plan.stages import StagePlan, price_stage
 from mcore_longctx.plan.step_time import StepTime
-from mcore_longctx.plan.tables import columns, count, duration, gigabytes, side_by_side
+from mcore_longctx.plan.tables import columns, count, duration, gigabytes, side_by_side, size
 from mcore_longctx.plan.terms import Term
-from mcore_longctx.recipe import Stage
+from mcore_longctx.recipe import ClusterSection, Stage
 
 _WIDTH = 100
 
-__all__ = ["StagePage", "explain", "make_page", "page", "page_json"]
+__all__ = ["StagePage", "explain", "interval_terms", "kernel_name", "make_page", "page", "written_candidate"]
 
 
 @dataclass(frozen=True)
@@ -62,7 +53,8 @@ class StagePage:
     search: Search
     best: StagePlan | None
     smallest: Search | None
-    extra: tuple[str, ...] = ()  # lines about evaluation, time slots, accuracy
+    time_limit: str  # of one job
+    extra: tuple[str, ...] = ()  # lines about evaluation and accuracy
 
 
 def make_page(
@@ -75,6 +67,8 @@ def make_page(
     kernel: str = "",
     backend: Backend = "local",
     written: bool = False,
+    time_limit: str = ClusterSection().time_limit,
+    extra: tuple[str, ...] = (),
 ) -> StagePage:
     """Price a stage as it is written (if it is from a recipe), and look for the best layout of `gpus` GPUs.
 
@@ -91,6 +85,8 @@ def make_page(
         search=found,
         best=price_stage(best.stage, shape, gpu, kernel=kernel, backend=backend) if best is not None else None,
         smallest=None if best is not None else smallest_count(stage, shape, gpu, kernel=kernel, backend=backend, above=gpus),
+        time_limit=time_limit,
+        extra=extra,
     )
 
 
@@ -106,7 +102,7 @@ def page(it: StagePage, *, top: int) -> list[str]:
     if it.best is not None and (it.written is None or not _same_layout(it.written.setup, it.best.setup)):
         lines += ["", f"in detail: {_layout(it.best.setup)}", *_indent(_priced(it.best))]
     if plan is not None:
-        lines += ["", *_times(plan.intervals, it.written is None)]
+        lines += ["", *_times(plan, it)]
     return [part for line in [*lines, *it.extra] for part in _wrapped(line)]
 
 
@@ -121,16 +117,16 @@ def _wrapped(line: str) -> list[str]:
 def explain(plan: StagePlan) -> list[str]:
     """Every formula with its numbers."""
     lines = [f"{_layout(plan.setup)}, every formula (symbols: docs/plan.md)"]
-    groups: tuple[tuple[str, Sequence[Term], bool], ...] = (
-        ("memory of a GPU", plan.memory.terms, True),
-        ("memory of a node's host", plan.memory.host, True),
-        ("time of a step", plan.time.terms, False),
-        ("times that follow", _interval_terms(plan.intervals), False),
+    groups: tuple[tuple[str, Sequence[Term], Callable[[Term], str]], ...] = (
+        (f"memory of a GPU: {size(plan.memory.total)}", plan.memory.terms, lambda term: size(term.value)),
+        (f"memory of a node's host: {size(plan.memory.host_total)}", plan.memory.host, lambda term: size(term.value)),
+        (f"time of a step: {duration(plan.time.total)}", plan.time.terms, lambda term: duration(term.value)),
+        ("what follows", interval_terms(plan.intervals), partial(_interval_value, plan.intervals)),
     )
-    for title, terms, is_bytes in groups:
+    for title, terms, write in groups:
         lines += ["", title]
         for term in terms:
-            value = f"{gigabytes(term.value)} GB" if is_bytes else _interval_value(term)
+            value = write(term)
             lines.append(f"  {term.name:<28} {value:>10}  = {term.formula}")
             if term.numbers:
                 lines.append(f"  {'':<28} {'':>10}  = {term.numbers}")
@@ -139,35 +135,12 @@ def explain(plan: StagePlan) -> list[str]:
     return lines
 
 
-def page_json(it: StagePage) -> dict[str, Any]:
-    """The same for programs: bytes, seconds, shares."""
-    return {
-        "model": it.model,
-        "stage": it.stage.name,
-        "seq_length": int(it.stage.seq_length),
-        "global_batch_size": it.stage.global_batch_size,
-        "tokens_per_step": it.stage.global_batch_size * int(it.stage.seq_length),
-        "iterations": it.stage.iterations,
-        "gpus": it.gpus,
-        "gpu": it.search.candidates[0].setup.gpu.name,
-        "kernel": _kernel(it.search.candidates[0].setup),
-        "written": _plan_json(it.written) if it.written is not None else None,
-        "best": _plan_json(it.best) if it.best is not None else None,
-        "why_best": why_best(it.search, _written_candidate(it)),
-        "breaks_nearby": breaks_nearby(it.search),
-        "layouts": [_candidate_json(c, it.stage.iterations) for c in it.search.fitting],
-        "impossible": [_candidate_json(c, it.stage.iterations) for c in it.search.candidates if c.problem is not None],
-        "refused_sizes": dict(it.search.refused),
-        "smallest_gpus_that_fit": it.smallest.gpus if it.smallest is not None else None,
-    }
-
-
 def _head(it: StagePage, setup: Setup) -> list[str]:
     stage = it.stage
     tokens = stage.global_batch_size * stage.seq_length
     return [
         f"{it.model}: {count(stage.seq_length)} tokens ({stage.seq_length:,}) on {it.gpus:,} x {setup.gpu.name}"
-        f" (kernel {_kernel(setup)}, {setup.gpu.gpus_per_node} a node)",
+        f" (kernel {kernel_name(setup)}, {setup.gpu.gpus_per_node} a node)",
         f"stage {stage.name}: {count(tokens)} tokens a step ({stage.global_batch_size:,} x {count(stage.seq_length)}),"
         f" {stage.iterations:,} steps, {tokens * stage.iterations / 1e9:,.2f}B tokens",
     ]
@@ -190,7 +163,7 @@ def _priced(plan: StagePlan) -> list[str]:
     )
     board = f"{gigabytes(needed.total)} of {gigabytes(gpu.memory_bytes)} GB a GPU"
     verdict = f"{board}: fits (up to {USABLE:.0%} does)" if plan.fits else f"DOES NOT FIT: {plan.problem}"
-    host = f"host memory of a node: {gigabytes(needed.host_total)} of {gigabytes(gpu.host_memory_bytes)} GB (up to {HOST_USABLE:.0%} fits)"
+    host = f"host memory of a node: {size(needed.host_total)} of {gigabytes(gpu.host_memory_bytes)} GB (up to {HOST_USABLE:.0%} fits)"
     return [
         head,
         verdict,
@@ -221,11 +194,11 @@ def _traffic(setup: Setup, time: StepTime) -> list[str]:
     if setup.parallel.context_parallel_size > 1:
         ring = {"p2p", "a2a+p2p"} >= set(setup.parallel.cp_comm_types)
         hidden = "its ring hides behind the kernels" if time.exchange_hidden else "its ring does not hide behind the kernels"
-        received = f"{gigabytes(time.exchange_bytes)} GB received a GPU, layer and sequence (forward)"
+        received = f"{size(time.exchange_bytes)} received a GPU, layer and sequence (forward)"
         lines.append(f"key/value exchange: {received}; {hidden if ring else 'not overlapped with the kernels'}")
     if setup.offload_fraction:
         hidden = "waits" if any(t.name == "offload" and t.value > 0 for t in time.terms) else "hides behind the layers"
-        lines.append(f"offload: {gigabytes(time.offload_bytes)} GB a GPU and micro-batch, out and back; {hidden}")
+        lines.append(f"offload: {size(time.offload_bytes)} a GPU and micro-batch, out and back; {hidden}")
     return lines
 
 
@@ -269,7 +242,7 @@ def _verdict(it: StagePage) -> list[str]:
             lines += [f"nearest to the recipe that fits: {describe(near)}: {duration(near.seconds)} a step"]
     if it.best is not None:
         assert it.search.best is not None
-        lines += why_best(it.search, _written_candidate(it))
+        lines += why_best(it.search, written_candidate(it))
         if it.written is not None and not _same_layout(it.written.setup, it.best.setup):
             lines += ["  to use it, append:", *(f"    {text}" for text in overrides(it.search.best))]
         broken = breaks_nearby(it.search)
@@ -291,33 +264,39 @@ def _change(problem: Problem) -> str:
     return f" (change: {words})" if words else ""
 
 
-def _times(it: Intervals, for_best: bool) -> list[str]:
-    what = "best layout" if for_best else "layout as written"
-    lead, timeout = it.signal_lead.value, it.distributed_timeout.value
+def _times(plan: StagePlan, it: StagePage) -> list[str]:
+    times = plan.intervals
+    try:
+        steps = check_time_limit(it.time_limit, plan.time, times)
+        slot = f"a job of {it.time_limit} holds {steps:,} steps, the stage takes {math.ceil(plan.iterations / steps):,} of them"
+    except ConfigError as error:
+        slot = f"REFUSED by launch: {error}"
+    own = f" (the recipe: {it.stage.save_interval:,})" if it.written is not None else ""
     return [
-        f"follows from the {what}:",
-        f"  process groups wait {duration(timeout)} ({timeout / 60:.0f} min); SLURM signals {lead:,.0f} s before the limit;"
-        f" a job needs {duration(it.start_up.value)} to start",
-        f"  save every {it.save_interval.value:,.0f} steps: a checkpoint is {gigabytes(it.checkpoint_bytes.value)} GB,"
-        f" {duration(it.save_seconds.value)} to write",
+        f"follows from the {'best layout' if it.written is None else 'layout as written'}:",
+        f"  {slot}; {duration(times.start_up.value)} to start, signalled {times.signal_lead.value:,.0f} s before the limit",
+        f"  save every {times.save_interval.value:,.0f} steps{own}: a checkpoint has {size(times.checkpoint_bytes.value)},"
+        f" {duration(times.save_seconds.value)} to write; process groups wait {times.distributed_timeout.value / 60:.0f} min",
     ]
 
 
-def _interval_terms(it: Intervals) -> tuple[Term, ...]:
+def interval_terms(it: Intervals) -> tuple[Term, ...]:
+    """All of them, in the order of a page."""
     return (it.distributed_timeout, it.signal_lead, it.save_interval, it.save_seconds, it.start_up, it.checkpoint_bytes)
 
 
-def _interval_value(term: Term) -> str:
-    if "checkpoint" in term.name and term.value > 1e6:
-        return f"{gigabytes(term.value)} GB"
-    return f"{term.value:,.0f} steps" if "interval" in term.name else duration(term.value)
+def _interval_value(times: Intervals, term: Term) -> str:
+    if term is times.checkpoint_bytes:
+        return size(term.value)
+    return f"{term.value:,.0f} steps" if term is times.save_interval else duration(term.value)
 
 
 def _indent(lines: Sequence[str]) -> list[str]:
     return [f"  {line}" for line in lines]
 
 
-def _kernel(setup: Setup) -> str:
+def kernel_name(setup: Setup) -> str:
+    """The attention kernel that is priced."""
     return setup.kernel or setup.gpu.default_kernel
 
 
@@ -325,72 +304,9 @@ def _same_layout(one: Setup, other: Setup) -> bool:
     return _layout(one) == _layout(other)
 
 
-def _written_candidate(it: StagePage) -> Candidate | None:
+def written_candidate(it: StagePage) -> Candidate | None:
+    """The layout as written, to be compared: None where it does not fit, or is for another number of GPUs."""
     plan = it.written
     if plan is None or not plan.fits or plan.setup.parallel.world_size != it.gpus:
         return None
     return Candidate(it.stage, plan.setup, plan.memory, plan.time)
-
-
-def _terms_json(terms: Sequence[Term]) -> list[dict[str, Any]]:
-    return [{"name": t.name, "value": t.value, "formula": t.formula, "numbers": t.numbers, "note": t.note} for t in terms]
-
-
-def _setup_json(setup: Setup) -> dict[str, Any]:
-    p = setup.parallel
-    sizes = p.hierarchical_context_parallel_sizes
-    return {
-        "tensor_model_parallel_size": p.tensor_model_parallel_size,
-        "pipeline_model_parallel_size": p.pipeline_model_parallel_size,
-        "context_parallel_size": p.context_parallel_size,
-        "data_parallel_size": p.data_parallel_size,
-        "cp_comm_type": list(p.cp_comm_types) if len(p.cp_comm_types) > 1 else p.cp_comm_types[0],
-        "hierarchical_context_parallel_sizes": list(sizes) if sizes is not None else None,
-        "recompute": setup.recompute,
-        "offload_fraction": setup.offload_fraction,
-        "mlp_tile": setup.mlp_tile,
-    }
-
-
-def _priced_json(memory: Memory, time: StepTime, iterations: int) -> dict[str, Any]:
-    return {
-        "step_seconds": time.total,
-        "micro_batch_seconds": time.micro_batch,
-        "tokens_per_second_per_gpu": time.tokens_per_second_per_gpu,
-        "mfu": time.mfu,
-        "hours": time.total * iterations / 3600,
-        "memory_bytes": memory.total,
-        "host_bytes_per_node": memory.host_total,
-        "exchange_hidden": time.exchange_hidden,
-        "exchange_bytes": time.exchange_bytes,
-        "offload_bytes": time.offload_bytes,
-    }
-
-
-def _candidate_json(c: Candidate, iterations: int) -> dict[str, Any]:
-    priced = _priced_json(c.memory, c.time, iterations) if c.memory is not None and c.time is not None else {}
-    needed = {"memory_bytes": c.memory.total, "host_bytes_per_node": c.memory.host_total} if c.memory is not None else {}
-    problem = {"problem": c.problem.what, "kind": c.problem.kind} if c.problem is not None else {}
-    return {**_setup_json(c.setup), **needed, **priced, **problem}
-
-
-def _plan_json(plan: StagePlan) -> dict[str, Any]:
-    return {
-        **_setup_json(plan.setup),
-        **_priced_json(plan.memory, plan.time, plan.iterations),
-        "fits": plan.fits,
-        "problem": plan.problem or None,
-        "memory_terms": _terms_json(plan.memory.terms),
-        "host_terms": _terms_json(plan.memory.host),
-        "time_terms": _terms_json(plan.time.terms),
-        "intervals": {
-            "distributed_timeout_seconds": plan.intervals.distributed_timeout.value,
-            "signal_lead_seconds": plan.intervals.signal_lead.value,
-            "save_interval_steps": plan.intervals.save_interval.value,
-            "save_seconds": plan.intervals.save_seconds.value,
-            "start_up_seconds": plan.intervals.start_up.value,
-            "checkpoint_bytes": plan.intervals.checkpoint_bytes.value,
-        },
-        "interval_terms": _terms_json(_interval_terms(plan.intervals)),
-        "notes": list(plan.notes),
-    }

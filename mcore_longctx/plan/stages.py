@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from mcore_longctx.families import ModelShape
+from mcore_longctx.plan.candidates import fit_problem
 from mcore_longctx.plan.hardware import Gpu, find_gpu
 from mcore_longctx.plan.intervals import Intervals, intervals
-from mcore_longctx.plan.layouts import Backend, fit_problem
+from mcore_longctx.plan.layouts import Backend
 from mcore_longctx.plan.memory import Memory, memory
 from mcore_longctx.plan.setup import Setup, stage_setup
 from mcore_longctx.plan.step_time import StepTime, step_time

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-__all__ = ["columns", "count", "duration", "gigabytes", "side_by_side"]
+__all__ = ["columns", "count", "duration", "gigabytes", "side_by_side", "size"]
 
 
 def gigabytes(value: float) -> str:
@@ -15,6 +15,15 @@ def gigabytes(value: float) -> str:
     """
     text = f"{value / 1e9:,.1f}" if abs(value) < 99.95e9 else f"{value / 1e9:,.0f}"
     return text.removesuffix(".0")
+
+
+def size(value: float) -> str:
+    """Bytes in the unit that people would use, decimal.
+
+    >>> size(1.97e9), size(12.6e6), size(2048), size(2.2e12)
+    ('2 GB', '13 MB', '0 MB', '2,200 GB')
+    """
+    return f"{gigabytes(value)} GB" if value >= 99.5e6 else f"{value / 1e6:.0f} MB"
 
 
 def duration(seconds: float) -> str:
