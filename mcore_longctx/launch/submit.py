@@ -13,6 +13,7 @@ from typing import Any
 
 from mcore_longctx.errors import ConfigError, LongctxError
 from mcore_longctx.launch.chain import Chain
+from mcore_longctx.launch.partition import check_partition
 from mcore_longctx.manifest import write_atomic
 from mcore_longctx.recipe.load import dump_recipe
 
@@ -61,10 +62,13 @@ def submit_chain(chain: Chain, environment: Mapping[str, str] = os.environ) -> l
     sbatch hands the environment of the caller on: that is how secrets, of which scripts hold the names, get into the jobs.
 
     Raises:
-        ConfigError: no sbatch here, a secret that is not set, jobs of this chain still in the queue, or sbatch refused a script (then none is left).
+        ConfigError: no sbatch here, a secret that is not set, jobs of this chain still in the queue, a script that asks for more
+            than its partition gives, or sbatch refused a script (then none is left).
     """
     check_submit(chain, environment)
     slurm = chain.recipe.run_folder / "slurm"
+    for job in chain.jobs:
+        check_partition(slurm / f"{job.name}.sbatch", environment)
     book = _read_book(slurm)
     submitted: list[tuple[str, str]] = []
     for job in chain.jobs:
