@@ -14,13 +14,14 @@ MODELOPT := .venv-modelopt
 # Python 3.12 under its own name, or the newest one that pyenv has
 NEWEST_PYTHON ?= $(shell for p in python3.12 $$(PYENV_VERSION=$$(pyenv versions --bare 2>/dev/null | grep '^3\.12' | tail -1) pyenv which python3.12 2>/dev/null); do $$p -c '' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: help setup demo test test-long test-newest test-modelopt lint types contract format
+.PHONY: help setup slurm demo test test-long test-newest test-modelopt lint types contract format
 
 help:
 	@echo "make demo         set up, run the UltraLong recipe on the tiny model (two CPU cores, minutes), write runs/tiny-cpu/report.html"
 	@echo "make test         set up, run the test suite"
 	@echo "make test-newest  the suite on Python 3.12 with megatron-core 0.19 and transformers 5 (in $(NEWEST))"
-	@echo "make test-long    a training step at 262,144 tokens on the CPU against plain float64 (minutes)"
+	@echo "make test-long    a training step at 262,144 tokens on the CPU against plain float64, a job preempted ten times (minutes)"
+	@echo "make slurm        as root on Debian or Ubuntu: the packages for the tests on a real SLURM, where they are missing"
 	@echo "make test-modelopt  calibrated FP8 with nvidia-modelopt on Python 3.11 (in $(MODELOPT); it pins transformers below 5)"
 	@echo "make lint types contract   ruff, mypy, import-linter"
 
@@ -35,6 +36,10 @@ $(VENV)/.installed: pyproject.toml constraints/py311.txt constraints/py312.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c "$$(cat $(VENV)/constraints)" -e '.[dev]'
 	@touch $@
 
+# the tests that need them skip, with the reason, where they are not there
+slurm:
+	@tools/install_slurm.sh
+
 demo: setup
 	@echo "== the UltraLong recipe on the tiny model: 512 -> 4,096 tokens"
 	$(BIN)/mcore-longctx run tiny-cpu
@@ -44,7 +49,7 @@ test: setup
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-long: setup
-	@echo "== a step at 262,144 tokens"
+	@echo "== a step at 262,144 tokens; a job preempted ten times on a real SLURM"
 	$(BIN)/python -m pytest -m 'long and not gpu' $(PYTEST_ARGS)
 
 test-newest:

@@ -76,7 +76,10 @@ def test_when_the_last_script_is_refused_none_is_left(cluster: Cluster, tmp_path
     ("override", "words"),
     [
         ("cluster.partition=nowhere", r"[Ii]nvalid partition"),
-        ("cluster.time_limit=02:00:00", r"asks for 02:00:00, partition main gives at most 01:00:00 \(MaxTime\); lower cluster.time_limit"),
+        (
+            "cluster.time_limit=02:00:00",
+            r"asks for 02:00:00, partition main gives at most 01:00:00 \(MaxTime\); lower cluster.time_limit",
+        ),
         ("cluster.sbatch=[--constraint=gold]", r"[Ii]nvalid feature"),
     ],
 )
