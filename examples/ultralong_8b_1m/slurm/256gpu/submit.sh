@@ -1,0 +1,18 @@
+#!/bin/bash
+# Submits the jobs of ultralong-8b-1m, each after the one before it has ended well. `mcore-longctx launch --submit` does the same,
+# and writes down the job ids. Call it in the folder in which launch was called.
+set -eo pipefail
+
+RUN=runs/ultralong-8b-1m
+[[ -f $RUN/recipe.yaml ]] || { echo "no $RUN/recipe.yaml in $PWD: call this in the folder in which launch was called" >&2; exit 2; }
+mkdir -p "$RUN/slurm"
+
+submitted=()
+trap '[[ ${#submitted[@]} == 0 ]] || scancel "${submitted[@]}"' ERR  # all or none
+previous=""
+for job in 00-prepare 10-evaluate-before 20-extend 21-evaluate-extend 30-instruct 31-evaluate-instruct 90-finish; do
+    id=$(sbatch --parsable --kill-on-invalid-dep=yes ${previous:+"--dependency=afterok:$previous"} "$RUN/slurm/$job.sbatch")
+    previous=${id%%;*}
+    submitted+=("$previous")
+    echo "$previous $job"
+done
