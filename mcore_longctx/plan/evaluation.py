@@ -16,11 +16,12 @@ from mcore_longctx.plan.step_time import step_time
 from mcore_longctx.plan.tables import columns, count, duration
 from mcore_longctx.plan.terms import Term
 from mcore_longctx.recipe.schema import EvaluateSection, Parallel
+from mcore_longctx.tasks.statistics import wilson_interval
 
 __all__ = ["EvaluationPrice", "EvaluationRow", "evaluation_lines", "evaluation_price", "forward_seconds"]
 
 _MUCH = 1.5  # quadratic work of a grid over that of its longest length, above which lengths are worth a word
-_MANY = 20  # samples of the longest length, above which they are
+_MANY = 20  # needles of the longest length, above which they are
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class EvaluationRow:
 
     @property
     def seconds(self) -> float:
+        """Of all of them."""
         return self.sequences * self.forward.value
 
 
@@ -159,9 +161,9 @@ def _advice(section: EvaluateSection, rows: Sequence[EvaluationRow]) -> list[str
     each = next(row for row in rows if row.task == "needle" and row.length == longest)
     if each.sequences > _MANY:
         fewer = max(1, _MANY // needle.depths)
+        kept = fewer * needle.depths
         lines.append(
-            f"{each.sequences} needles of {count(longest)} take {duration(each.seconds)}: all depths of a length count together, so samples"
-            f" {fewer} ({fewer * needle.depths} at {needle.depths} depths) in {duration(each.forward.value * fewer * needle.depths)}"
-            f" still tell a rate of 95 % from one of 60 %"
+            f"{each.sequences} needles of {count(longest)} take {duration(each.seconds)}; with samples {fewer} it is {kept} over all depths"
+            f" in {duration(kept * each.forward.value)}, and {kept} of {kept} found still mean at least {wilson_interval(kept, kept)[0]:.0%}"
         )
     return lines
