@@ -66,7 +66,8 @@ def lock_folder(folder: Path) -> Iterator[None]:
         _held.append(file)
         try:
             file.truncate(0)
-            file.write(f"process {os.getpid()} on {os.uname().nodename}")
+            job = f", SLURM job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
+            file.write(f"process {os.getpid()} on {os.uname().nodename}{job}")
             file.flush()
             yield
         except OSError as error:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from mcore_longctx.errors import ConfigError, LayoutError
 from mcore_longctx.launch.slurm import Job, Times, render_steps, render_submit, render_training, shape_of_job
+from mcore_longctx.plan.intervals import check_time_limit, parse_time_limit
 from mcore_longctx.plan.stages import StagePlan, plan_stage
 from mcore_longctx.recipe import Recipe, Stage
 from mcore_longctx.recipe.load import RecipeFile
@@ -50,6 +51,8 @@ def build_chain(file: RecipeFile, *, only: str | None = None) -> Chain:
                 where=file.where(f"stages.{stage.name}"),
                 fix="`mcore-longctx plan` lists layouts that fit",
             )
+    where = file.where("cluster.time_limit")
+    _seconds_of(recipe.cluster.time_limit, where)
     stages = tuple(_with_timeout(stage, plans[stage.name]) for stage in recipe.stages)
     recipe = replace(recipe, output=recipe.run_folder, stages=stages)
     jobs = tuple(job for job in _jobs(recipe, file) if only in (None, job.stage))
@@ -61,7 +64,7 @@ def build_chain(file: RecipeFile, *, only: str | None = None) -> Chain:
         text = render_steps(recipe, job)
         if job.stage is not None:
             stage = next(stage for stage in stages if stage.name == job.stage)
-            text = render_training(recipe, job, stage, _times(stage, plans[stage.name]))
+            text = render_training(recipe, job, stage, _times(stage, plans[stage.name], recipe.cluster.time_limit, where))
         scripts[f"{job.name}.sbatch"] = text
     if only is None:
         scripts["submit.sh"] = render_submit(recipe, list(jobs))
@@ -80,21 +83,34 @@ def _with_timeout(stage: Stage, plan: StagePlan | None) -> Stage:
     return replace(stage, distributed_timeout_minutes=minutes)
 
 
-def _times(stage: Stage, plan: StagePlan | None) -> Times:
+def _seconds_of(time_limit: str, where: str) -> int:
+    try:
+        return parse_time_limit(time_limit)
+    except ValueError as error:
+        raise ConfigError(f"time_limit {error}", where=where) from None
+
+
+def _times(stage: Stage, plan: StagePlan | None, time_limit: str, where: str) -> Times:
     timeout = f"{stage.distributed_timeout_minutes:g} minutes"
     if plan is None:
+        limit = _seconds_of(time_limit, where)
+        if limit <= 2 * UNPLANNED_LEAD_SECONDS:
+            raise ConfigError(
+                f"{limit} s leave no time before the signal that asks the ranks to stop", where=where, fix="raise it"
+            )
         return Times(
             lead=UNPLANNED_LEAD_SECONDS,
-            lead_note="not planned (no formula for CPUs): raise it above two micro-batches and a save",
+            lead_note="not planned (no formula for CPUs): more than a micro-batch and a save",
             timeout_note=f"A rank waits up to {timeout} for the others: not planned (no formula for CPUs).",
             limit_note="not held against a plan (no formula for CPUs)",
         )
-    lead, limit = plan.intervals.signal_lead, plan.intervals.distributed_timeout
+    lead, waits = plan.intervals.signal_lead, plan.intervals.distributed_timeout
+    steps = check_time_limit(time_limit, plan.time, plan.intervals, where=f"{where} (stage {stage.name})")
     return Times(
         lead=round(lead.value),
         lead_note=lead.formula,
-        timeout_note=f"A rank waits up to {timeout} for the others: {limit.formula}.",
-        limit_note=f"a step takes about {plan.time.total:,.0f} s [planned]",
+        timeout_note=f"A rank waits up to {timeout} for the others [planned: {waits.formula} = {waits.value / 60:,.0f} min].",
+        limit_note=f"{steps:,} steps of {plan.time.total:,.0f} s fit [planned]",
     )
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from mcore_longctx.errors import ConfigError
 from mcore_longctx.launch.progress import Slice, StageFolders
 from mcore_longctx.manifest import versions
-from mcore_longctx.plan.stages import plan_stage
+from mcore_longctx.plan.intervals import parse_time_limit, steps_per_slot
+from mcore_longctx.plan.stages import one_line, plan_stage
 from mcore_longctx.recipe import Recipe, Stage
 from mcore_longctx.recipe.load import RecipeFile
 from mcore_longctx.recipe.resolve import resolve
@@ -65,7 +66,8 @@ def _planned(recipe: Recipe, stage: Stage, file: RecipeFile) -> str:
     plan = plan_stage(stage, resolve(file, need_model=False).shape, recipe.cluster)
     if plan is None:
         return "step time: not planned (no formula for CPUs)"
-    return f"planned: {plan.time.total:,.0f} s a step, {plan.hours:,.1f} h for the stage"
+    steps = steps_per_slot(parse_time_limit(recipe.cluster.time_limit), plan.time, plan.intervals)
+    return f"{one_line(plan)}; {steps:,} steps fit in a job of {recipe.cluster.time_limit}"
 
 
 def _commit() -> str:

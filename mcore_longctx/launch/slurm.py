@@ -12,7 +12,7 @@ import jinja2
 import yaml
 
 from mcore_longctx.errors import ConfigError
-from mcore_longctx.launch.environment import check_names, environment_lines
+from mcore_longctx.launch.environment import environment_lines
 from mcore_longctx.launch.local import CONTAINER, ERROR_NOTE, SRUN_OPTIONS
 from mcore_longctx.recipe import ClusterSection, Parallel, Recipe, Stage, TokenCount
 
@@ -106,9 +106,6 @@ def render_submit(recipe: Recipe, jobs: list[Job]) -> str:
 
 def _render(template: str, recipe: Recipe, job: Job, **more: Any) -> str:
     cluster, folder = recipe.cluster, recipe.run_folder
-    check_names(cluster)
-    for what, value in _site_values(cluster, job):
-        _check_word(what, value)
     job_facts = {
         **asdict(job),
         "starts_ranks": job.starts_ranks,
@@ -127,7 +124,7 @@ def _render(template: str, recipe: Recipe, job: Job, **more: Any) -> str:
         recipe_name=recipe.name,
         run=str(folder),
         log_pattern=f"{_option_value(f'{folder}/slurm')}/%x-%j.out",
-        site_options=[(name, _option_value(value or "")) for name, value in _site_values(cluster, job)],
+        site_options=_site_values(cluster, job),
         pad=_PAD,
         **more,
     )  # fmt: skip
@@ -166,11 +163,6 @@ def _site_values(cluster: ClusterSection, job: Job) -> list[tuple[str, str | Non
         ("reservation", cluster.reservation),
         ("constraint", cluster.constraint),
     ]
-
-
-def _check_word(what: str, value: str | None) -> None:
-    if value is not None and (not value or any(character in value for character in "\n\r\"'#")):
-        raise ConfigError(f"{value!r} cannot stand in an #SBATCH line", where=f"cluster.{what}")
 
 
 def _option_value(value: str) -> str:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
 __all__ = ["ClusterSection", "ContainerSection"]
+
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_SECRET = ("*TOKEN*", "*KEY*", "*SECRET*", "*PASSWORD*", "*CREDENTIAL*")
+_IN_A_LINE = ("account", "partition", "cpu_partition", "qos", "reservation", "constraint", "time_limit")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,6 +26,9 @@ class ContainerSection:
     def __post_init__(self) -> None:
         if (self.runtime == "none") != (self.image is None):
             raise ValueError("give image with runtime pyxis or apptainer, and only then")
+        for mount in self.mounts:
+            if not 1 <= mount.count(":") <= 2 or "" in mount.split(":"):
+                raise ValueError(f"mount {mount!r} is not of the form HOST:CONTAINER")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,3 +54,19 @@ class ClusterSection:
     def __post_init__(self) -> None:
         if self.nproc_per_node < 1:
             raise ValueError(f"nproc_per_node is {self.nproc_per_node}, expected 1 or more")
+        for name in _IN_A_LINE:  # of a script: sbatch reads it, no shell does
+            value = getattr(self, name)
+            if value is not None and not re.fullmatch(r"[^\s\"'#]+", value):
+                raise ValueError(f"{name} {value!r} cannot stand in an #SBATCH line")
+        for option in self.sbatch:
+            if not option.startswith("-") or "\n" in option:
+                raise ValueError(f"sbatch option {option!r}, expected for example --mail-type=END")
+        for name in (*self.environment, *self.secrets):
+            if not _VARIABLE.fullmatch(name):
+                raise ValueError(f"{name!r} is no name of an environment variable")
+        for name in self.environment:
+            if any(fnmatchcase(name.upper().replace("TOKENIZER", ""), pattern) for pattern in _SECRET):
+                raise ValueError(
+                    f"environment.{name} looks like a secret, and its value would be written into scripts and logs: "
+                    f"export it before sbatch, and list its name in cluster.secrets"
+                )

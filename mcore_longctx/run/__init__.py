@@ -12,6 +12,7 @@ from dataclasses import replace
 from mcore_longctx.data.workspace import lock_folder
 from mcore_longctx.errors import ConfigError, LongctxError
 from mcore_longctx.manifest import write_atomic
+from mcore_longctx.plan.stages import one_line, plan_stage
 from mcore_longctx.recipe.load import RecipeFile, dump_recipe
 from mcore_longctx.recipe.resolve import Resolved, resolve
 from mcore_longctx.recipe.schema import Recipe
@@ -36,6 +37,9 @@ def print_plan(file: RecipeFile, *, until: str | None = None, only: Sequence[str
         print(f"\n[{number}/{len(steps)}] {step.name}")
         for line in step.about:
             print(f"    {line}")
+        for stage in recipe.stages:
+            if step.name == f"train-{stage.name}" and (plan := plan_stage(stage, resolved.shape, recipe.cluster)) is not None:
+                print(f"    {one_line(plan)}")
 
 
 def run_recipe(file: RecipeFile, *, until: str | None = None, only: Sequence[str] | None = None) -> int:
