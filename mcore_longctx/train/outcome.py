@@ -96,6 +96,8 @@ class Outcome:
         if self._has_started:  # before that, the STATUS there may belong to another job that trains into this folder
             logger.error("%s", line, extra={"log_file_only": True})
             self._write_status("stopped" if isinstance(error, StoppedBySignal) else "failed", code, line)
+        elif note := os.environ.get("MCORE_LONGCTX_ERROR_NOTE"):  # for whoever started this rank (`launch`)
+            write_atomic(Path(note), f"failed {code} {line}\n")
 
     def _line(self, error: BaseException) -> str:
         if isinstance(error, LongctxError):
