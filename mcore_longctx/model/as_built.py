@@ -12,10 +12,12 @@ import math
 import sys
 import warnings
 from dataclasses import replace
+from importlib import metadata
 from typing import Any
 
 import numpy as np
 import torch
+from megatron.core.models.gpt import gpt_layer_specs
 
 from mcore_longctx.families import ModelShape
 from mcore_longctx.megatron_compat import MEGATRON_VERSION, quiet_import
@@ -37,7 +39,7 @@ def rope_as_built(shape: ModelShape, rope: RopeScaling, phase_dtype: PhaseDtype,
         inv_freq: the d/2 inverse frequencies in the rotary module, as float64; softmax_scale: of the core attention;
         angle_error: largest error in rad, modulo 2 pi, of the angles that the module makes at the end of the context;
         module, core_attention: the classes that were built; device; transformers: whether transformers makes the same bits (None: it
-        is not installed, or has no such rope); stock: see `_stock_frequencies`; megatron: its version.
+        is not installed, or has no such rope); stock: see `_stock_frequencies`; megatron, te: versions (te None: not installed).
     """
     narrow = replace(
         shape,
@@ -64,6 +66,7 @@ def rope_as_built(shape: ModelShape, rope: RopeScaling, phase_dtype: PhaseDtype,
             "transformers": _like_transformers(rotary.inv_freq, rope) if phase_dtype == "float32" else None,
             "stock": _stock_frequencies(rope),
             "megatron": MEGATRON_VERSION,
+            "te": metadata.version("transformer-engine") if gpt_layer_specs.HAVE_TE else None,
         }
     finally:
         destroy_process_groups()

@@ -1,10 +1,9 @@
 """`doctor RECIPE`: what would fail is found before anything starts, each with a fault planted."""
 
-import json
 import math
 import os
 import subprocess
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from mcore_longctx.launch.doctor import Finding, stages, storage
 from mcore_longctx.launch.doctor import rope as rope_checks
 from mcore_longctx.launch.doctor.probes import Probe
 from mcore_longctx.recipe.card import CheckpointCard, write_card
-from mcore_longctx.recipe.load import open_recipe
+from mcore_longctx.recipe.load import RecipeFile, open_recipe
 from mcore_longctx.recipe.resolve import resolve
 from mcore_longctx.rope import RopeScaling, write_hf_rope
 
@@ -51,70 +50,74 @@ def test_the_tiny_recipe_would_run(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 # ------------------------------------------------------------------------------------------------------------------ rope as built
 
 
-def build(recipe: str, *overrides: str) -> tuple[dict[str, Any], list[Finding], RopeScaling]:
+def build(recipe: str, *overrides: str) -> tuple[RecipeFile, dict[str, Any], RopeScaling]:
+    """What a model of the recipe has, built in a process of its own."""
     file = open_recipe(recipe, overrides)
     resolved = resolve(file, need_model=False)
     with Probe("-m", "mcore_longctx.model.as_built", question=rope_checks.question(file.recipe, resolved)) as probe:
-        found = probe.answer()
-    return found, list(rope_checks.as_built(found, file.recipe, resolved.rope)), resolved.rope
+        return file, probe.answer(), resolved.rope
 
 
-@pytest.mark.parametrize(
-    ("overrides", "temperature"),
-    [
-        ((), 1.0),
-        (("rope.phase_dtype=float64",), 1.0),
-        (("rope.type=yarn", "rope.beta_fast=4", "rope.beta_slow=1"), 0.1 * math.log(512) + 1),
-    ],
-)
-def test_the_rope_that_is_built_is_the_recipes_and_that_of_transformers(overrides: tuple[str, ...], temperature: float) -> None:
+def transformers_rope(rope: RopeScaling) -> Any:
     from transformers import LlamaConfig
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    found, findings, rope = build("ultralong-8b-4m", *overrides)
+    return LlamaRotaryEmbedding(LlamaConfig(head_dim=128, hidden_size=256, num_attention_heads=2, **write_hf_rope(rope)))
+
+
+YARN = ("rope.type=yarn", "rope.beta_fast=4", "rope.beta_slow=1")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "temperature"), [((), 1.0), (("rope.phase_dtype=float64",), 1.0), (YARN, 0.1 * math.log(512) + 1)]
+)
+def test_the_rope_that_is_built_is_the_recipes_and_that_of_transformers(overrides: tuple[str, ...], temperature: float) -> None:
+    file, found, rope = build("ultralong-8b-4m", *overrides)
+    findings = list(rope_checks.as_built(found, file.recipe, rope))
     assert not wrong(findings)
-    oracle = LlamaRotaryEmbedding(LlamaConfig(head_dim=128, hidden_size=256, num_attention_heads=2, **write_hf_rope(rope)))
+    oracle = transformers_rope(rope)
     np.testing.assert_allclose(found["inv_freq"], oracle.inv_freq.double().numpy(), rtol=6e-7)
     assert oracle.attention_scaling == pytest.approx(temperature)
     assert found["softmax_scale"] == pytest.approx(temperature**2 / math.sqrt(128))
     said = " ".join(finding.text for finding in findings)
     assert f"temperature {temperature:.6g}" in said
     assert "effective context 4,194,304 tokens" in said
+    if rope.type == "llama3":  # what stock flags would build is the rope that Llama 3.1 comes with
+        llama_31 = RopeScaling(type="llama3", head_dim=128, rope_theta=5e5, factor=8.0, original_max_position_embeddings=8192)
+        np.testing.assert_allclose(found["stock"], transformers_rope(llama_31).inv_freq.double().numpy(), rtol=6e-7)
+        assert "64 times apart" in texts(findings, "note")["stock Megatron-LM"]
 
 
-def test_what_stock_flags_would_build_is_llama_31s_own_rope() -> None:
-    from transformers import LlamaConfig
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+PLANTED = """
+import mcore_longctx.model.rotary as r, mcore_longctx.model.builder as b
+r.hf_inverse_frequencies = lambda s, real=r.hf_inverse_frequencies: real(s).bfloat16().float()
+r.LongContextRotary.angles = lambda self, p, real=r.LongContextRotary.angles: real(self, p - 1)
+b.transformer_config = lambda *a, real=b.transformer_config, **k: real(*a, **(k | {"softmax_scale": 128 ** -0.5}))
+"""
 
-    found, findings, _ = build("ultralong-8b-4m")
-    llama_31 = RopeScaling(type="llama3", head_dim=128, rope_theta=5e5, factor=8.0, original_max_position_embeddings=8192)
-    config = LlamaConfig(head_dim=128, hidden_size=256, num_attention_heads=2, **write_hf_rope(llama_31))
-    theirs = LlamaRotaryEmbedding(config).inv_freq
-    np.testing.assert_allclose(found["stock"], theirs.double().numpy(), rtol=6e-7)
-    assert "64 times apart" in texts(findings, "note")["stock Megatron-LM"]
+
+def test_a_model_that_is_built_with_another_rope_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sitecustomize.py").write_text(PLANTED)  # frequencies in bf16, positions off by one, YaRN's temperature lost
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    file, found, rope = build("ultralong-8b-4m", *YARN)
+    said = wrong(rope_checks.as_built(found, file.recipe, rope))
+    assert len(said) == 3, said
+    assert "times as fast" in said[0]
+    assert "the recipe's scale is 0.233" in said[1]
+    assert "angles at the end" in said[2]
 
 
 @pytest.mark.parametrize(
-    ("planted", "said"),
-    [
-        ("r.hf_inverse_frequencies = lambda s, real=r.hf_inverse_frequencies: real(s) * (1 + 1e-4)", "times as fast"),
-        ("r.hf_inverse_frequencies = lambda s, real=r.hf_inverse_frequencies: real(s).bfloat16().float()", "times as fast"),
-        ("r.hf_inverse_frequencies = lambda s, real=r.hf_inverse_frequencies: real(s)[1:]", "the recipe has 64"),
-        (
-            "b.transformer_config = lambda *a, real=b.transformer_config, **k: real(*a, **(k | {'softmax_scale': 128 ** -0.5}))",
-            "the recipe's scale is 0.233",
-        ),
-        ("r.LongContextRotary.angles = lambda self, p, real=r.LongContextRotary.angles: real(self, p - 1)", "angles at the end"),
-    ],
+    ("change", "said"),
+    [(lambda w: [*w[:40], w[40] * (1 + 1e-5), *w[41:]], "pair 40 turns 1.00001"), (lambda w: w[1:], "the recipe has 64")],
 )
-def test_a_model_that_is_built_with_another_rope_is_seen(
-    planted: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    code = "import mcore_longctx.model.rotary as r, mcore_longctx.model.builder as b\n" + planted
-    (tmp_path / "sitecustomize.py").write_text(code + "\n")
-    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
-    _, findings, _ = build("ultralong-8b-4m", "rope.type=yarn", "rope.beta_fast=4", "rope.beta_slow=1")
-    assert any(said in text for text in wrong(findings)), [finding.text for finding in findings]
+def test_one_frequency_that_is_off_by_more_than_rounding_is_seen(change: Callable[[list[float]], list[float]], said: str) -> None:
+    file = open_recipe("ultralong-8b-4m")
+    rope = resolve(file, need_model=False).rope
+    exact = rope.frequencies()[0].tolist()
+    found = {"module": "M", "device": "cpu", "transformers": None, "stock": None, "softmax_scale": 128**-0.5, "angle_error": 0.0}
+    assert not wrong(rope_checks.as_built(found | {"inv_freq": exact}, file.recipe, rope))
+    assert said in wrong(rope_checks.as_built(found | {"inv_freq": change(exact)}, file.recipe, rope))[0]
 
 
 def test_a_model_that_cannot_be_built_is_a_fault() -> None:
@@ -223,7 +226,13 @@ def test_inputs_that_are_missing_stop_a_recipe_whose_model_is_here(tmp_path: Pat
     said = wrong(stages.inputs(replace(recipe, tokenizer=tmp_path), model_found=True))
     assert any("data.chats.sources.chats: no such file or folder: nowhere.jsonl" in text for text in said)
     assert any("tokenizer" in text for text in said)
-    assert not wrong(stages.inputs(recipe, model_found=False))
+    missing = replace(recipe, model=replace(recipe.model, path=tmp_path / "not-yet"))
+    assert not wrong(stages.inputs(missing, model_found=False))
+
+
+def test_a_model_folder_without_its_config_is_a_download_that_ended_early(tmp_path: Path) -> None:
+    recipe = open_recipe("ultralong-8b-4m", [f"model.path={tmp_path}"]).recipe
+    assert "no config.json" in wrong(stages.inputs(recipe, model_found=False))[0]
 
 
 PARAMETERS_8B = 8_030_261_248  # Llama-3.1-8B as published
@@ -286,9 +295,3 @@ def test_the_file_system_is_that_of_the_longest_mount_point(tmp_path: Path) -> N
     assert found.level == "note"
     assert f"nfs4 mounted at {folder}" in found.text
     assert storage.file_system(Path("/elsewhere"), 4, root=tmp_path).level == "wrong"
-
-
-def test_findings_are_plain_json(tmp_path: Path) -> None:
-    findings, _ = doctor.examine_recipe(open_recipe("ultralong-8b-4m", [f"output={tmp_path}", "rope.factor=256"]))
-    assert json.dumps([finding.__dict__ for finding in findings])
-    assert any(finding.level == "wrong" for finding in findings)

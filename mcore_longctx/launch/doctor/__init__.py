@@ -53,21 +53,21 @@ def examine_recipe(file: RecipeFile) -> tuple[list[Finding], Resolved | None]:
     heads = [[precision, resolved.shape.kv_channels] for precision in _precisions(recipe)] if resolved else []
     with ExitStack() as probes:
         torch = probes.enter_context(Probe("-c", TORCH, question={"heads": heads}))
-        megatron = probes.enter_context(Probe("-c", MEGATRON, question={}))
         built = None
         if resolved is not None:
             built = probes.enter_context(Probe("-m", "mcore_longctx.model.as_built", question=rope.question(recipe, resolved)))
         planned, of_plan = stages.plans(recipe, resolved) if resolved else ({}, [])
         about_torch = torch.answer()
+        about_model = {"error": ""} if built is None else built.answer()
         findings = [
             *libraries.installed(),
             *libraries.torch_found(about_torch),
-            *libraries.megatron_found(megatron.answer()),
+            *libraries.megatron_found(_why_not() if "error" in about_model else about_model),
             *environment.variables({**os.environ, **recipe.cluster.environment}, nodes=stages.largest_nodes(recipe)),
             *_machine(recipe, resolved, planned, about_torch),
             *layouts,
         ]
-        if resolved is None or built is None:
+        if resolved is None:
             return findings, None
         findings += [
             *stages.inputs(recipe, model_found=resolved.model_found),
@@ -75,10 +75,16 @@ def examine_recipe(file: RecipeFile) -> tuple[list[Finding], Resolved | None]:
             *stages.gpus_here(about_torch.get("gpus", []), recipe, planned),
             *stages.timeouts(recipe.stages, planned),
             stages.dense_mask(recipe),
-            *rope.as_built(built.answer(), recipe, resolved.rope),
+            *rope.as_built(about_model, recipe, resolved.rope),
             *rope.of_checkpoints(recipe, resolved),
         ]
     return findings, resolved
+
+
+def _why_not() -> Mapping[str, object]:
+    """megatron-core by itself, where no model could be built."""
+    with Probe("-c", MEGATRON, question={}) as probe:
+        return probe.answer()
 
 
 def _machine(

@@ -92,7 +92,7 @@ def torch_found(found: Mapping[str, Any]) -> Iterator[Finding]:
 
 
 def megatron_found(found: Mapping[str, Any]) -> Iterator[Finding]:
-    """megatron-core and TransformerEngine, as they import (`probes.MEGATRON`)."""
+    """megatron-core and TransformerEngine, as they import (`probes.MEGATRON`, or the answer of a model that was built)."""
     error = str(found.get("megatron_error", found.get("error", "")))
     if "megatron" in found:
         yield ok("megatron-core", str(found["megatron"]))
@@ -104,7 +104,7 @@ def megatron_found(found: Mapping[str, Any]) -> Iterator[Finding]:
         )
     else:
         yield wrong("megatron-core", error, _INSTALL if not _has("megatron-core") else "reinstall megatron-core")
-    if "te" in found:
+    if found.get("te"):
         yield ok("transformer-engine", f"{found['te']} (optional)")
     elif "te_error" in found:
         yield note("transformer-engine", f"installed but does not load: {found['te_error']}")

@@ -80,10 +80,13 @@ def _layout(name: str, parallel: Parallel, recipe: Recipe) -> Finding:
 
 def inputs(recipe: Recipe, *, model_found: bool) -> Iterator[Finding]:
     """Files and folders that the run starts from. Before the model is at hand they are notes: the recipe is looked at as a plan."""
-    if not model_found:
-        yield note("model", f"{recipe.model.path} is not here: sizes from the recipe, and `run` starts when it is", "hf download")
+    path = recipe.model.path
+    if model_found:
+        yield ok("model", str(path))
+    elif path.exists():
+        yield wrong("model", f"{path} has no config.json", f"hf download again with --local-dir {path}, or correct model.path")
     else:
-        yield ok("model", str(recipe.model.path))
+        yield note("model", f"{path} is not here: sizes from the recipe, and `run` starts when it is", "hf download")
     wanted: dict[Path, str] = {}
     if model_found or recipe.tokenizer is not None:
         wanted[recipe.tokenizer_folder / "tokenizer.json"] = "tokenizer"
