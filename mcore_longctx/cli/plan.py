@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mcore_longctx.families import ModelShape
+    from mcore_longctx.plan.evaluation import EvaluationPrice
     from mcore_longctx.plan.hardware import Gpu
     from mcore_longctx.plan.page import StagePage
     from mcore_longctx.recipe import Stage
@@ -77,50 +79,93 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    import json
-
-    from mcore_longctx.plan.as_json import page_json
-    from mcore_longctx.plan.page import explain, page
+    from mcore_longctx.plan.as_json import evaluation_json, page_json
+    from mcore_longctx.plan.page import explain, page, wrapped
 
     top = _number("--top", args.top)
-    pages = _pages(args)
+    pages, evaluation = _pages(args)
+    if args.plot is not None:
+        _plot(args, pages)
     if args.json:
-        print(json.dumps({"stages": [page_json(it) for it in pages]}, indent=1))
+        print(json.dumps({"stages": [page_json(it) for it in pages], "evaluation": evaluation_json(evaluation)}, indent=1))
     else:
         for number, it in enumerate(pages):
             print("\n" * min(number, 1) + "\n".join(page(it, top=top)))
             plan = it.written or it.best
             if args.explain and plan is not None:
                 print("\n" + "\n".join(explain(plan)))
+        print("\n".join(wrapped([*_evaluation(evaluation), "", _accuracy()])))
     return 0 if all(it.search.fitting and (it.written is None or it.written.fits) for it in pages) else 1
 
 
-def _pages(args: argparse.Namespace) -> list[StagePage]:
+def _evaluation(price: EvaluationPrice | None) -> list[str]:
+    if price is None:
+        return []
+    from mcore_longctx.plan.evaluation import evaluation_lines
+
+    return ["", "evaluation, each model:", *(f"  {line}" for line in evaluation_lines(price))]
+
+
+def _accuracy() -> str:
+    from mcore_longctx.plan.validate import validate
+
+    report = validate()
+    time, memory = report.time["held"], report.memory["held"]
+    return (
+        f"accuracy: on published runs that no constant was fitted to, planned times are {time.mean:.1%} off on average ({time.rows} runs,"
+        f" mean {time.bias:+.1%}, worst {time.worst:.0%}), memory {memory.mean:.1%} ({memory.rows} runs, mean {memory.bias:+.1%}, worst"
+        f" {memory.worst:.0%}). Quote a plan with that; details: plan --validate"
+    )
+
+
+def _plot(args: argparse.Namespace, pages: list[StagePage]) -> None:
+    from mcore_longctx.errors import ConfigError
+    from mcore_longctx.plan.plots import plot_lengths
+
+    if len(pages) > 1:
+        raise ConfigError("--plot draws one stage", fix=f"add --stage, one of {', '.join(it.stage.name for it in pages)}")
+    plan = pages[0].written or pages[0].best
+    if plan is None:
+        raise ConfigError(f"--plot has nothing to draw: no layout of {pages[0].gpus:,} GPUs fits")
+    try:
+        plot_lengths(plan.setup, args.plot)
+    except OSError as error:
+        raise ConfigError(f"cannot be written: {error.strerror}", where=args.plot) from None
+
+
+def _pages(args: argparse.Namespace) -> tuple[list[StagePage], EvaluationPrice | None]:
     from mcore_longctx.plan.page import make_page
 
     if args.model is not None:
         name, shape, stage, gpu, gpus = _without_recipe(args)
-        return [make_page(name, stage, shape, gpu, gpus, kernel=args.kernel)]
+        return [make_page(name, stage, shape, gpu, gpus, kernel=args.kernel)], None
+    from mcore_longctx.errors import LayoutError
+    from mcore_longctx.plan.evaluation import evaluation_price
     from mcore_longctx.recipe.resolve import resolve
 
     file = _recipe(args)
     shape = resolve(file, need_model=False).shape
     gpu = _gpu(args, file)
-    recipe = file.recipe
-    return [
-        make_page(
-            recipe.name,
-            stage,
-            shape,
-            gpu,
-            _number("--gpus", args.gpus) if args.gpus is not None else stage.parallel.world_size,
-            kernel=args.kernel,
-            backend=recipe.model.backend,
-            written=True,
-            time_limit=recipe.cluster.time_limit,
-        )
-        for stage in _stages(args, file)
-    ]
+    recipe, pages = file.recipe, []
+    for stage in _stages(args, file):
+        gpus = _number("--gpus", args.gpus) if args.gpus is not None else stage.parallel.world_size
+        try:
+            it = make_page(
+                recipe.name,
+                stage,
+                shape,
+                gpu,
+                gpus,
+                kernel=args.kernel,
+                backend=recipe.model.backend,
+                written=True,
+                time_limit=recipe.cluster.time_limit,
+            )
+        except LayoutError as error:
+            raise LayoutError(error.what, where=f"stage {stage.name}", fix=error.fix) from None
+        pages.append(it)
+    models = len(recipe.stages) + 2  # as it is, with the new rope, after each stage
+    return pages, evaluation_price(recipe.evaluate, shape, gpu, columns=models, kernel=args.kernel)
 
 
 def _recipe(args: argparse.Namespace) -> RecipeFile:
@@ -226,7 +271,26 @@ def _validate(args: argparse.Namespace) -> int:
 
 
 def _serve(args: argparse.Namespace) -> int:
-    raise NotImplementedError
+    from mcore_longctx.errors import ConfigError
+    from mcore_longctx.plan.as_json import serving_json
+    from mcore_longctx.plan.hardware import find_gpu
+    from mcore_longctx.plan.serving import plan_serving, serving_lines
+    from mcore_longctx.recipe.resolve import resolve
+
+    gpus = [find_gpu(args.gpu, args.hardware)] if args.gpu is not None else []
+    if args.model is not None:
+        if args.seq_length is None:
+            raise ConfigError("--serve needs --seq-length, the longest request", fix="for example --seq-length 1M")
+        name, shape = _model(args.model)
+        length, path = _tokens("--seq-length", args.seq_length), name
+    else:
+        file = _recipe(args)
+        resolved = resolve(file, need_model=False)
+        shape, path = resolved.shape, str(file.recipe.run_folder / "export")
+        length = resolved.rope.resolved_max_position_embeddings or max(stage.seq_length for stage in file.recipe.stages)
+    plan = plan_serving(shape, length, gpus=gpus, path=path)
+    print(json.dumps(serving_json(plan), indent=1) if args.json else "\n".join(serving_lines(plan)))
+    return 0
 
 
 def _number(option: str, text: str) -> int:

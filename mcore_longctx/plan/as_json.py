@@ -7,14 +7,16 @@ from typing import Any
 
 from mcore_longctx.plan.advice import breaks_nearby, why_best
 from mcore_longctx.plan.candidates import Candidate
+from mcore_longctx.plan.evaluation import EvaluationPrice
 from mcore_longctx.plan.memory import Memory
 from mcore_longctx.plan.page import StagePage, interval_terms, kernel_name, written_candidate
+from mcore_longctx.plan.serving import ServingPlan
 from mcore_longctx.plan.setup import Setup
 from mcore_longctx.plan.stages import StagePlan
 from mcore_longctx.plan.step_time import StepTime
 from mcore_longctx.plan.terms import Term
 
-__all__ = ["page_json"]
+__all__ = ["evaluation_json", "page_json", "serving_json"]
 
 
 def page_json(it: StagePage) -> dict[str, Any]:
@@ -38,6 +40,48 @@ def page_json(it: StagePage) -> dict[str, Any]:
         "refused_sizes": dict(it.search.refused),
         "smallest_gpus_that_fit": it.smallest.gpus if it.smallest is not None else None,
     }
+
+
+def evaluation_json(price: EvaluationPrice | None) -> dict[str, Any] | None:
+    """Seconds of each task on each length; None where nothing is measured."""
+    if price is None:
+        return None
+    rows = [
+        {
+            "task": row.task,
+            "length": row.length,
+            "sequences": row.sequences,
+            "forward_seconds": row.forward.value,
+            "seconds": row.seconds,
+        }
+        for row in price.rows
+    ]
+    return {
+        "gpus": price.gpus,
+        "models": price.columns,
+        "seconds_per_model": price.seconds,
+        "gpu_hours": price.gpu_hours,
+        "rows": rows,
+        "advice": list(price.advice),
+    }
+
+
+def serving_json(plan: ServingPlan) -> dict[str, Any]:
+    """GPUs, bytes and seconds of one request, and the commands. `gpus` is None where more than 64 would be needed."""
+    rows = [
+        {
+            "gpu": row.gpu.name,
+            "weights": row.precision.weights,
+            "kv": row.precision.kv,
+            "gpus": row.layout.tp if row.layout is not None else None,
+            "decode_context_parallel": row.layout.dcp if row.layout is not None else None,
+            "bytes_per_gpu": row.gpu_bytes if row.layout is not None else None,
+            "first_token_seconds": [term.value for term in row.first_token] if row.first_token is not None else None,
+            "next_token_seconds": row.next_token.value if row.next_token is not None else None,
+        }
+        for row in plan.rows
+    ]
+    return {"length": plan.length, "prefill_flops": plan.prefill_flops, "rows": rows, "commands": list(plan.commands)}
 
 
 def _terms_json(terms: Sequence[Term]) -> list[dict[str, Any]]:

@@ -36,7 +36,7 @@ from mcore_longctx.recipe import ClusterSection, Stage
 
 _WIDTH = 100
 
-__all__ = ["StagePage", "explain", "interval_terms", "kernel_name", "make_page", "page", "written_candidate"]
+__all__ = ["StagePage", "explain", "interval_terms", "kernel_name", "make_page", "page", "wrapped", "written_candidate"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,6 @@ class StagePage:
     best: StagePlan | None
     smallest: Search | None
     time_limit: str  # of one job
-    extra: tuple[str, ...] = ()  # lines about evaluation and accuracy
 
 
 def make_page(
@@ -68,7 +67,6 @@ def make_page(
     backend: Backend = "local",
     written: bool = False,
     time_limit: str = ClusterSection().time_limit,
-    extra: tuple[str, ...] = (),
 ) -> StagePage:
     """Price a stage as it is written (if it is from a recipe), and look for the best layout of `gpus` GPUs.
 
@@ -86,7 +84,6 @@ def make_page(
         best=price_stage(best.stage, shape, gpu, kernel=kernel, backend=backend) if best is not None else None,
         smallest=None if best is not None else smallest_count(stage, shape, gpu, kernel=kernel, backend=backend, above=gpus),
         time_limit=time_limit,
-        extra=extra,
     )
 
 
@@ -103,11 +100,15 @@ def page(it: StagePage, *, top: int) -> list[str]:
         lines += ["", f"in detail: {_layout(it.best.setup)}", *_indent(_priced(it.best))]
     if plan is not None:
         lines += ["", *_times(plan, it)]
-    return [part for line in [*lines, *it.extra] for part in _wrapped(line)]
+    return wrapped(lines)
+
+
+def wrapped(lines: Sequence[str]) -> list[str]:
+    """At most 100 columns; what is to be copied into a shell stays whole."""
+    return [part for line in lines for part in _wrapped(line)]
 
 
 def _wrapped(line: str) -> list[str]:
-    """At most 100 columns; what is to be copied into a shell stays whole."""
     if len(line) <= _WIDTH or line.lstrip().startswith(("'stages.", "stages.")):
         return [line]
     indent = " " * (len(line) - len(line.lstrip()))
