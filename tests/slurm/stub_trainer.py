@@ -1,7 +1,7 @@
 """Stands in for torchrun and its rank where the scheduler is the point: no torch, and accidents to order.
 
 It takes the words that the job script gives to torchrun (on every node, with one rank), trains nothing, and leaves what a training leaves: STATUS, checkpoints with
-a manifest, exit code 1 whatever happened, because torchrun has no other. What it does is read from RUN/stub.json at every start:
+a manifest, exit code 1 whatever happened, because torchrun has no other. What it does is read from RUN/stub.json, if there is one, at every start:
 
     {"start_seconds": 0.3, "step_seconds": 0.2, "save_interval": 4, "saves": true, "status": "", "code": 0}
 
@@ -45,7 +45,8 @@ def train(recipe_path: str, overrides: list[str], stage_name: str) -> str:
     recipe = open_recipe(recipe_path, overrides).recipe
     stage = next(stage for stage in recipe.stages if stage.name == stage_name)
     folder = recipe.run_folder
-    how = json.loads((folder / "stub.json").read_text())
+    orders = folder / "stub.json"
+    how = json.loads(orders.read_text()) if orders.exists() else {"step_seconds": 0.5}
     checkpoints, status = folder / "checkpoints" / stage.name, folder / "logs" / stage.name / "STATUS"
     time.sleep(how.get("start_seconds", 0.2))  # imports: signals are ignored, as torchrun's are
     for number in (signal.SIGTERM, signal.SIGUSR1):
@@ -91,9 +92,11 @@ def main() -> int:
     if words.node_rank != "0":
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, remember)
-        while not stop.exists():
+        patience = 2.0  # with a rank 0 that has died: real ranks lose their connection to it
+        while not stop.exists() and patience > 0:
             time.sleep(0.02)
-        return int(stop.read_text() or 1)
+            patience -= 0.02 if asked else 0
+        return int(stop.read_text()) if stop.exists() else 1
     code = 1
     try:
         status = train(words.recipe, words.overrides, words.stage)
