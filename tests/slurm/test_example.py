@@ -67,7 +67,7 @@ def test_the_commands_of_the_readme_one_after_the_other(cluster: Cluster, tmp_pa
     (run / "metrics" / "extend.jsonl").write_text('{"step": 1}\n')  # the stub measures nothing
     assert str(train) in shell(watch).split()
     shell(stop_it)
-    wait_until(lambda: (logs / "slices.jsonl").exists(), 60, lambda: cluster.story(train))
+    wait_until((logs / "slices.jsonl").exists, 60, lambda: cluster.story(train))
     trained(5, slices=2)
     shell(preempt)
     assert cluster.end_of(jobs["90-finish"]) == ("COMPLETED", "0:0"), cluster.story(train)
