@@ -25,6 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mcore_longctx.errors import ConfigError
 from mcore_longctx.megatron_compat import quiet_import, seed_rng
 from mcore_longctx.megatron_lm.optimizer import resumable
 
@@ -66,9 +67,18 @@ def join_without_cuda(args: Namespace, embedding_ranks: Callable[..., Any] | Non
     """Meet the other ranks and build Megatron's groups. Its own program leaves both out where no device is counted.
 
     Does nothing where CUDA is available.
+
+    Raises:
+        ConfigError: `--async-save`. Its writer divides by the number of devices and dies, and the ranks wait for it for ever.
     """
     if torch.cuda.is_available():
         return
+    if args.async_save:
+        raise ConfigError(
+            "--async-save: megatron-core writes in a process of its own that needs CUDA",
+            where="command line",
+            fix="leave it out",
+        )
     with quiet_import():
         from megatron.core import mpu
 

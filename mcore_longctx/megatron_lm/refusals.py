@@ -52,6 +52,11 @@ def check_arguments(args: Namespace, given: Set[str], program: Program) -> None:
     _check_loss(args)
     _check_memory(args, layers)
     _check_batches(args, program, is_ours=is_ours)
+    if "async_save" in given and not args.use_persistent_ckpt_worker:
+        _refuse(
+            "--async-save without --use-persistent-ckpt-worker: Megatron-LM would go back to saves that stop the training",
+            fix="give both",
+        )
 
 
 def _check_sizes(args: Namespace, given: Set[str]) -> None:

@@ -16,9 +16,11 @@ from hypothesis import strategies as st
 
 from mcore_longctx.cli.main import main
 from mcore_longctx.errors import ConfigError, LongctxError
-from mcore_longctx.launch.args import as_arrays, as_line, our_command
+from mcore_longctx.launch.args import as_arrays, as_line, our_command, stage_run
 from mcore_longctx.launch.args.flags import Command
 from mcore_longctx.launch.args.rope import rope_as_json, rope_flags, why_no_rope_flags
+from mcore_longctx.recipe.load import open_recipe
+from mcore_longctx.recipe.resolve import resolve
 from mcore_longctx.recipe.schema import Activations, OptimizerSection, Parallel, RopeSection, Stage
 from mcore_longctx.rope import RopeScaling, read_hf_rope
 from tests.launch.args_recipes import CHANGES, MAKERS, TIMEOUT, YARN, command, line, run_of
@@ -47,7 +49,9 @@ def outcome(maker: str, *overrides: str) -> tuple[str, frozenset[str], set[str]]
 
 def test_every_key_of_a_stage_has_a_change_here() -> None:
     """A new key of the recipe fails here until somebody has thought of how other programs are told."""
-    keys = {prefix + one.name for prefix, (section, deeper) in SECTIONS.items() for one in fields(section) if one.name not in deeper}
+    keys = {
+        prefix + one.name for prefix, (section, deeper) in SECTIONS.items() for one in fields(section) if one.name not in deeper
+    }
     assert keys == {key for key in CHANGES if "." in key and not key.startswith("model.")}
 
 
@@ -69,8 +73,20 @@ def test_a_changed_key_changes_what_is_printed_or_is_refused(maker: str, key: st
 
 WITHOUT_EFFECT = {  # mcore_cpu: accepted by Megatron-LM and then ignored, or deprecated
     *("--use-dist-ckpt", "--dist-ckpt-format", "--use-mcore-models", "--use-flash-attn", "--use-rotary-position-embeddings"),
-    *("--reset-position-ids", "--reset-attention-mask", "--hybrid-context-parallel", "--dataloader-inter-document-masking", "--spec"),
-    *("--cross-entropy-fusion-impl=te", "--yaml-cfg", "--no-check-for-nan-in-loss-and-grad", "--finetune", "--use-checkpoint-args"),
+    *(
+        "--reset-position-ids",
+        "--reset-attention-mask",
+        "--hybrid-context-parallel",
+        "--dataloader-inter-document-masking",
+        "--spec",
+    ),
+    *(
+        "--cross-entropy-fusion-impl=te",
+        "--yaml-cfg",
+        "--no-check-for-nan-in-loss-and-grad",
+        "--finetune",
+        "--use-checkpoint-args",
+    ),
 }
 
 values = st.fixed_dictionaries(
@@ -216,9 +232,15 @@ WAY = "use --program ours"
     ("overrides", "what"),
     [
         (["rope.factor=512"], r"rope: --rope-scaling-factor 512 is accepted and dropped: .* with factor 8, in all versions"),
-        (["rope.low_freq_factor=2"], r"rope: Llama 3's scaling is written into Megatron with other values than low_freq_factor 2"),
+        (
+            ["rope.low_freq_factor=2"],
+            r"rope: Llama 3's scaling is written into Megatron with other values than low_freq_factor 2",
+        ),
         (["rope.rope_theta=500000.5"], r"rope: --rotary-base takes whole numbers, the base is 500000\.5"),
-        ([YARN % ", ramp: rotations, attention_factor: 1.0"], r"rope: Megatron's YaRN has its ramp over the pair index, this one over rotations"),
+        (
+            [YARN % ", ramp: rotations, attention_factor: 1.0"],
+            r"rope: Megatron's YaRN has its ramp over the pair index, this one over rotations",
+        ),
         (["rope={type: ntk, factor: 4, original_max_position_embeddings: 2M, rope_theta: 500000}"], r"no flag for rope type ntk"),
         (["rope.phase_dtype=float64"], r"rope\.phase_dtype: pretrain_gpt\.py computes angles in float32"),
         (["stages.extend.kind=sft"], r"stages\.extend\.kind: pretrain_gpt\.py would learn questions as well as answers"),
@@ -243,16 +265,31 @@ def test_what_the_stock_program_would_lose_is_refused_with_the_way_round(overrid
 
 @pytest.mark.parametrize("maker", MAKERS)
 def test_documents_that_must_not_see_each_other_are_refused(maker: str) -> None:
-    with pytest.raises(ConfigError, match=r"cross_document_mask: documents of a sample would see each other.*use mcore-longctx train"):
+    with pytest.raises(
+        ConfigError, match=r"cross_document_mask: documents of a sample would see each other.*use mcore-longctx train"
+    ):
         command(maker, "stages.extend.cross_document_mask=true")
+
+
+def test_saves_beside_the_training_on_cpus_are_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"stages\.extend\.async_save: megatron-core 0\.19 writes in a process of its own that needs CUDA"
+    ):
+        command("ours", "cluster.gpu=none", "stages.extend.async_save=true")
 
 
 @pytest.mark.parametrize(
     ("overrides", "what"),
     [
         ([YARN % ""], r"rope: the settings of YaRN are no fields of its configuration"),
-        (["rope.high_freq_factor=8"], r"rope: Llama 3's scaling is written into Megatron with other values than high_freq_factor 8"),
-        (["stages.extend.parallel={context_parallel_size: 1, data_parallel_size: 2}", "stages.extend.precision=fp32"], r"trains in bf16"),
+        (
+            ["rope.high_freq_factor=8"],
+            r"rope: Llama 3's scaling is written into Megatron with other values than high_freq_factor 8",
+        ),
+        (
+            ["stages.extend.parallel={context_parallel_size: 1, data_parallel_size: 2}", "stages.extend.precision=fp32"],
+            r"trains in bf16",
+        ),
         (["stages.extend.kind=sft"], r"Megatron-Bridge would learn questions as well as answers"),
     ],
 )
@@ -264,13 +301,10 @@ def test_what_bridge_cannot_be_told_is_refused(overrides: list[str], what: str) 
 def test_ranks_that_do_not_fill_nodes_and_stages_that_are_not_there() -> None:
     with pytest.raises(LongctxError, match=r"256 ranks do not fill nodes of 7; change the layout, or cluster\.nproc_per_node"):
         command("ours", "cluster.nproc_per_node=7")
+    file = open_recipe("ultralong-8b-4m")
+    resolved = resolve(file, need_model=False)
     with pytest.raises(ConfigError, match=r"no stage 'nothing'; stages: extend, instruct"):
-        from mcore_longctx.launch.args import stage_run
-        from mcore_longctx.recipe.load import open_recipe
-        from mcore_longctx.recipe.resolve import resolve
-
-        file = open_recipe("ultralong-8b-4m")
-        stage_run(file, resolve(file, need_model=False), "nothing")
+        stage_run(file, resolved, "nothing")
 
 
 # ---------------------------------------------------------------------------------------------------------------------- differences
@@ -309,7 +343,9 @@ def test_a_timeout_that_the_recipe_leaves_out_is_the_planned_one() -> None:
     assert plan is not None
     assert run.timeout_minutes * 60 >= plan.intervals.distributed_timeout.value > (run.timeout_minutes - 1) * 60
     assert run.timeout_minutes > 10  # a step of this size takes longer than Megatron's default
-    assert run_of("tiny-cpu", "extend", "cluster.gpu=none", "stages.extend.distributed_timeout_minutes=null").timeout_minutes == 30
+    assert (
+        run_of("tiny-cpu", "extend", "cluster.gpu=none", "stages.extend.distributed_timeout_minutes=null").timeout_minutes == 30
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------------------- printing
@@ -320,7 +356,12 @@ def sourced(text: str) -> dict[str, list[str]]:
     names = re.findall(r"^([A-Z_]+)=\($", text, re.MULTILINE)
     script = text + "".join(f'\nprintf "%s\\0" "@{name}" "${{{name}[@]}}"' for name in names)
     result = subprocess.run(
-        ["bash", "-euc", script], capture_output=True, text=True, check=True, timeout=30, env=os.environ | {"MASTER_ADDR": "node1"}
+        ["bash", "-euc", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=30,
+        env=os.environ | {"MASTER_ADDR": "node1"},
     )
     arrays: dict[str, list[str]] = {}
     for word in result.stdout.split("\0")[:-1]:
@@ -399,7 +440,10 @@ def test_the_verb_prints_and_ends_with_0(capsys: pytest.CaptureFixture[str]) -> 
     ("words", "message"),
     [
         (["--for", "megatron-lm"], r"ultralong-8b-4m\.yaml: --stage is missing; stages: extend, instruct"),
-        (["--stage", "extend", "--for", "megatron-lm", "--program", "stock"], r"ultralong-8b-4m\.yaml:\d+: rope: --rope-scaling-factor 512"),
+        (
+            ["--stage", "extend", "--for", "megatron-lm", "--program", "stock"],
+            r"ultralong-8b-4m\.yaml:\d+: rope: --rope-scaling-factor 512",
+        ),
         (["--stage", "extend", "--for", "megatron-bridge", "--program", "ours"], r"--program belongs to --for megatron-lm"),
         (["--stage", "extend", "--for", "megatron-lm", "cluster.gpu=h900"], r"h900"),
     ],

@@ -9,6 +9,8 @@ import pytest
 
 from mcore_longctx.errors import LongctxError
 from mcore_longctx.megatron_lm import launcher
+from mcore_longctx.megatron_lm.rope import rope_of
+from mcore_longctx.rope import read_hf_rope
 from tests.megatron_lm.program import MODEL, PLAIN_ROPE, TINY, TRAINING, needs_program
 
 pytestmark = needs_program
@@ -364,3 +366,30 @@ def test_a_config_that_cannot_be_used(scaled: Path) -> None:
     assert refusal("--longctx-rope", str(scaled)).startswith(
         f"--longctx-rope {scaled}: is for heads of 64, the model's have 32; check"
     )
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--async-save", "--async-save without --use-persistent-ckpt-worker: Megatron-LM would go back to saves that stop the training"),
+        ("--longctx-data here", "--mock-data beside --longctx-data: the samples come from one of them; leave one out"),
+        ("--longctx-data here --data-path there", "--data-path beside --longctx-data: the samples come from one of them; leave one out"),
+    ],
+)
+def test_saves_and_samples_that_would_not_be_what_they_say(flags: str, message: str) -> None:
+    assert refusal(*flags.split()).startswith(f"command line: {message}")
+
+
+def test_packed_samples_have_one_part_and_one_order() -> None:
+    words = [word for word in RUN if word != "--mock-data"]
+    for flags in (["--eval-iters", "1"], ["--dataloader-type", "cyclic"]):
+        with pytest.raises(LongctxError, match=rf"{' '.join(flags[: 1 + (flags[1] != '1')])} with --longctx-data: it has one part"):
+            launcher.read_arguments([*words, "--longctx-data", "here", *flags])
+
+
+def test_a_rope_that_is_given_as_text(scaled: Path) -> None:
+    text = (scaled / "config.json").read_text()
+    line = launcher.read_arguments([*RUN, "--longctx-rope", text])
+    assert rope_of(line.args, line.given) == read_hf_rope(json.loads(text))
+    assert refusal("--longctx-rope", "{not json").startswith("--longctx-rope: is not JSON: ")
+    assert refusal("--longctx-rope", text, "--rotary-base", "7").startswith("--longctx-rope: contradicted by --rotary-base 7")

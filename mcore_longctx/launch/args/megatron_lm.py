@@ -41,6 +41,12 @@ def our_command(run: StageRun) -> Command:
     """
     refuse_masked_documents(run)
     activations = run.stage.activations
+    if run.stage.async_save and run.cluster.gpu == "none":
+        raise ConfigError(
+            "megatron-core 0.19 writes in a process of its own that needs CUDA, and without it the ranks wait for ever",
+            where=run.where("stage.async_save"),
+            fix=f"use mcore-longctx train, or stages.{run.stage.name}.async_save=false",
+        )
     model = [*model_flags(run), *_our_rope(run)]
     training = [*schedule_flags(run), flag("--longctx-recompute", activations.recompute, keys="stage.activations.recompute")]
     if activations.mlp_tile is not None:
@@ -277,10 +283,13 @@ def logging_flags(run: StageRun) -> list[Flag]:
         flag("--dist-ckpt-optim-fully-reshardable", why="so that a run can go on with another layout"),
     ]
     if stage.async_save:
-        why = "megatron-core's own strategy; the default, nvrx, wants nvidia-resiliency-ext"
+        key = "stage.async_save"
         flags += [
-            flag("--async-save", keys="stage.async_save"),
-            flag("--async-strategy", "mcore", keys="stage.async_save", why=why),
+            flag("--async-save", keys=key),
+            flag(
+                "--async-strategy", "mcore", keys=key, why="megatron-core's own; the default, nvrx, wants nvidia-resiliency-ext"
+            ),
+            flag("--use-persistent-ckpt-worker", keys=key, why="without it 0.19 goes back to saves that stop the training"),
         ]
     return [*flags, flag("--exit-signal-handler"), flag("--exit-signal", "SIGUSR1", why="saves and ends at the end of a step")]
 
