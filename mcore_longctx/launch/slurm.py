@@ -106,6 +106,10 @@ def render_submit(recipe: Recipe, jobs: list[Job]) -> str:
 
 def _render(template: str, recipe: Recipe, job: Job, **more: Any) -> str:
     cluster, folder = recipe.cluster, recipe.run_folder
+    if any(character in str(folder) for character in '\n\r"#%\\'):
+        raise ConfigError(
+            "cannot stand in an #SBATCH line, where the log goes", where=f"run folder {folder}", fix="use another name"
+        )
     job_facts = {
         **asdict(job),
         "starts_ranks": job.starts_ranks,
@@ -115,8 +119,8 @@ def _render(template: str, recipe: Recipe, job: Job, **more: Any) -> str:
     return _templates().get_template(template).render(
         job=job_facts,
         cluster=cluster,
-        container_options=shlex.join(_container_options(cluster)),
-        container_command=shlex.join(_container_command(cluster, on_gpu=bool(job_facts["gpus_per_node"]))),
+        container_options=_words(_container_options(cluster)),
+        container_command=_words(_container_command(cluster, on_gpu=bool(job_facts["gpus_per_node"]))),
         srun_options_name=SRUN_OPTIONS,
         container_name=CONTAINER,
         environment=list(environment_lines(cluster)),
@@ -168,6 +172,11 @@ def _site_values(cluster: ClusterSection, job: Job) -> list[tuple[str, str | Non
 def _option_value(value: str) -> str:
     """A value for an #SBATCH line: sbatch takes double quotes and no shell."""
     return f'"{value}"' if any(character.isspace() for character in value) else value
+
+
+def _words(words: list[str]) -> str:
+    """For a bash array. A comma is quoted too: shellcheck takes a bare one for a mistake."""
+    return " ".join(f"'{word}'" if "," in word and shlex.quote(word) == word else shlex.quote(word) for word in words)
 
 
 def _container_options(cluster: ClusterSection) -> list[str]:

@@ -217,12 +217,15 @@ class _Builder:
             raise ConfigError(f"{at}: {what}" if at else what, where=place, fix=fix) from None
 
     def dict_value(self, kind: Any, node: yaml.Node | None, at: str, overrides: list[_Override], place: str) -> dict[str, Any]:
+        node, overrides = _replaced(node, overrides, dict)
         if node is not None and not isinstance(node, yaml.MappingNode):
             raise _mismatch(dict, node, at, place)
-        given = self.mapping(node, at, None)
+        given: dict[str, tuple[yaml.Node | None, yaml.Node | None]] = dict(self.mapping(node, at, None))
         for override in overrides:
-            if not override.keys or override.keys[0] not in given:
-                name = override.keys[0] if override.keys else ""
+            name = override.keys[0]
+            if name not in given and not dataclasses.is_dataclass(kind):  # a plain value: an override may bring a new one
+                given[name] = (None, None)
+            elif name not in given:
                 raise ConfigError(
                     f"{_join(at, name)}: unknown name", where=f"override {override.text!r}", fix=_nearest(name, list(given))
                 )
@@ -289,6 +292,8 @@ def _scalar(kind: Any, node: yaml.Node | None, at: str, place: str) -> Any:
             return TokenCount(parse_count(node.value))
         except ValueError as error:
             raise ConfigError(f"{at}: {error}", where=place) from None
+    if kind is str and isinstance(value, int | float) and not isinstance(value, bool):
+        return node.value  # as it is written: 4:00:00, which YAML 1.1 takes for a number, or OMP_NUM_THREADS: 8
     if kind is Path and isinstance(value, str) and value:
         return Path(value)
     if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
