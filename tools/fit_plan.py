@@ -59,12 +59,12 @@ def fit(rows: Sequence[Measurement], start: Mapping[str, float]) -> Constants:
     def loss(name: str, value: float) -> float:
         return sum(log_ratio(row, {**constants, name: value}) ** 2 for row in rows)
 
-    for _ in range(300):
+    for _ in range(40):
         before = dict(constants)
         for name, (low, high) in BOUNDS.items():
             if loss(name, low) != loss(name, high):
                 constants[name] = _golden(lambda value, name=name: loss(name, value), low, high)
-        if all(abs(constants[name] / before[name] - 1) < 1e-5 for name in constants):
+        if all(abs(constants[name] / before[name] - 1) < 5e-4 for name in constants):
             break
     return constants
 
@@ -72,7 +72,7 @@ def fit(rows: Sequence[Measurement], start: Mapping[str, float]) -> Constants:
 def _golden(function, low: float, high: float) -> float:
     ratio = (math.sqrt(5) - 1) / 2
     low, high = math.log(low), math.log(high)
-    while high - low > 1e-6:
+    while high - low > 1e-4:
         left, right = high - ratio * (high - low), low + ratio * (high - low)
         if function(math.exp(left)) <= function(math.exp(right)):
             high = right
@@ -103,7 +103,9 @@ def main() -> None:
     for row in rows:
         without = fit([other for other in rows if other is not row], now)
         error = math.exp(log_ratio(row, without)) - 1
-        print(f"{'- ' + row.point.id:16}" + "".join(f"{without[name]:16.4g}" for name in best) + f"   predicts the row {error:+.1%}")
+        print(
+            f"{'- ' + row.point.id:16}" + "".join(f"{without[name]:16.4g}" for name in best) + f"   predicts the row {error:+.1%}"
+        )
     for row in rows:
         print(f"{row.point.id:16} {math.exp(log_ratio(row, best)):6.3f}")
 

@@ -15,9 +15,11 @@ class Calibration:
     """Shares are of the figure in `hardware.yaml`."""
 
     gemm_bf16: float = 0.623  # matrix products of linear layers over the bf16 peak (fitted)
-    gemm_fp8: float = 0.962  # the same in FP8, still over the bf16 peak (fitted)
+    gemm_fp8: float = 0.982  # the same in FP8, still over the bf16 peak (fitted)
     memory: float = 0.80  # of the memory bandwidth, in elementwise work (assumed)
-    ring: float = 0.93  # kernel rate kept when a ring cuts attention into 2 CP pieces
+    ring_tokens: float = (
+        900.0  # of a rank, at which the pieces of a ring cost twice their kernels: 0.90 at 8,192 (kernel points RFA)
+    )
     nvlink: float = 0.80  # of large NCCL messages (assumed)
     network: float = 0.80  # of large NCCL messages (assumed)
     ring_traffic: float = 1.4  # transfer time of a ring step over that of its bytes alone (assumed)

@@ -146,7 +146,12 @@ def _exchange(setup: Setup) -> Term:
         ring, formula = (8 * kvd + 4 * qd + 2 * 8 * kvd + 2 * 4 * kvd) * t, "(32 kv + 4 q) d t/TP"
     else:
         ring, formula = 16 * kvd * t, "16 kv/TP d t"
-    gathered = 4 * kvd * s + (8 * kvd + 4 * qd) * t + 8 * kvd * s if setup.sharding == "zero3" else 8 * kvd * s
+    if (
+        setup.sharding == "zero3"
+    ):  # torchtitan: k and v repeated to the query heads and gathered, dk and dv of all tokens in float32
+        gathered = 4 * qd * s + 8 * qd * s + 4 * qd * t
+    else:
+        gathered = 8 * kvd * s
     sizes = {"p2p": ring, "all_gather": gathered, "a2a": 0.0, "a2a+p2p": ring}
     kind = max(p.cp_comm_types, key=sizes.__getitem__)
     texts = {"p2p": formula, "all_gather": "k, v, dk, dv of all s", "a2a": "0", "a2a+p2p": formula}

@@ -94,8 +94,9 @@ def _attention_seconds(point: KernelPoint, calibration: Calibration) -> tuple[fl
     rate = gpu.kernel(kernel)
     forward, backward = _flops(point) / rate.forward, _BACKWARD * _flops(point) / rate.backward
     if spread == "ring":
+        slower = 1 + calibration.ring_tokens / _tokens(point)
         move = calibration.ring_traffic * _moved(point, "ring") / _bandwidth(gpu, point.n, calibration)
-        spread_forward, spread_backward = (max(forward / calibration.ring, move), max(backward / calibration.ring, 2 * move))
+        spread_forward, spread_backward = (max(forward * slower, move), max(backward * slower, 2 * move))
     elif spread == "unbalanced":  # the last rank meets every block, on average a rank meets (n + 1)/2 of n
         worst = 2 * point.n / (point.n + 1)
         spread_forward, spread_backward = forward * worst, backward * worst

@@ -190,13 +190,13 @@ class _Costs:
     def attention(self, *, forward: bool) -> Term:
         flops = self.flops[2] / 3 / self.ranks
         ring = sum(share for kind, share in self._exchanges.items() if kind in ("p2p", "a2a+p2p"))
-        slower = 1 + ring * (1 / self.calibration.ring - 1)
+        slower = 1 + ring * self.calibration.ring_tokens / self.tokens  # a ring merges t rows after each piece of t^2 work
         times, rate = (self.forwards, self.rate.forward) if forward else (_BACKWARD, self.rate.backward)
         return Term(
             f"attention {'forward' if forward else 'backward'}",
             times * flops * slower / rate,
-            f"{'n_f' if forward else '2.5'} 2 s^2 q d L / (TP PP CP) / {'rf' if forward else 'rb'} / c",
-            f"{times} x {flops:.3g} / {rate:.3g} / {1 / slower:.2f}",
+            f"{'n_f' if forward else '2.5'} 2 s^2 q d L / (TP PP CP) / {'rf' if forward else 'rb'} (1 + ring t0/t)",
+            f"{times} x {flops:.3g} / {rate:.3g} x {slower:.3f}",
             "run again in the backward pass" if forward and self.forwards == 2 else "",
         )
 
@@ -220,7 +220,10 @@ class _Costs:
         if kind == "a2a+p2p":
             inner, ring = p.hierarchical_context_parallel_sizes or (1, cp)
             return self._kv_bytes * t * (ring - 1), (self._kv_bytes + self._qo_bytes) * t * (inner - 1) / inner
-        return self._kv_bytes * t * (cp - 1), 0.0
+        repeated = (
+            kind == "all_gather" and self.setup.sharding == "zero3"
+        )  # torchtitan repeats keys and values to the query heads first
+        return (self._qo_bytes if repeated else self._kv_bytes) * t * (cp - 1), 0.0
 
     @cached_property
     def exchange_bytes(self) -> float:
@@ -234,7 +237,7 @@ class _Costs:
             * self._received(kind)[0]
             / self.bandwidth(p.tensor_model_parallel_size * p.context_parallel_size)
         )
-        kernel = self.flops[2] / 3 / self.ranks / self.layers / self.calibration.ring
+        kernel = self.flops[2] / 3 / self.ranks / self.layers * (1 + self.calibration.ring_tokens / self.tokens)
         forward, backward = kernel / self.rate.forward, _BACKWARD * kernel / self.rate.backward
         return self.forwards * max(0.0, moved - forward) + max(0.0, 2 * moved - backward)
 
