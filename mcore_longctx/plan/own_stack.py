@@ -239,6 +239,10 @@ def _moments(setup: Setup) -> list[_Moment]:
         projected = of.split(h=-1, qd=1) if setup.recompute == "none" else of.split(h=4, qd=3, gd=3)
         parts = (projected, of.whole(h=1), *gathered, *again, *([] if setup.recompute == "none" else [of.floats(one=1)]))
         moments.append(_Moment("the output projection is differentiated", tokens, parts))
+        if setup.recompute != "none":
+            # and the gradient of q, k, v's input, before it is scattered
+            parts = (of.split(h=5, qd=1, gd=2), of.whole(h=1), *gathered, *_attention_again(setup, of), of.floats(one=1))
+            moments.append(_Moment("q, k and v are differentiated", tokens, parts))
     parts, fixed = mlp
     moments.append(_Moment("the MLP is differentiated", tokens, (*parts, *gathered, *again), fixed))
     return moments
@@ -331,13 +335,14 @@ def _ring(of: _Sizes, ranks: int, copies: int) -> list[tuple[str, float]]:
     """Sums of the queries' gradient; the travelling sums of key and value gradients, twice; keys and values on their way.
 
     And the results of the first step, which are still there while the second step makes its own: dq, dk and dv of all rows, then those of
-    all queries and half of the keys.
+    all queries and half of the keys, or of half of the queries and all keys, as the rank has it.
     """
+    late = of.split(qd=1, gd=copies), of.split(qd=0.5, gd=2 * copies)
     return [
         of.floats(qd=1, gd=4 * copies),
         of.split(gd=2 * copies * min(ranks - 1, 2)),
         of.split(qd=1, gd=2 * copies),
-        of.split(qd=1, gd=copies),
+        max(late, key=lambda part: part[1]),
     ]
 
 
