@@ -6,13 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from mcore_longctx.recipe import schema
+from mcore_longctx.recipe import cluster, schema
 from mcore_longctx.recipe.load import load_recipe
 from tests.recipe.test_load import GOOD
 
 MEMORY = (Path(__file__).parents[2] / "docs" / "memory.md").read_text()
 DOCS = (Path(__file__).parents[2] / "docs" / "recipe.md").read_text()
-SECTIONS = [kind for kind in vars(schema).values() if dataclasses.is_dataclass(kind) and kind.__module__ == schema.__name__]
+SECTIONS = [
+    kind
+    for module in (schema, cluster)
+    for kind in vars(module).values()
+    if dataclasses.is_dataclass(kind) and kind.__module__ == module.__name__
+]
 
 
 @pytest.mark.parametrize("section", SECTIONS, ids=lambda kind: kind.__name__)

@@ -10,9 +10,14 @@ import pytest
 
 import mcore_longctx.run as runner
 from mcore_longctx.data.workspace import lock_folder
-from mcore_longctx.errors import ConfigError, InUseError, LongctxError, TrainingError
+from mcore_longctx.errors import CheckpointError, ConfigError, InUseError, LongctxError, TrainingError
+from mcore_longctx.manifest import write_manifest
 from mcore_longctx.recipe.load import RecipeFile, open_recipe
+from mcore_longctx.recipe.resolve import resolve
+from mcore_longctx.run import steps
 from mcore_longctx.run.steps import Step, plan_steps
+from mcore_longctx.run.training import train_job
+from mcore_longctx.train.job import data_fingerprint
 
 CONFIG = {
     "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4,
@@ -256,3 +261,116 @@ def test_a_scaling_that_drops_the_models_own_is_warned_of(folder: Path, capsys: 
     assert "WARNING" in capsys.readouterr().out
     runner.print_plan(recipe_of(folder, "rope.original_max_position_embeddings=64", "rope.factor=64"))
     assert "WARNING" not in capsys.readouterr().out
+
+
+def test_exactly_the_steps_that_are_named_run_in_order(folder: Path, done: list[str]) -> None:
+    runner.run_recipe(recipe_of(folder), only=["data-extend", "import"])
+    assert done == ["import", "data-extend"]
+    runner.run_recipe(recipe_of(folder), only=["train-extend"])
+    runner.run_recipe(recipe_of(folder), only=["report", "export", "verify"])
+    assert done == ALL
+
+
+def test_steps_that_stand_on_unfinished_ones_are_refused(folder: Path, done: list[str]) -> None:
+    runner.run_recipe(recipe_of(folder), only=["import"])
+    with pytest.raises(
+        ConfigError, match=r"step train-extend stands on data-extend, which is not done; run it first: --steps data"
+    ):
+        runner.run_recipe(recipe_of(folder), only=["train-extend"])
+    with pytest.raises(ConfigError, match=r"step export stands on train-extend, which is not done"):
+        runner.run_recipe(recipe_of(folder), only=["export", "verify"])
+    with pytest.raises(ConfigError, match=r"--steps trian: no such step; steps: import, data-extend"):
+        runner.run_recipe(recipe_of(folder), only=["trian"])
+    runner.run_recipe(recipe_of(folder), only=["data-extend"])
+    with pytest.raises(ConfigError, match=r"data.long.separator was '<s>' when step data-extend ran, it is '<doc>' now"):
+        runner.run_recipe(recipe_of(folder, "data.long.separator=<doc>"), only=["train-extend"])
+    assert done == ["import", "data-extend"]
+
+
+def test_what_a_job_needs_may_be_gone_from_where_it_was_made(folder: Path, done: list[str]) -> None:
+    """The documents may have been on another file system: they are packed."""
+    runner.run_recipe(recipe_of(folder), only=["import", "data-extend"])
+    (folder / "books.txt").unlink()
+    runner.run_recipe(recipe_of(folder), only=["train-extend"])
+    assert done == ALL[:3]
+
+
+def test_scripts_and_logs_of_launch_make_a_run_folder(folder: Path, done: list[str]) -> None:
+    (folder / "run" / "slurm").mkdir(parents=True)
+    (folder / "run" / "logs").mkdir()
+    (folder / "run" / "recipe.yaml").touch()
+    runner.run_recipe(recipe_of(folder), only=["import"])
+    assert done == ["import"]
+
+
+def trained(folder: Path, iteration: int, **changes: Any) -> None:
+    """What a training job of its own leaves: data, and a checkpoint whose manifest has the settings of the recipe."""
+    data, last = folder / "run" / "data" / "extend", folder / "run" / "checkpoints" / "extend" / f"iter_{iteration:07d}"
+    if not data.exists():
+        data.mkdir(parents=True)
+        (data / "long.bin").write_bytes(b"tokens")
+        write_manifest(data, "data")
+        (folder / "run" / "checkpoints" / "base").mkdir(parents=True)
+    last.mkdir(parents=True)
+    (last / "__0_0.distcp").write_bytes(b"weights")
+    file = recipe_of(folder)
+    job = train_job(file, resolve(file), "extend")
+    settings = job.settings(data=data_fingerprint(job.data_prefix)) | changes
+    write_manifest(last, "checkpoint", stage="extend", settings=settings)
+
+
+@pytest.fixture
+def prepared(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run whose first steps are done; starting ranks is an error."""
+    (folder / "model" / "tokenizer.json").write_text("{}")
+    trained(folder, 1)
+    file = recipe_of(folder)
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "plan_steps", lambda *args: [replace(step, action=dict) for step in plan_steps(*args)])
+        (folder / "run" / "run.json").write_text('{"steps": []}')
+        runner.run_recipe(file, only=["import", "data-extend"])
+    monkeypatch.setattr(steps, "launch_ranks", lambda *words, **more: pytest.fail("ranks were started"))
+    return folder
+
+
+def test_a_stage_that_a_job_has_trained_is_noted_without_starting_ranks(
+    prepared: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained(prepared, 2)
+    logs = prepared / "run" / "logs" / "extend"
+    logs.mkdir(parents=True)
+    row = {"job": "1", "restart": 0, "nodes": "n0", "began": 0.0, "before": -1, "short_seconds": 1.0, "seconds": 100.25, "after": 1,
+           "state": "stopped", "code": 75, "reason": "", "asked": "", "srun_code": 1, "verdict": "requeue"}  # fmt: skip
+    (logs / "slices.jsonl").write_text("".join(json.dumps(row | {"seconds": s}) + "\n" for s in (100.25, 50.0)))
+    runner.run_recipe(recipe_of(prepared), only=["train-extend"])
+    assert "iter_0000002: trained to its end with these settings" in capsys.readouterr().out
+    noted = json.loads((prepared / "run" / "run.json").read_text())["steps"][-1]
+    assert (noted["name"], noted["state"], noted["checkpoint"]) == ("train-extend", "done", "iter_0000002")
+    assert noted["seconds"] == 150.2  # of the slices, not of looking
+
+
+def test_a_stage_trained_with_other_settings_is_refused_by_name(prepared: Path) -> None:
+    trained(prepared, 2, **{"optimizer.lr": 0.5})
+    with pytest.raises(CheckpointError, match=r"trained with other settings: optimizer.lr was 0.5, is 0.0001 now"):
+        runner.run_recipe(recipe_of(prepared), only=["train-extend"])
+
+
+def test_a_damaged_last_checkpoint_is_not_noted(prepared: Path) -> None:
+    trained(prepared, 2)
+    (prepared / "run" / "checkpoints" / "extend" / "iter_0000002" / "__0_0.distcp").write_bytes(b"w")
+    with pytest.raises(CheckpointError, match="1 bytes, the manifest says 7"):
+        runner.run_recipe(recipe_of(prepared), only=["train-extend"])
+
+
+def test_a_stage_with_something_left_to_train_starts_its_ranks(prepared: Path) -> None:
+    with pytest.raises(pytest.fail.Exception, match="ranks were started"):
+        runner.run_recipe(recipe_of(prepared), only=["train-extend"])
+
+
+def test_the_dry_run_prices_each_stage_where_there_is_a_formula(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runner.print_plan(open_recipe("ultralong-8b-4m"))
+    assert (
+        len([line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("plan: ") and "fits" in line]) == 2
+    )
+    runner.print_plan(open_recipe("tiny-cpu"))
+    assert "plan: " not in capsys.readouterr().out

@@ -1,0 +1,238 @@
+"""The chain of jobs: what each does, what is written and kept, how it is submitted. sbatch is made up."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from mcore_longctx.cli.main import main
+from mcore_longctx.errors import ConfigError
+from mcore_longctx.launch.chain import Chain, build_chain
+from mcore_longctx.launch.submit import submit_chain, write_chain
+from mcore_longctx.recipe.load import open_recipe
+from mcore_longctx.recipe.resolve import resolve
+from mcore_longctx.run.steps import plan_steps
+
+SECRET = "planted-5b1f9c"
+
+# Hands out job numbers from 101 on and writes down what it was asked; fails at the N-th call if told so.
+SBATCH = """\
+#!/bin/bash
+echo "$*" >>"$FAKE/sbatch.log"
+count=$(wc -l <"$FAKE/sbatch.log")
+if [[ -e $FAKE/fail_at && $count == $(cat "$FAKE/fail_at") ]]; then
+    echo "sbatch: error: Batch job submission failed: Invalid account or account/partition combination specified" >&2
+    exit 1
+fi
+echo "$((100 + count));cluster"
+"""
+OTHERS = {"squeue": 'cat "$FAKE/queue" 2>/dev/null || true', "scancel": 'echo "$*" >>"$FAKE/scancel.log"'}
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder in which sbatch, squeue and scancel leave their words."""
+    fake, programs = tmp_path / "fake", tmp_path / "bin"
+    fake.mkdir()
+    programs.mkdir()
+    for name, text in {"sbatch": SBATCH, **{name: f"#!/bin/bash\n{body}\n" for name, body in OTHERS.items()}}.items():
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.setenv("FAKE", str(fake))
+    return fake
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return tmp_path / "run"
+
+
+def chain_of(run: Path, *overrides: str) -> Chain:
+    return build_chain(open_recipe("tiny-cpu", [f"output={run}", *overrides]))
+
+
+def launch(run: Path, *words: str) -> int:
+    return main(["launch", "tiny-cpu", f"output={run}", *words])
+
+
+@pytest.mark.parametrize("preset", ["tiny-cpu", "ultralong-8b-2m"])
+def test_the_jobs_do_every_step_once_in_the_order_of_run(preset: str) -> None:
+    file = open_recipe(preset)
+    steps = plan_steps(file, resolve(file, need_model=False))
+    jobs = build_chain(file).jobs
+    done = [name for job in jobs for name in job.steps]
+    assert sorted(done) == sorted(step.name for step in steps)
+    before: set[str] = set()
+    for job in jobs:
+        inside = {step.name: step for step in steps if step.name in job.steps}
+        for step in inside.values():
+            assert set(step.needs) <= before | set(inside)
+        before |= set(inside)
+    assert [job.name for job in jobs] == sorted(job.name for job in jobs)
+    assert [(job.name, job.nodes) for job in jobs if job.stage] == [
+        ("20-extend", 1 if preset == "tiny-cpu" else 32),
+        ("30-instruct", 1 if preset == "tiny-cpu" else 32),
+    ]
+
+
+def test_without_evaluation_there_are_no_jobs_for_it(run: Path) -> None:
+    names = [job.name for job in build_chain(open_recipe("examples/tiny_slurm/recipe.yaml")).jobs]
+    assert names == ["00-prepare", "20-extend", "90-finish"]
+
+
+def test_a_dry_run_prints_and_writes_nothing(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch(run, "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert f"{run}/slurm/20-extend.sbatch" in said
+    assert "#SBATCH --signal=B:USR1@60" in said
+    assert not run.exists()
+    assert launch(run, "--dry-run", "--stage", "instruct") == 0
+    assert capsys.readouterr().out.count("# ----------") == 1
+    assert launch(run, "--dry-run", "--stage", "instrukt") == 2
+    assert "no stage 'instrukt'; stages: extend, instruct" in capsys.readouterr().err
+
+
+def test_what_is_written_can_be_read_again_and_written_again(run: Path) -> None:
+    first = write_chain(chain_of(run))
+    assert [line.partition(":")[0] for line in first] == [
+        str(run / "recipe.yaml"),
+        *(str(run / "slurm" / name) for name in chain_of(run).scripts),
+    ]
+    written = open_recipe(run / "recipe.yaml").recipe
+    assert written == chain_of(run).recipe
+    assert [stage.distributed_timeout_minutes for stage in written.stages] == [30.0, 30.0]
+    again = build_chain(open_recipe(run / "recipe.yaml"))
+    assert again.scripts == chain_of(run).scripts
+    assert write_chain(again) == first
+    assert os.access(run / "slurm" / "submit.sh", os.X_OK)
+    assert not list(run.rglob("*.partial*"))
+
+
+def test_an_edited_script_is_kept_until_force(run: Path) -> None:
+    write_chain(chain_of(run))
+    script = run / "slurm" / "20-extend.sbatch"
+    edited = script.read_text().replace("--time=04:00:00", "--time=08:00:00")
+    script.write_text(edited)
+    said = write_chain(chain_of(run, "cluster.account=proj"))
+    assert f"{script}: edited since it was written, kept (--force writes it anew)" in said
+    assert script.read_text() == edited
+    assert "--account=proj" in (run / "slurm" / "30-instruct.sbatch").read_text()
+    assert str(script) in write_chain(chain_of(run, "cluster.account=proj"), force=True)
+    assert "--account=proj" in script.read_text()
+
+
+def test_a_folder_that_is_no_run_folder_is_left_alone(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run.mkdir()
+    (run / "thesis.txt").write_text("precious")
+    assert launch(run) == 2
+    assert "is already there and is not a run folder" in capsys.readouterr().err
+    assert [path.name for path in run.iterdir()] == ["thesis.txt"]
+
+
+def test_a_run_that_was_made_from_other_values_is_not_written_over(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_chain(chain_of(run))
+    stamp = {"recipe": {"stages.extend.optimizer.lr": 1.0}, "files": {}}
+    (run / "run.json").write_text(json.dumps({"steps": [{"name": "train-extend", "state": "done", "inputs": stamp}]}))
+    before = (run / "recipe.yaml").read_bytes()
+    assert launch(run, "seed=5") == 2
+    assert "when step train-extend ran" in capsys.readouterr().err
+    assert (run / "recipe.yaml").read_bytes() == before
+
+
+# ---------------------------------------------------------------------- submitting
+
+
+NAMES = [
+    "00-prepare",
+    "10-evaluate-before",
+    "20-extend",
+    "21-evaluate-extend",
+    "30-instruct",
+    "31-evaluate-instruct",
+    "90-finish",
+]
+
+
+def test_each_job_waits_for_a_good_end_of_the_one_before(run: Path, slurm: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch(run, "--submit") == 0
+    calls = (slurm / "sbatch.log").read_text().splitlines()
+    first = "--parsable --kill-on-invalid-dep=yes"
+    assert calls == [
+        f"{first} {run}/slurm/{NAMES[0]}.sbatch",
+        *(f"{first} --dependency=afterok:{101 + i} {run}/slurm/{name}.sbatch" for i, name in enumerate(NAMES[1:])),
+    ]
+    assert "job 107: 90-finish" in capsys.readouterr().out
+    book = json.loads((run / "slurm" / "jobs.json").read_text())
+    assert book["jobs"] == [{"name": name, "id": str(101 + i)} for i, name in enumerate(NAMES)]
+
+
+def test_submit_sh_submits_the_same_chain(run: Path, slurm: Path) -> None:
+    write_chain(chain_of(run))
+    said = subprocess.run([run / "slurm" / "submit.sh"], capture_output=True, text=True, check=True).stdout
+    assert said.split() == [word for i, name in enumerate(NAMES) for word in (str(101 + i), name)]
+    by_hand = (slurm / "sbatch.log").read_text()
+    (slurm / "sbatch.log").unlink()
+    submit_chain(chain_of(run))
+    assert (slurm / "sbatch.log").read_text() == by_hand
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_when_the_third_job_is_refused_the_first_two_are_cancelled(run: Path, slurm: Path, by_hand: bool) -> None:
+    (slurm / "fail_at").write_text("3")
+    write_chain(chain_of(run))
+    if by_hand:
+        assert subprocess.run([run / "slurm" / "submit.sh"], capture_output=True, check=False).returncode != 0
+    else:
+        with pytest.raises(ConfigError, match=r"20-extend\.sbatch: sbatch: .*Invalid account.*; nothing of the chain is left"):
+            submit_chain(chain_of(run))
+    assert (slurm / "scancel.log").read_text() == "101 102\n"
+    assert "jobs" not in json.loads((run / "slurm" / "jobs.json").read_text())
+    assert len((slurm / "sbatch.log").read_text().splitlines()) == 3
+
+
+def test_a_chain_in_the_queue_is_not_submitted_again(run: Path, slurm: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch(run, "--submit") == 0
+    (slurm / "queue").write_text("103 RUNNING\n104 PENDING\n9999 RUNNING\n")
+    assert launch(run, "--submit") == 2
+    said = capsys.readouterr().err
+    assert "already submitted: 20-extend (job 103, running), 21-evaluate-extend (job 104, pending)" in said
+    assert "scancel 103 104" in said
+    assert launch(run) == 0  # the same recipe: nothing changes for them
+    before = (run / "recipe.yaml").read_bytes()
+    assert launch(run, "seed=7") == 2
+    assert "jobs of this chain would read a changed recipe: 20-extend (job 103" in capsys.readouterr().err
+    assert (run / "recipe.yaml").read_bytes() == before
+    (slurm / "queue").write_text("9999 RUNNING\n")
+    assert launch(run, "--submit") == 0
+
+
+def test_without_sbatch_nothing_is_written(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert launch(run, "--submit") == 2
+    assert "sbatch is not on PATH: nothing was submitted; submit on a login node" in capsys.readouterr().err
+    assert not run.exists()
+
+
+def test_a_secret_is_wanted_by_name_and_written_nowhere(
+    run: Path, slurm: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("cluster.secrets=[WANDB_API_KEY]", "--submit")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    assert launch(run, *words) == 2
+    assert "cluster.secrets: WANDB_API_KEY: not set, nothing was submitted; export it first" in capsys.readouterr().err
+    assert not run.exists()
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    assert launch(run, *words) == 0
+    said = capsys.readouterr()
+    texts = [path.read_text() for path in [*run.rglob("*"), *slurm.rglob("*")] if path.is_file()]
+    assert len(texts) > 8
+    assert "WANDB_API_KEY:?" in "".join(texts)
+    assert SECRET not in "".join([*texts, said.out, said.err])
