@@ -198,6 +198,7 @@ class Measurement:
     setup: Setup
     seconds: float | None
     bytes: float | None
+    where: str = ""  # file:line
 
 
 def read_measurements(path: Path | None = None) -> tuple[tuple[Measurement, ...], PublishedFile]:
@@ -219,7 +220,7 @@ def read_measurements(path: Path | None = None) -> tuple[tuple[Measurement, ...]
             raise ConfigError(f"{point.id}: {what}", where=where, fix=fix) from None
         bytes_ = None if point.mem_gb is None else point.mem_gb * (_GIB if point.mem_unit == "GiB" else 1e9)
         source = file.source_keys.get(point.src, point.src)
-        measurements.append(Measurement(point, source, setup, _seconds(point, setup.shape), bytes_))
+        measurements.append(Measurement(point, source, setup, _seconds(point, setup.shape), bytes_, where))
     for kind, points in (("points", file.points), ("kernel_points", file.kernel_points), ("loss_points", file.loss_points)):
         _check_ids(kind, points, lines, name)
     for i, kernel_point in enumerate(file.kernel_points):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from mcore_longctx.errors import ConfigError, LayoutError
 from mcore_longctx.plan.calibration import CALIBRATION, Calibration
 from mcore_longctx.plan.measurements import Conf, Measurement, Use, read_measurements
 from mcore_longctx.plan.memory import memory
@@ -82,11 +83,16 @@ def validate(path: Path | None = None, calibration: Calibration = CALIBRATION) -
         ConfigError: as `read_measurements`.
     """
     measurements, file = read_measurements(path)
-    rows = tuple(compare(measurement, calibration) for measurement in measurements)
+    rows = []
+    for measurement in measurements:
+        try:
+            rows.append(compare(measurement, calibration))
+        except LayoutError as error:  # heads that an exchange cannot divide
+            raise ConfigError(f"{measurement.point.id}: {error.what}", where=measurement.where, fix=error.fix) from None
     parts = part_rows(file.kernel_points, file.loss_points, file.source_keys, calibration)
     return ValidationReport(
         file="validation.yaml" if path is None else str(path),
-        rows=rows,
+        rows=tuple(rows),
         parts=parts,
         time=_by_use(rows, lambda row: row.time),
         memory=_by_use(rows, lambda row: row.memory),
