@@ -139,7 +139,7 @@ def _by_use(rows: Sequence[ValidationRow], quantity: Callable[[ValidationRow], C
 def render(report: ValidationReport) -> str:
     """The report as text of at most 100 columns: fitted, held-out and shown rows apart, then the errors."""
     width = max((len(row.id) for row in report.rows), default=2)
-    lines = [f"{report.file}: predicted against published. * is more than a quarter off, ~ a layout that was inferred."]
+    lines = [f"{report.file}: predicted against published", "* more than a quarter off, ~ a layout that was inferred"]
     head = f"{'':{width}}    step, s             causal         memory, GB"
     names = f"{'':{width}}  measured predicted ratio   TFLOP/s  MFU  measured predicted ratio"
     for use, title in _USES:

@@ -156,6 +156,17 @@ def test_a_file_that_is_none(tmp_path):
         validate(tmp_path / "binary.yaml")
 
 
+def test_the_page_gives_the_errors_as_they_are():
+    """docs/plan.md, Validation: after a change of formulas, constants or rows write the new figures there."""
+    page = (FIT_TOOL.parents[1] / "docs" / "plan.md").read_text(encoding="utf-8")
+    report = validate()
+    for quantity in ("time", "memory"):
+        for error in getattr(report, quantity).values():
+            line = f"| {error.rows} | {error.mean:.1%} | {error.bias:+.1%} | {error.worst:.0%}, `{error.worst_id}` |"
+            assert line in page
+    assert all(f"{name}`" in page or f"`{name.split('-', 1)[1]}" in page for name in ("titan-8b-128k", "trl-32b-1m", "alst-32g-32k"))
+
+
 def test_outliers_are_shown_and_marked():
     text = render(validate())
     line = next(line for line in text.splitlines() if line.startswith("titan-8b-256k"))
