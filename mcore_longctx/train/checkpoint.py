@@ -41,6 +41,7 @@ from mcore_longctx.rope import RopeScaling
 from mcore_longctx.train.control import Control
 from mcore_longctx.train.job import TrainJob
 from mcore_longctx.train.optimizer import load_optimizer_state, prepare_optimizer_state
+from mcore_longctx.train.own_shards import save_own_shards
 from mcore_longctx.train.writing import BesideTraining, SaveStrategy, Share
 
 __all__ = ["Checkpointer", "verify_checkpoint"]
@@ -284,9 +285,11 @@ class Checkpointer:
 
     def _state(self, iteration: int) -> dict[str, Any]:
         model = self.wrapped.module.sharded_state_dict(metadata=self._metadata())
+        with save_own_shards(self.optimizer):
+            optimizer = self.optimizer.sharded_state_dict(model, is_loading=False, metadata=self._metadata())
         return {
             "model": model,
-            "optimizer": self.optimizer.sharded_state_dict(model, is_loading=False, metadata=self._metadata()),
+            "optimizer": optimizer,
             "opt_param_scheduler": self.schedule.state_dict(),
             "iteration": iteration,
             "checkpoint_version": 3.0,
