@@ -114,6 +114,23 @@ def test_preempted_in_the_middle_of_a_step(training: Training) -> None:
     assert [one["state"] for one in training.slices()] == ["stopped", "done"]
 
 
+@pytest.mark.long
+def test_preempted_while_it_starts_as_often_as_it_may_stand_still_it_goes_on(training: Training) -> None:
+    training.orders(start_seconds=60)  # a rank that imports does not hear: SLURM kills it after GraceTime and KillWait
+    training.submit()
+    for number in (1, 2):
+        wait_until(lambda: training.cluster.workers(training.job, "n0"), 60, lambda: training.cluster.story(training.job))
+        urgent = training.cluster.preempt()
+        assert training.cluster.end_of(urgent) == ("COMPLETED", "0:0")
+        if number == 2:
+            training.orders()
+        training.cluster.wait_for_restart(training.job, number)
+    training.end("COMPLETED", "0:0")
+    *killed, last = training.slices()
+    assert [(one["asked"], one["state"], one["after"]) for one in killed] == [("TERM", "none", -1)] * 2
+    assert (last["restart"], last["verdict"]) == (2, "done")
+
+
 @pytest.mark.parametrize(
     ("status", "code", "verdict"),
     [("failed 2 data/extend: no such data; run the step before", 2, "refused"), ("failed 1 loss is nan", 1, "failed")],
