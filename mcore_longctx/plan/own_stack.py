@@ -227,7 +227,7 @@ def _head_norms(setup: Setup, of: _Sizes) -> list[tuple[str, float]]:
 
 def _moments(setup: Setup) -> list[_Moment]:
     """In the backward pass of a layer, beside what is kept: those that can be the largest."""
-    of, mlp, attention = _Sizes(setup), _mlp(setup), _attention(setup)
+    of, attention, (of_mlp, tile) = _Sizes(setup), _attention(setup), _mlp(setup)
     gathered = [of.whole(h=1)] if of.tp > 1 else []  # Megatron's buffer for gathered inputs, there once and for all
     again = [] if setup.recompute == "none" else [of.whole(d=4), *_attention_again(setup, of), *_head_norms(setup, of)]
     tokens, scratch = _tokens(setup), _scratch(setup, of)
@@ -241,10 +241,9 @@ def _moments(setup: Setup) -> list[_Moment]:
         moments.append(_Moment("the output projection is differentiated", tokens, parts))
         if setup.recompute != "none":
             # and the gradient of q, k, v's input, before it is scattered
-            parts = (of.split(h=5, qd=1, gd=2), of.whole(h=1), *gathered, *_attention_again(setup, of), of.floats(one=1))
+            parts = (of.split(h=5, qd=1, gd=2), of.whole(h=1), *gathered, of.floats(one=1))
             moments.append(_Moment("q, k and v are differentiated", tokens, parts))
-    parts, fixed = mlp
-    moments.append(_Moment("the MLP is differentiated", tokens, (*parts, *gathered, *again), fixed))
+    moments.append(_Moment("the MLP is differentiated", tokens, (*of_mlp, *gathered, *again), tile))
     return moments
 
 
