@@ -84,14 +84,14 @@ def _states(setup: Setup, first: bool, last: bool) -> tuple[Term, ...]:
     weights = stage_parameters(setup.shape, p.pipeline_model_parallel_size, first=first, last=last) / p.tensor_model_parallel_size
     shards = p.data_parallel_size * p.context_parallel_size
     e = setup.bytes_per_element
-    state, formula = {"adam": (12.0, "12"), "adam_bf16": (4.0, "4"), "adam_cpu": (0.0, "0")}[setup.optimizer]
+    state = {"adam": 12.0 if e < 4 else 8.0, "adam_bf16": 4.0, "adam_cpu": 0.0}[setup.optimizer]  # float32 weights are no copy
     return (
         Term("weights", e * weights, "e P/(TP PP)", f"{e} x {weights:.4g}"),
         Term("gradients", 4 * weights, "4 P/(TP PP)", f"4 x {weights:.4g}", "float32"),
         Term(
             "optimizer",
             state * weights / shards,
-            f"{formula} P/(TP PP n), n = DP CP",
+            f"{state:g} P/(TP PP n), n = DP CP",
             f"{state:g} x {weights:.4g} / {shards}",
             "float32 weights and two moments" if state == 12 else "",
         ),

@@ -74,7 +74,8 @@ def parameters_per_layer(shape: ModelShape) -> int:
 def stage_parameters(shape: ModelShape, pipeline: int, *, first: bool, last: bool) -> int:
     """Parameters of one pipeline stage: its layers, the embedding on the first one, the final norm and the head on the last.
 
-    A tied head is one matrix with the embedding where both are on one stage, and a copy of it where they are not.
+    Layers that do not divide evenly, as in some published runs, count for the largest stage. A tied head is one matrix with the embedding
+    where both are on one stage, and a copy of it where they are not.
     """
     h, d, q, kv = shape.hidden_size, shape.kv_channels, shape.num_attention_heads, shape.num_query_groups
     layer = parameters_per_layer(shape) + 2 * h
@@ -85,7 +86,7 @@ def stage_parameters(shape: ModelShape, pipeline: int, *, first: bool, last: boo
     if shape.add_bias_linear:
         layer += 2 * h + 2 * shape.ffn_hidden_size
     matrices = 1 if first and last and shape.tie_word_embeddings else int(first) + int(last)
-    return shape.num_layers // pipeline * layer + matrices * shape.vocab_size * h + (h if last else 0)
+    return -(-shape.num_layers // pipeline) * layer + matrices * shape.vocab_size * h + (h if last else 0)
 
 
 def step_flops(shape: ModelShape, seq_length: int) -> tuple[float, float, float]:

@@ -90,8 +90,14 @@ def test_a_site_takes_a_gpu_over_and_gives_its_own_rates(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("gpus:\n  x:\n    like: h100-80gb\n    peak_flop: 1e15\n", r"site\.yaml:4: gpus\.x\.peak_flop: unknown name; did you mean 'peak_flops'"),
-        ("gpus:\n  x:\n    like: h100-80gb\n    memory_bytes: -1\n", r"site\.yaml:\d: gpus\.x: memory_bytes is -1\.0, expected above 0"),
+        (
+            "gpus:\n  x:\n    like: h100-80gb\n    peak_flop: 1e15\n",
+            r"site\.yaml:4: gpus\.x\.peak_flop: unknown name; did you mean 'peak_flops'",
+        ),
+        (
+            "gpus:\n  x:\n    like: h100-80gb\n    memory_bytes: -1\n",
+            r"site\.yaml:\d: gpus\.x: memory_bytes is -1\.0, expected above 0",
+        ),
         ("gpus:\n  x:\n    like: h100-80gb\n    memory_bytes: large\n", r"site\.yaml:4: gpus\.x\.memory_bytes: 'large' is not"),
         ("gpus:\n  x:\n    like: h1000\n", r"site\.yaml:2: gpus\.x\.like: no GPU 'h1000' above; did you mean 'h100"),
         ("gpus:\n  x:\n    peak_flops: 1e15\n", r"site\.yaml:2: gpus\.x: memory_bytes is missing"),

@@ -2,7 +2,15 @@ import pytest
 import torch
 
 from mcore_longctx.errors import ConfigError
-from mcore_longctx.plan.models import find_model, known_models, model_names, parameters, parameters_per_layer, stage_parameters, step_flops
+from mcore_longctx.plan.models import (
+    find_model,
+    known_models,
+    model_names,
+    parameters,
+    parameters_per_layer,
+    stage_parameters,
+    step_flops,
+)
 
 transformers = pytest.importorskip("transformers")
 
@@ -69,9 +77,7 @@ def test_flops_of_training_by_hand():
     assert attention == 32 * 3 * 2 * (2 * s * (s / 2) * 32 * 128)
 
 
-@pytest.mark.parametrize(
-    ("seq", "total", "share"), [(131072, 1.94e16, 0.696), (2**20, 9.12e17, 0.948), (2**22, 1.40e19, 0.987)]
-)
+@pytest.mark.parametrize(("seq", "total", "share"), [(131072, 1.94e16, 0.696), (2**20, 9.12e17, 0.948), (2**22, 1.40e19, 0.987)])
 def test_the_share_of_attention_grows_to_all(seq, total, share):
     flops = step_flops(find_model("llama-3.1-8b"), seq)
     assert sum(flops) == pytest.approx(total, rel=0.005)

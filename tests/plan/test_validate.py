@@ -164,7 +164,9 @@ def test_the_page_gives_the_errors_as_they_are():
         for error in getattr(report, quantity).values():
             line = f"| {error.rows} | {error.mean:.1%} | {error.bias:+.1%} | {error.worst:.0%}, `{error.worst_id}` |"
             assert line in page
-    assert all(f"{name}`" in page or f"`{name.split('-', 1)[1]}" in page for name in ("titan-8b-128k", "trl-32b-1m", "alst-32g-32k"))
+    assert all(
+        f"{name}`" in page or f"`{name.split('-', 1)[1]}" in page for name in ("titan-8b-128k", "trl-32b-1m", "alst-32g-32k")
+    )
 
 
 def test_outliers_are_shown_and_marked():
