@@ -151,6 +151,12 @@ def test_nothing_that_megatron_ignores_or_computes_wrongly_is_printed(chosen: di
     assert given["--pretrained-checkpoint"] != given["--load"]
 
 
+def test_the_factor_that_the_stock_program_drops_is_not_printed() -> None:
+    names = {one.name for one in command("stock").flags}
+    assert "--use-rope-scaling" in names
+    assert "--rope-scaling-factor" not in names
+
+
 # ---------------------------------------------------------------------------------------------------------------------------- ropes
 
 ropes = st.one_of(
