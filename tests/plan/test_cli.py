@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from mcore_longctx.cli.main import main
+from mcore_longctx.plan.tables import duration, size
 
 EXTEND = ["plan", "ultralong-8b-4m", "--stage", "extend"]
 WITHOUT = ["plan", "--model", "llama-3.1-8b", "--seq-length", "4M", "--gpus", "256"]
@@ -98,13 +99,18 @@ def test_terms_add_up_in_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_explain_has_every_term_with_its_formula_and_numbers(capsys: pytest.CaptureFixture[str]) -> None:
     text = printed([*EXTEND, "--explain"], capsys)
     written = as_json(EXTEND, capsys)["stages"][0]["written"]
-    terms = [*written["memory_terms"], *written["host_terms"], *written["time_terms"], *written["interval_terms"]]
+    in_bytes = [*written["memory_terms"], *written["host_terms"]]
+    terms = [(size(term["value"]), term) for term in in_bytes] + [
+        (duration(term["value"]), term) for term in written["time_terms"]
+    ]
     assert len(terms) > 20
-    for term in terms:
+    for value, term in terms:
         assert re.search(
-            rf"^  {re.escape(term['name'])} +[0-9.,]+ \S+ +\S* *= {re.escape(term['formula'])}$", text, re.MULTILINE
-        ), term["name"]
+            rf"^  {re.escape(term['name'])} +{re.escape(value)} += {re.escape(term['formula'])}$", text, re.MULTILINE
+        ), term
         assert term["numbers"] in text
+    for term in written["interval_terms"]:
+        assert f"= {term['formula']}\n" in text
 
 
 def test_what_does_not_fit_ends_with_1_and_the_way_out(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,7 @@
 """The search: what divides, what fits, what is best, and what it says where nothing does."""
 
 import math
+import shlex
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 
 from mcore_longctx.errors import LayoutError
 from mcore_longctx.families import ModelShape
-from mcore_longctx.plan.advice import breaks_nearby, nearest_fitting, remedy, smallest_miss, why_best
+from mcore_longctx.plan.advice import breaks_nearby, nearest_fitting, overrides, remedy, smallest_miss, why_best
 from mcore_longctx.plan.candidates import COMFORTABLE, HOST_USABLE, SAME_TIME, USABLE, Candidate, Search, at_peak, fit_problem
 from mcore_longctx.plan.hardware import find_gpu
 from mcore_longctx.plan.layouts import nearest_counts, search, smallest_count
@@ -18,6 +19,7 @@ from mcore_longctx.plan.memory import memory
 from mcore_longctx.plan.models import find_model
 from mcore_longctx.plan.setup import stage_setup
 from mcore_longctx.recipe import OptimizerSection, Stage, TokenCount
+from mcore_longctx.recipe.load import load_recipe
 
 M = 1 << 20
 H100 = find_gpu("h100-80gb")
@@ -235,6 +237,18 @@ def test_what_is_nearest_to_a_recipe_differs_in_one_thing(on_64: Search) -> None
     near = nearest_fitting(on_64, tried.setup)
     assert near is not None
     assert (near.layout, near.setup.recompute, near.setup.offload_fraction) == ((8, 8, 1, 1), "attention_kept", 0.0)
+
+
+def test_the_overrides_of_each_exchange_give_its_layout_to_a_recipe(on_256: Search, on_64: Search) -> None:
+    kinds: dict[str, Candidate] = {}
+    for candidate in (*on_256.fitting, *on_64.fitting):
+        kinds.setdefault(str(candidate.stage.parallel.cp_comm_type), candidate)
+    assert set(kinds) == {"p2p", "all_gather", "a2a", "a2a+p2p"}
+    for candidate in kinds.values():
+        given = [shlex.split(text)[0] for text in overrides(candidate)]
+        read = load_recipe("ultralong-8b-4m", given).stages[0]
+        assert read.parallel == candidate.stage.parallel
+        assert read.activations == candidate.stage.activations
 
 
 def test_tensor_parallelism_stays_in_a_node() -> None:
