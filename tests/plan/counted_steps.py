@@ -28,7 +28,7 @@ from mcore_longctx.layout import zigzag_positions
 from mcore_longctx.megatron_compat import device_context
 from mcore_longctx.model import build_gpt_model, init_process_groups
 from mcore_longctx.model.norm import RMSNorm
-from mcore_longctx.parallel import collectives
+from mcore_longctx.parallel import collectives, rows
 from mcore_longctx.recipe.schema import Activations, Parallel, TokenCount
 from mcore_longctx.rope import RopeScaling
 
@@ -82,12 +82,14 @@ def _step(case: Case, length: int) -> Counted:
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     get_global_memory_buffer().buffer.clear()  # of the length before
+    rows._ORDERS.clear()  # of the case before
     states = [*model.parameters(), *(parameter.grad for parameter in model.parameters()), positions, ids, labels, weights]
     with device_context(), LiveBytes(states) as live:
         loss = model(ids, positions, None, labels=labels, loss_weights=weights)
         kept = live.now - live.at_start
         torch.autograd.backward(loss)
-    assert all(parameter.grad.abs().max() > 0 for parameter in model.parameters())
+    # of the layers: a vocabulary shard may be padding alone
+    assert all(parameter.grad.abs().max() > 0 for parameter in model.decoder.parameters())
     return Counted(kept, live.peak_above_start)
 
 
