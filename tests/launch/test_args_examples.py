@@ -37,7 +37,12 @@ def words_that_torchrun_gets(tmp_path: Path, script: list[str]) -> list[str]:
 def test_the_script_for_4m_tokens_holds_what_args_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     line = printed(capsys, "ultralong-8b-4m", "--stage", "extend", "--for", "megatron-lm", "--format", "line")
     expanded = subprocess.run(
-        ["bash", "-euc", f'printf "%s\\n" {line}'], capture_output=True, text=True, check=True, timeout=30, env={**os.environ, **RANKS}
+        ["bash", "-euc", f'printf "%s\\n" {line}'],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=30,
+        env={**os.environ, **RANKS},
     )
     found = words_that_torchrun_gets(tmp_path, ["bash", str(EXAMPLE / "train_ultralong_8b_4m.sh")])
     assert found == expanded.stdout.splitlines()
@@ -63,7 +68,9 @@ def test_positional_parameters_of_the_script_reach_the_flags(tmp_path: Path) -> 
 @pytest.mark.parametrize("script", sorted(EXAMPLE.glob("*.sh")), ids=lambda path: path.name)
 def test_scripts_are_bash_without_faults(script: Path) -> None:
     subprocess.run(["bash", "-n", str(script)], check=True, timeout=30)
-    shellcheck = next((path for path in (Path(sys.executable).parent / "shellcheck", Path("/usr/bin/shellcheck")) if path.exists()), None)
+    shellcheck = next(
+        (path for path in (Path(sys.executable).parent / "shellcheck", Path("/usr/bin/shellcheck")) if path.exists()), None
+    )
     if shellcheck is None:
         pytest.skip("shellcheck is not installed")
     subprocess.run([str(shellcheck), str(script)], check=True, timeout=60)
