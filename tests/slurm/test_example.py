@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 
 from mcore_longctx.launch.chain import build_chain
 from mcore_longctx.recipe.load import open_recipe
+from tests.scripts import check_scripts
 from tests.slurm.cluster import REPOSITORY, Cluster, wait_until
 
 EXAMPLE = REPOSITORY / "examples" / "tiny_slurm"
@@ -26,11 +26,8 @@ def test_rendered_again_nothing_differs(monkeypatch: pytest.MonkeyPatch) -> None
     assert not different, f"`mcore-longctx launch examples/tiny_slurm/recipe.yaml` writes these otherwise: {different}"
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_a_script_is_good_bash(script: Path) -> None:
-    subprocess.run(["bash", "-n", script], check=True, timeout=30)
-    if shutil.which("shellcheck"):
-        subprocess.run(["shellcheck", "--shell=bash", script], check=True, timeout=60)
+def test_bash_and_shellcheck_take_every_script() -> None:
+    check_scripts(*SCRIPTS)
 
 
 def test_the_commands_of_the_readme_one_after_the_other(cluster: Cluster, tmp_path: Path) -> None:
