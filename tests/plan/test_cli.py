@@ -52,7 +52,7 @@ def test_a_page_has_everything_that_was_asked_for(capsys: pytest.CaptureFixture[
     assert re.search(r"key/value exchange: .* its ring hides behind", text)
     assert re.search(r"best: TP 8 x CP 16 p2p x DP 2, attention_kept, \d+ s a step, because", text)
     assert "does not work beside it:" in text
-    assert re.search(r"a job of 04:00:00 holds \d+ steps, the stage takes \d of them", text)
+    assert re.search(r"a job of 04:00:00 holds \d+ steps, the stage takes \d such jobs", text)
     assert re.search(r"signalled \d+ s\s+before the limit", text)
     assert re.search(r"save every \d+ steps \(the recipe: 5\)", text)
     assert re.search(r"process groups wait\s+\d+ min", text)
