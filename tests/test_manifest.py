@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mcore_longctx.errors import CheckpointError, ConfigError
-from mcore_longctx.manifest import read_manifest, staged_folder, verify_manifest, write_atomic, write_manifest
+from mcore_longctx.manifest import read_manifest, sha256_file, staged_folder, verify_manifest, write_atomic, write_manifest
 from tests.data.mutations import mutations
 
 
@@ -32,6 +32,26 @@ def test_a_finished_folder_verifies_and_names_its_facts(tmp_path: Path) -> None:
     assert set(manifest["files"]) == {"a.bin", "sub/b.txt"}
     assert manifest["versions"]["numpy"]
     assert [path.name for path in tmp_path.iterdir()] == ["done"]
+
+
+def test_shares_look_at_every_file_once_and_name_the_first_that_is_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with staged_folder(tmp_path / "done") as part:
+        for number in range(11):
+            (part / f"{number:02d}").write_bytes(bytes([number]) * 100)
+        write_manifest(part, "checkpoint")
+    seen: list[str] = []
+    monkeypatch.setattr("mcore_longctx.manifest.sha256_file", lambda path: seen.append(path.name) or sha256_file(path))
+    for rank in range(3):
+        verify_manifest(tmp_path / "done", "checkpoint", share=(rank, 3))
+    assert sorted(seen) == [f"{number:02d}" for number in range(11)]
+    for number in (10, 4):
+        (tmp_path / "done" / f"{number:02d}").write_bytes(b"x" * 100)
+    for rank in (0, 2):  # theirs are whole
+        verify_manifest(tmp_path / "done", "checkpoint", share=(rank, 3))
+    with pytest.raises(CheckpointError, match="done/04: contents differ"):
+        verify_manifest(tmp_path / "done", "checkpoint", share=(1, 3))
 
 
 @settings(max_examples=40, deadline=None)

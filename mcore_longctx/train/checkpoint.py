@@ -41,7 +41,7 @@ from mcore_longctx.rope import RopeScaling
 from mcore_longctx.train.control import Control
 from mcore_longctx.train.job import TrainJob
 from mcore_longctx.train.optimizer import load_optimizer_state, prepare_optimizer_state
-from mcore_longctx.train.own_shards import save_own_shards
+from mcore_longctx.train.own_shards import own_shards
 from mcore_longctx.train.writing import BesideTraining, SaveStrategy, Share
 
 __all__ = ["Checkpointer", "verify_checkpoint"]
@@ -60,8 +60,14 @@ _LAYOUT_FREE = {
 }
 
 
-def verify_checkpoint(folder: Path, *, shape: ModelShape, rope: RopeScaling) -> Mapping[str, Any]:
+def verify_checkpoint(folder: Path, *, shape: ModelShape, rope: RopeScaling, hashes: bool = True) -> Mapping[str, Any]:
     """Check every byte of a checkpoint and that it belongs to this model and rope. Returns its manifest. Runs nothing it reads.
+
+    Args:
+        folder: the checkpoint.
+        shape: of the model.
+        rope: of the model.
+        hashes: False: the bytes have been compared with the manifest before (`verify_manifest`, each rank its share).
 
     Raises:
         CheckpointError: nothing there, unfinished, damaged, of another model or rope, or holding a pickle that names something
@@ -69,7 +75,7 @@ def verify_checkpoint(folder: Path, *, shape: ModelShape, rope: RopeScaling) -> 
     """
     if not folder.exists():
         raise CheckpointError("no checkpoint here", where=folder, fix="check the path")
-    manifest = verify_manifest(folder, "checkpoint")
+    manifest = verify_manifest(folder, "checkpoint", hashes=hashes)
     for name in _NEEDED:
         if name not in manifest["files"]:
             raise CheckpointError(f"no {name} in the manifest", where=folder, fix="use another copy of the checkpoint")
@@ -285,11 +291,9 @@ class Checkpointer:
 
     def _state(self, iteration: int) -> dict[str, Any]:
         model = self.wrapped.module.sharded_state_dict(metadata=self._metadata())
-        with save_own_shards(self.optimizer):
-            optimizer = self.optimizer.sharded_state_dict(model, is_loading=False, metadata=self._metadata())
         return {
             "model": model,
-            "optimizer": optimizer,
+            "optimizer": own_shards(self.optimizer, model),
             "opt_param_scheduler": self.schedule.state_dict(),
             "iteration": iteration,
             "checkpoint_version": 3.0,

@@ -6,7 +6,7 @@ data has its own permutation; data-parallel ranks take disjoint micro-batches, c
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
@@ -144,6 +144,17 @@ class StepData:
         """Ids of all samples of a step, in order. The first step is 0."""
         size = self.stage.global_batch_size
         return [self.order[index] for index in range(iteration * size, (iteration + 1) * size)]
+
+    def heaviest(self, iteration: int, numbers: Iterable[int]) -> float:
+        """Query-key pairs of the heaviest sample of some micro-batches of a step, over all data-parallel ranks. Above 0.
+
+        Without a mask between documents all samples cost the same: 1.
+        """
+        if not self.stage.cross_document_mask:
+            return 1.0
+        ids, size = self.sample_ids(iteration), self.stage.micro_batch_size * self.stage.parallel.data_parallel_size
+        chosen = (index for number in numbers for index in ids[number * size : (number + 1) * size])
+        return max(1.0, *(float(sum(n * n for n in self.samples.document_lengths(index))) for index in chosen))
 
     def passes_begun(self, iteration: int) -> int:
         """How many passes over the data have begun when a step is done."""

@@ -31,6 +31,7 @@ from mcore_longctx import checkpoint_folder as store
 from mcore_longctx.data import PackedSamples
 from mcore_longctx.errors import CheckpointError, StoppedBySignal, TrainingError
 from mcore_longctx.layout import PackLayout
+from mcore_longctx.manifest import verify_manifest
 from mcore_longctx.megatron_compat import MEGATRON_VERSION, device_context, training_device
 from mcore_longctx.model import build_gpt_model, destroy_process_groups, init_process_groups
 from mcore_longctx.model.packed import PackedBatch, packed_batch
@@ -85,6 +86,8 @@ def _train(job: TrainJob, outcome: Outcome, stop: StopRequest, held: ExitStack) 
     control.on_rank0(lambda: _hold_folder(job, outcome, held))
     outcome.started()
     pulse = held.enter_context(Heartbeat(job.log_folder, control.rank, timeout_seconds=60 * minutes, hung=outcome.hung))
+    folder = Path(control.on_rank0(lambda: str(store.latest_checkpoint(job.checkpoints) or job.start_checkpoint)))
+    control.raise_first(_damage_of_share(folder, control.rank, control.world_size))
     start = control.on_rank0(lambda: _find_start(job))
     job = replace(job, tokenizer_sha256=start.tokenizer_sha256)
     trainer = Trainer(job, start, control, stop, pulse)
@@ -112,16 +115,25 @@ def _hold_folder(job: TrainJob, outcome: Outcome, held: ExitStack) -> None:
     store.remove_leftovers(job.checkpoints)
 
 
+def _damage_of_share(folder: Path, rank: int, ranks: int) -> Exception | None:
+    """Compare every byte of this rank's share of a checkpoint's files: one rank would take half an hour for a model of 70B."""
+    try:
+        verify_manifest(folder, "checkpoint", share=(rank, ranks))
+    except Exception as error:  # told to all ranks
+        return error
+    return None
+
+
 def _find_start(job: TrainJob) -> Start:
-    """Verify data and checkpoint, every byte, before anything is built. Rank 0 only."""
+    """Verify the data, every byte, and that the checkpoint, whose bytes are verified, belongs to this job. Rank 0 only."""
     settings = job.settings(data=data_fingerprint(job.data_prefix, tokenizer_sha256=job.tokenizer_sha256))
     newest = store.latest_checkpoint(job.checkpoints)
     if newest is None:
         folder = job.start_checkpoint
-        verify_checkpoint(folder, shape=job.shape, rope=job.start_rope)
+        verify_checkpoint(folder, shape=job.shape, rope=job.start_rope, hashes=False)
     else:
         folder = newest
-        manifest = verify_checkpoint(folder, shape=job.shape, rope=job.rope)
+        manifest = verify_checkpoint(folder, shape=job.shape, rope=job.rope, hashes=False)
         if manifest.get("stage") != job.stage.name:
             raise CheckpointError(f"belongs to stage {manifest.get('stage')!r}, not {job.stage.name!r}", where=folder)
         refuse_changed_settings(manifest["settings"], settings, where=folder)
@@ -269,18 +281,23 @@ class Trainer:
             _StopRequested: on all ranks.
             TrainingError: the save failed.
         """
-        self._begin("micro-batch", f"iteration {self.finished + 1}, micro-batch {micro_batch}")
+        # a rank of light samples waits here for one of heavy ones: the micro-batch before this one counts too
+        begins = range(max(0, micro_batch - 2), micro_batch)
+        if self.stage.parallel.pipeline_model_parallel_size > 1:  # one border for the whole step
+            begins = range(self.stage.num_microbatches)
+        work = self.data.heaviest(self.finished, begins)
+        self._begin("micro-batch", f"iteration {self.finished + 1}, micro-batch {micro_batch}", work)
         number, is_busy = self.control.largest(self.stop.number, self.checkpointer.is_busy)
         if number:
             raise _StopRequested(number)
         if self.checkpointer.is_under_way and not is_busy:
             self.checkpointer.advance()
 
-    def _begin(self, phase: Phase, where: str) -> None:
+    def _begin(self, phase: Phase, where: str, work: float = 1.0) -> None:
         if torch.cuda.is_available():
             # a border is passed when the kernels before it have run, not when they are queued
             torch.cuda.current_stream().synchronize()
-        self.pulse.passed(phase, where)
+        self.pulse.passed(phase, where, work=work)
 
     def _forward_backward(self, iteration: int) -> list[tuple[tuple[int, ...], torch.Tensor]]:
         """Gradients of a step in the main gradient buffers. Returns (sample ids, [loss sum, tokens]) of each own micro-batch."""

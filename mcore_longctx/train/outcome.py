@@ -8,8 +8,9 @@
     failed 2 checkpoints/base: no checkpoint here; check the path
     hung 1 rank 3: no micro-batch for 31 s (3 x the median of 10.1 s) in iteration 12, ...
 
-torchrun turns every exit code into 1, so this file tells the truth. It stays `running` when the process was killed. `hung` is a job
-that stood still and was ended by its own watchdog: for whoever requeues it is a death like any other.
+torchrun turns every exit code into 1, so this file tells the truth. It stays `running` when the process was killed. On a full disk the line
+is written over the old one. `hung` is a job that stood still and was ended by its own watchdog: for whoever requeues it is a death like
+any other.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from mcore_longctx.errors import LongctxError, StoppedBySignal
@@ -35,6 +36,7 @@ __all__ = ["Outcome", "open_log"]
 logger = logging.getLogger("mcore_longctx")
 
 _INTERRUPTED = 130  # as a shell reports Ctrl-C
+_BLOCK = 4096  # bytes of a file system's block: the file that holds one byte holds as many
 
 
 class Outcome:
@@ -97,7 +99,8 @@ class Outcome:
             logger.error("%s", line, extra={"log_file_only": True})
             self._write_status("stopped" if isinstance(error, StoppedBySignal) else "failed", code, line)
         elif note := os.environ.get("MCORE_LONGCTX_ERROR_NOTE"):  # for whoever started this rank (`launch`)
-            write_atomic(Path(note), f"failed {code} {line}\n")
+            with suppress(OSError):
+                write_atomic(Path(note), f"failed {code} {line}\n")
 
     def _line(self, error: BaseException) -> str:
         if isinstance(error, LongctxError):
@@ -112,9 +115,10 @@ class Outcome:
         return self.folder / f"rank{self.rank}.log"
 
     def _write_traceback(self, error: BaseException) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with self._traceback_file().open("a", encoding="utf-8") as file:
-            file.write("".join(traceback.format_exception(error)))
+        with suppress(OSError):  # the line on stderr says what happened
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with self._traceback_file().open("a", encoding="utf-8") as file:
+                file.write("".join(traceback.format_exception(error)))
 
     def _claim_failure(self, code: int) -> bool:
         """Whether this rank is the first that fails. Decided by creating a file: the ranks may no longer be able to talk."""
@@ -122,7 +126,9 @@ class Outcome:
             descriptor = os.open(self._claim, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
         except FileExistsError:
             return False
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        except OSError:  # not even a name fits on the disk: better said twice than never
+            return True
+        with suppress(OSError), os.fdopen(descriptor, "w", encoding="utf-8") as file:
             json.dump({"rank": self.rank, "exit_code": code}, file)
         return True
 
@@ -135,8 +141,44 @@ class Outcome:
         return 1
 
     def _write_status(self, state: str, code: int | None, reason: str) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(self.folder / "STATUS", f"{state} {'-' if code is None else code} {reason}\n")
+        line = f"{state} {'-' if code is None else code} {reason}\n"
+        path = self.folder / "STATUS"
+        if state == "running":  # if this fails, the job ends before it has begun
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, line)
+            return
+        try:
+            write_atomic(path, line)
+        except OSError:  # a full disk: the block that holds `running` has room for another line
+            with suppress(OSError):
+                _overwrite(path, line.encode())
+
+
+def _overwrite(path: Path, line: bytes) -> None:
+    descriptor = os.open(path, os.O_WRONLY)
+    try:
+        if len(line) > _BLOCK:
+            line = line[: _BLOCK - 1] + b"\n"
+        os.pwrite(descriptor, line, 0)
+        os.ftruncate(descriptor, len(line))
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class _LogFile:
+    """`rank0.log`. Its lines are on stdout or stderr too: what a full disk does not take is not told once more, with a traceback."""
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o644)
+
+    def write(self, text: str) -> None:
+        with suppress(OSError):
+            os.write(self._descriptor, text.encode())
+
+    def close(self) -> None:
+        with suppress(OSError):
+            os.close(self._descriptor)
 
 
 def _exit_code(error: BaseException) -> int:
@@ -154,16 +196,19 @@ def open_log(log_folder: Path, rank: int) -> Iterator[None]:
     console: logging.Handler
     if rank == 0:
         log_folder.mkdir(parents=True, exist_ok=True)
-        file: logging.Handler = logging.FileHandler(log_folder / "rank0.log", encoding="utf-8")
+        stream: _LogFile | None = _LogFile(log_folder / "rank0.log")
+        file: logging.Handler = logging.StreamHandler(stream)
         file.setFormatter(logging.Formatter("[%(asctime)s] %(message)s", "%Y-%m-%d %H:%M:%S"))
         console = logging.StreamHandler(sys.stdout)
         console.addFilter(lambda record: not getattr(record, "log_file_only", False))
     else:
-        file, console = logging.NullHandler(), logging.StreamHandler(sys.stderr)
+        stream, file, console = None, logging.NullHandler(), logging.StreamHandler(sys.stderr)
         console.setLevel(logging.WARNING)
         console.setFormatter(logging.Formatter(f"[rank {rank}] %(message)s"))
     theirs = [logging.getLogger(name) for name in ("megatron", "py.warnings")]
     with ExitStack() as undo, warnings.catch_warnings():
+        if stream is not None:
+            undo.callback(stream.close)
         undo.callback(file.close)
         undo.callback(logging.captureWarnings, False)
         logging.captureWarnings(True)

@@ -16,8 +16,6 @@ of `fully_reshardable`, and megatron-core itself loads it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -30,7 +28,7 @@ from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import ShardedTensorFactory
 from megatron.core.dist_checkpointing.utils import extract_sharded_tensors_and_factories
 
-__all__ = ["rectangles", "save_own_shards"]
+__all__ = ["own_shards", "rectangles"]
 
 Rectangle = tuple[tuple[int, ...], tuple[int, ...]]
 """Offsets and lengths, one of each an axis."""
@@ -55,22 +53,23 @@ def rectangles(shape: tuple[int, ...], start: int, end: int) -> list[Rectangle]:
     return found
 
 
-@contextmanager
-def save_own_shards(optimizer: Any) -> Iterator[None]:
-    """Inside, `optimizer.sharded_state_dict(..., is_loading=False)` gives each rank its own shards, and no rank sends anything."""
+def own_shards(optimizer: Any, model: Any) -> dict[str, Any]:
+    """What `optimizer.sharded_state_dict(model)` gives to a save, with this rank's own shards. No rank sends anything.
+
+    Args:
+        optimizer: Megatron's chain of one DistributedOptimizer.
+        model: the model's sharded state dict.
+    """
     (distributed,) = optimizer.chained_optimizers
-
-    def own(model: Any, is_loading: bool = False, metadata: Any = None) -> dict[int, Any]:
-        return _own_shards(distributed, model)
-
-    distributed.sharded_param_state_fully_reshardable = own  # on the instance: it hides the method of the class
-    try:
-        yield
-    finally:
-        del distributed.sharded_param_state_fully_reshardable
+    # the form of DistributedOptimizer.sharded_state_dict in megatron-core 0.16 and 0.19: its param groups, and the tensors beside them
+    return {
+        **distributed.state_dict(),
+        "param_state": _tensors(distributed, model),
+        "param_state_sharding_type": "fully_reshardable",
+    }
 
 
-def _own_shards(distributed: Any, model: Any) -> dict[int, Any]:
+def _tensors(distributed: Any, model: Any) -> dict[int, Any]:
     sharded, _ = extract_sharded_tensors_and_factories(model)
     of_parameter = {base.data: base for base in nested_values(sharded)}
     found: dict[int, Any] = {}

@@ -120,6 +120,8 @@ class Ranks:
         job: the job.
         before: an importable function that each rank calls first, to arrange for an accident.
         deadline: seconds after which the ranks are killed and the test fails.
+        size: ranks, if not those of the layout.
+        folder: where what they print is kept; in the log folder if None.
     """
 
     def __init__(
@@ -130,10 +132,11 @@ class Ranks:
         args: tuple[Any, ...] = (),
         deadline: float = 240,
         size: int = 0,
+        folder: Path | None = None,
     ):
         self.job, self.size, self.deadline = job, size or job.stage.parallel.world_size, time.monotonic() + deadline
         job.log_folder.mkdir(parents=True, exist_ok=True)
-        self.folder = job.log_folder / "ranks"
+        self.folder = folder or job.log_folder / "ranks"
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir()
         self.processes = [

@@ -248,16 +248,32 @@ def fill_disk(rank: int, place: Path, where: str) -> None:
         checkpoint.write_manifest = full(checkpoint.write_manifest)
 
 
+def assert_no_traceback(folder: Path) -> None:
+    for path in folder.glob("*.err"):
+        assert "Traceback" not in path.read_text()
+        assert "Logging error" not in path.read_text()
+
+
 @pytest.mark.parametrize("where", ["tensors", "manifest"])
 @pytest.mark.parametrize("is_beside", [False, True], ids=["waited-for", "beside"])
 def test_a_full_disk_is_one_line_and_the_old_checkpoint_stays(
-    world: Path, small_disk: Path, waiting: TrainJob, is_beside: bool, where: str
+    world: Path, small_disk: Path, waiting: TrainJob, is_beside: bool, where: str, tmp_path: Path
 ) -> None:
-    place = small_disk / "checkpoints"
-    place.mkdir()
-    job = make_job(world, f"full-{is_beside}-{where}", async_save=is_beside, checkpoints=place)
+    run = small_disk / "run"  # all of it: logs, metrics and STATUS have no room either
+    place = run / "checkpoints"
+    job = make_job(
+        world,
+        f"full-{is_beside}-{where}",
+        async_save=is_beside,
+        checkpoints=place,
+        log_folder=run / "logs",
+        metrics_path=run / "metrics.jsonl",
+        tensorboard=run / "tensorboard",
+    )
+    place.mkdir(parents=True)
     start_at(job, iteration_folder(waiting.checkpoints, 2))
-    line = refused(job, code=1, before=fill_disk, args=(small_disk, where))
+    line = refused(job, code=1, before=fill_disk, args=(small_disk, where), folder=tmp_path / "ranks")
+    assert_no_traceback(tmp_path / "ranks")
     assert line.startswith(f"mcore-longctx: {place}/iter_0000004: the checkpoint could not be written: ")
     assert "No space left on device" in line
     assert line.endswith("; iter_0000002 is untouched")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -104,6 +106,72 @@ def test_the_watch_ends_with_the_training(tmp_path: Path) -> None:
     time.sleep(1.0)
     assert not said
     assert not any(thread.name == "watchdog" for thread in threading.enumerate())
+
+
+def test_a_rare_long_document_is_not_late_and_a_light_sample_still_is(tmp_path: Path, clock: list[float]) -> None:
+    """Seconds = rows + pairs, as of a micro-batch with a mask between documents: 64 documents of 1, now and then one of 64."""
+    light, heavy = 64.0, 64.0**2
+    pulse = quiet(tmp_path, timeout=10 * 60 * MINUTE)
+    for _ in range(20):
+        pulse.passed("micro-batch", "somewhere", work=light)
+        clock[0] += 100 + light
+        advance(pulse, clock, ("update", 1.0))
+    assert pulse.limit("micro-batch", light)[0] == pytest.approx(600.0)  # a sixtieth of the timeout
+    assert 100 + heavy < pulse.limit("micro-batch", heavy)[0] < 3 * 64 * 164.001
+    for _ in range(20):  # once heavy ones are known, what they tell is used for them and for the light ones
+        pulse.passed("micro-batch", "somewhere", work=heavy)
+        clock[0] += 100 + heavy
+        advance(pulse, clock, ("update", 1.0))
+        assert 100 + heavy < pulse.limit("micro-batch", heavy)[0]
+
+
+def test_the_watchdog_ends_the_process_when_nothing_can_be_written(tmp_path: Path) -> None:
+    def full(line: str) -> None:
+        raise OSError(28, "No space left on device")
+
+    ended: list[int] = []
+    (tmp_path / "rank0.stacks").mkdir()  # cannot be opened
+    with quiet(tmp_path, timeout=12.0, hung=full, end=ended.append) as pulse:
+        for number in range(6):
+            pulse.passed("update" if number % 2 else "micro-batch", f"iteration {number}")
+        began = time.monotonic()
+        while not ended and time.monotonic() < began + 10:
+            time.sleep(0.01)
+    assert ended == [1]
+
+
+SUSPENDED = """
+import sys, time
+from pathlib import Path
+from mcore_longctx.train.heartbeat import Heartbeat
+with Heartbeat(Path(sys.argv[1]), 0, timeout_seconds=60, hung=print) as pulse:
+    for number in range(6):
+        pulse.passed("update" if number % 2 else "micro-batch", f"iteration {number}")
+    pulse.passed("micro-batch", "suspended here")
+    print("ready", flush=True)
+    time.sleep(0.5)
+    print("went on", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_job_that_was_suspended_as_a_whole_is_not_late_and_is_watched_again(tmp_path: Path) -> None:
+    process = subprocess.Popen([sys.executable, "-c", SUSPENDED, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(3)  # the limit is a second, of faulthandler two
+        process.send_signal(signal.SIGCONT)
+        assert process.stdout.readline() == "went on\n"
+        began = time.monotonic()
+        assert process.wait(20) == 1
+        assert "no micro-batch for 1" in process.stdout.readline()
+        assert 0.1 < time.monotonic() - began < 10
+    finally:
+        process.kill()
+        process.stdout.close()
+        process.wait()
 
 
 # ---------------------------------------------------------------------- whole jobs

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 
 from mcore_longctx.formats.dcp_read import read_torch_dist
 from mcore_longctx.train import iteration_folder
-from mcore_longctx.train.own_shards import rectangles
+from mcore_longctx.train.own_shards import own_shards, rectangles
 from tests.train.jobs import make_job, make_world, train
 
 
@@ -31,9 +30,24 @@ def test_rectangles_are_a_range_in_its_order(rows: int, columns: int, data: st.D
 
 
 def gather_as_megatron_does(rank: int) -> None:
+    from megatron.core import parallel_state
+
     from mcore_longctx.train import checkpoint
 
-    checkpoint.save_own_shards = lambda optimizer: contextlib.nullcontext()  # type: ignore[assignment]
+    def gathered(optimizer: Any, model: Any) -> dict[str, Any]:
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        metadata = {**checkpoint._LAYOUT_FREE, "dp_cp_group": group}
+        before = [dict(vars(one)) for one in optimizer.chained_optimizers]
+        state = optimizer.sharded_state_dict(model, is_loading=False, metadata=metadata)
+        mine = own_shards(optimizer, model)
+        # Megatron's objects have nothing replaced on them, and what is beside the tensors is what Megatron puts there
+        assert [one.keys() for one in before] == [vars(one).keys() for one in optimizer.chained_optimizers]
+        assert mine.keys() == state.keys()
+        beside = [{k: v for k, v in one.items() if k != "param_state"} for one in (mine, state)]
+        assert repr(beside[0]) == repr(beside[1])
+        return state  # type: ignore[no-any-return]
+
+    checkpoint.own_shards = gathered
 
 
 def assembled(folder: Path) -> dict[str, Any]:
