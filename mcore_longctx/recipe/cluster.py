@@ -11,7 +11,10 @@ from typing import Literal
 __all__ = ["ClusterSection", "ContainerSection"]
 
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_SECRET = ("*TOKEN*", "*KEY*", "*SECRET*", "*PASSWORD*", "*CREDENTIAL*")
+_SECRET = ("*TOKEN*", "*KEY*", "*SECRET*", "*PASSWORD*", "*PASSWD*", "*_PASS", "*_PAT", "*CREDENTIAL*", "*AUTH*")
+_NO_SECRET = re.compile(r"TOKENIZER|AUTHOR")
+# NAME=value, but not what is looked up when the line runs: NAME=$OTHER, NAME="$(cat file)", or nothing
+_GIVEN = re.compile(r"([A-Za-z_][A-Za-z0-9_]*)=(?![\"]?[$`]|[\"']{2}|[\s;&|]|$)")
 _IN_A_LINE = ("account", "partition", "cpu_partition", "qos", "reservation", "constraint", "time_limit")
 
 
@@ -65,8 +68,19 @@ class ClusterSection:
             if not _VARIABLE.fullmatch(name):
                 raise ValueError(f"{name!r} is no name of an environment variable")
         for name in self.environment:
-            if any(fnmatchcase(name.upper().replace("TOKENIZER", ""), pattern) for pattern in _SECRET):
-                raise ValueError(
-                    f"environment.{name} looks like a secret, and its value would be written into scripts and logs: "
-                    f"export it before sbatch, and list its name in cluster.secrets"
-                )
+            _refuse_secret(name, f"environment.{name}")
+        for number, line in enumerate(self.setup):
+            for name in _GIVEN.findall(line):
+                _refuse_secret(name, f"setup[{number}]: {name}")
+        for number, option in enumerate(self.sbatch):
+            for name in _GIVEN.findall(re.sub(r"^--?[\w-]+[= ]?", "", option)):  # the option itself is none: --wckey=NAME
+                _refuse_secret(name, f"sbatch[{number}]: {name}")
+
+
+def _refuse_secret(name: str, where: str) -> None:
+    plain = _NO_SECRET.sub("", name.upper())
+    if any(fnmatchcase(plain, pattern) for pattern in _SECRET):
+        raise ValueError(
+            f"{where} looks like a secret, and its value would be written into scripts and logs: "
+            f"export it before sbatch, and list its name in cluster.secrets"
+        )
