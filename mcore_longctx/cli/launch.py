@@ -33,7 +33,9 @@ def add_parser(subparsers: Any) -> None:
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--submit", action="store_true", help="submit the chain and print the job ids")
     what.add_argument("--dry-run", action="store_true", help="print the scripts, write nothing")
-    parser.add_argument("--force", action="store_true", help="write scripts anew that were edited since they were written")
+    parser.add_argument(
+        "--force", action="store_true", help="write recipe and scripts anew that were edited since they were written"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -6,9 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from mcore_longctx.errors import ConfigError, LayoutError
+from mcore_longctx.families import ModelShape
 from mcore_longctx.launch.slurm import Job, Times, render_steps, render_submit, render_training, shape_of_job
+from mcore_longctx.plan.evaluation import evaluation_price
 from mcore_longctx.plan.intervals import check_time_limit, parse_time_limit
-from mcore_longctx.plan.stages import StagePlan, plan_stage
+from mcore_longctx.plan.stages import StagePlan, cluster_gpu, plan_stage
+from mcore_longctx.plan.tables import duration
 from mcore_longctx.recipe import Recipe, Stage
 from mcore_longctx.recipe.load import RecipeFile
 from mcore_longctx.recipe.resolve import resolve
@@ -38,7 +41,7 @@ def build_chain(file: RecipeFile, *, only: str | None = None) -> Chain:
 
     Raises:
         ConfigError: what cannot run as it stands: a stage that does not fit, a layout that fills no nodes, a time limit that is too
-            short, an unknown GPU, a secret in the recipe.
+            short for two steps or for what an evaluation job measures, an unknown GPU, a secret in the recipe.
     """
     resolved = resolve(file, need_model=False)
     recipe = file.recipe
@@ -59,16 +62,44 @@ def build_chain(file: RecipeFile, *, only: str | None = None) -> Chain:
     if not jobs:
         names = ", ".join(stage.name for stage in stages)
         raise ConfigError(f"no stage {only!r}", where=file.file, fix=f"stages: {names}")
+    staged = {stage.name: stage for stage in stages}
+    times = {
+        job.stage: _times(staged[job.stage], plans[job.stage], recipe.cluster.time_limit, where) for job in jobs if job.stage
+    }
+    start_up = max((plan.intervals.start_up.value for plan in plans.values() if plan is not None), default=0.0)
     scripts: dict[str, str] = {}
     for job in jobs:
-        text = render_steps(recipe, job)
         if job.stage is not None:
-            stage = next(stage for stage in stages if stage.name == job.stage)
-            text = render_training(recipe, job, stage, _times(stage, plans[stage.name], recipe.cluster.time_limit, where))
+            text = render_training(recipe, job, staged[job.stage], times[job.stage])
+        else:
+            text = render_steps(recipe, job, _measured(job, recipe, resolved.shape, start_up, file) if job.evaluates else "")
         scripts[f"{job.name}.sbatch"] = text
     if only is None:
         scripts["submit.sh"] = render_submit(recipe, list(jobs))
     return Chain(recipe, jobs, scripts, tuple(_describe(job, plans.get(job.stage or "")) for job in jobs))
+
+
+def _measured(job: Job, recipe: Recipe, shape: ModelShape, start_up: float, file: RecipeFile) -> str:
+    """How long the models of an evaluation job take, held against the time limit: such a job is not signalled and not continued.
+
+    `start_up`: seconds of processes, imports and a checkpoint that is read, for each model once.
+    """
+    gpu = cluster_gpu(recipe.cluster)
+    price = None if gpu is None else evaluation_price(recipe.evaluate, shape, gpu)
+    if price is None:
+        return "not held against a plan (no formula for CPUs)"
+    models = len(job.steps)
+    needed, limit = models * (price.seconds + start_up), _seconds_of(recipe.cluster.time_limit, file.where("cluster.time_limit"))
+    what = "one model" if models == 1 else f"{models} models"
+    if needed > limit:
+        row = max(price.rows, key=lambda row: row.seconds)
+        raise ConfigError(
+            f"{job.name} measures {what}: {duration(needed)} [planned], cluster.time_limit gives {duration(limit)};"
+            f" most of it: {row.task}, {row.sequences:,} x {row.length:,} tokens, {duration(row.seconds)}",
+            where=file.where("evaluate"),
+            fix="fewer samples or windows, more ranks in evaluate.parallel, or a longer time limit",
+        )
+    return f"{what} in {needed / 3600:.1f} h [planned]"
 
 
 def _describe(job: Job, plan: StagePlan | None) -> str:

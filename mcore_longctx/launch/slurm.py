@@ -34,6 +34,11 @@ class Job:
     needs_gpus: bool = True
 
     @property
+    def evaluates(self) -> bool:
+        """Whether it measures models: one a step."""
+        return all(step.startswith("evaluate-") for step in self.steps)
+
+    @property
     def starts_ranks(self) -> bool:
         """Whether `run` itself starts ranks on several nodes: then it cannot be in a container of one of them."""
         return self.stage is None and self.nodes > 1
@@ -89,11 +94,10 @@ def render_training(recipe: Recipe, job: Job, stage: Stage, times: Times) -> str
     )
 
 
-def render_steps(recipe: Recipe, job: Job) -> str:
-    """The script of a job that does steps of `mcore-longctx run`."""
-    return _render(
-        "steps.sbatch.j2", recipe, job, time_note="what is finished is kept: a job that ran out of time can be submitted again"
-    )
+def render_steps(recipe: Recipe, job: Job, planned: str = "") -> str:
+    """The script of a job that does steps of `mcore-longctx run`; `planned`: how long they take, where that is known."""
+    kept = "what is finished is kept: a job that ran out of time can be submitted again"
+    return _render("steps.sbatch.j2", recipe, job, time_note=f"{planned}; {kept}" if planned else kept)
 
 
 def render_submit(recipe: Recipe, jobs: list[Job]) -> str:
@@ -109,6 +113,10 @@ def _render(template: str, recipe: Recipe, job: Job, **more: Any) -> str:
     if any(character in str(folder) for character in '\n\r"#%\\'):
         raise ConfigError(
             "cannot stand in an #SBATCH line, where the log goes", where=f"run folder {folder}", fix="use another name"
+        )
+    if str(folder).startswith("-"):
+        raise ConfigError(
+            "a name that starts with a dash is an option to programs", where=f"run folder {folder}", fix="use another"
         )
     job_facts = {
         **asdict(job),
@@ -170,8 +178,8 @@ def _site_values(cluster: ClusterSection, job: Job) -> list[tuple[str, str | Non
 
 
 def _option_value(value: str) -> str:
-    """A value for an #SBATCH line: sbatch takes double quotes and no shell."""
-    return f'"{value}"' if any(character.isspace() for character in value) else value
+    """A value for an #SBATCH line: sbatch takes double quotes and no shell; a single quote would open a string."""
+    return f'"{value}"' if any(character.isspace() or character == "'" for character in value) else value
 
 
 def _words(words: list[str]) -> str:

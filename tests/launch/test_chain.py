@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,8 @@ from mcore_longctx.cli.main import main
 from mcore_longctx.errors import ConfigError
 from mcore_longctx.launch.chain import Chain, build_chain
 from mcore_longctx.launch.submit import submit_chain, write_chain
+from mcore_longctx.plan.evaluation import evaluation_price
+from mcore_longctx.plan.stages import cluster_gpu
 from mcore_longctx.recipe.load import open_recipe
 from mcore_longctx.recipe.resolve import resolve
 from mcore_longctx.run.steps import plan_steps
@@ -30,7 +34,11 @@ if [[ -e $FAKE/fail_at && $count == $(cat "$FAKE/fail_at") ]]; then
 fi
 echo "$((100 + count));cluster"
 """
-OTHERS = {"squeue": 'cat "$FAKE/queue" 2>/dev/null || true', "scancel": 'echo "$*" >>"$FAKE/scancel.log"'}
+# Both fail with what they are told to say.
+OTHERS = {
+    "squeue": '[[ -e $FAKE/squeue_says ]] && { cat "$FAKE/squeue_says" >&2; exit 1; }; cat "$FAKE/queue" 2>/dev/null || true',
+    "scancel": '[[ -e $FAKE/scancel_says ]] && { cat "$FAKE/scancel_says" >&2; exit 1; }; echo "$*" >>"$FAKE/scancel.log"',
+}
 
 
 @pytest.fixture
@@ -54,6 +62,10 @@ def run(tmp_path: Path) -> Path:
 
 def chain_of(run: Path, *overrides: str) -> Chain:
     return build_chain(open_recipe("tiny-cpu", [f"output={run}", *overrides]))
+
+
+def jobs_of(run: Path) -> list[str]:
+    return (run / "slurm" / "jobs.txt").read_text().splitlines()
 
 
 def launch(run: Path, *words: str) -> int:
@@ -126,6 +138,84 @@ def test_an_edited_script_is_kept_until_force(run: Path) -> None:
     assert "--account=proj" in script.read_text()
 
 
+def test_an_edited_recipe_of_a_run_is_not_written_over(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch(run) == 0
+    recipe = run / "recipe.yaml"
+    edited = "# tried on Monday\n" + recipe.read_text().replace("seed: 1234", "seed: 4321")
+    assert edited.count("seed: 4321") == 1
+    recipe.write_text(edited)
+    capsys.readouterr()
+    assert launch(run) == 2
+    said = capsys.readouterr().err
+    assert f"{recipe}: edited since it was written, and says something else than this recipe; launch {recipe} to go by it" in said
+    assert said.count("\n") == 1
+    assert recipe.read_text() == edited
+    assert main(["launch", str(recipe)]) == 0  # the edited one is what is wanted: kept, comments and all
+    assert f"{recipe}: edited since it was written, kept" in capsys.readouterr().out
+    assert recipe.read_text() == edited
+    assert launch(run) == 2
+    assert launch(run, "--force") == 0
+    assert recipe.read_text() != edited
+    assert launch(run, "seed=9") == 0  # not edited by hand: another recipe takes its place
+
+
+def test_evaluation_is_held_against_the_time_limit(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["launch", "examples/ultralong_8b_4m/recipe.yaml", "--dry-run"]
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert said.count("2 models in ") == 1  # 10-evaluate-before: as it is, and with the rope alone
+    assert said.count("SITE: one model in ") == 2
+    recipe = open_recipe(words[1]).recipe
+    assert recipe.evaluate.needle is not None
+    file = open_recipe(words[1], ["evaluate.needle.samples=2000"])
+    gpu = cluster_gpu(file.recipe.cluster)
+    assert gpu is not None
+    price = evaluation_price(file.recipe.evaluate, resolve(file, need_model=False).shape, gpu)
+    assert price is not None
+    assert main([*words, "evaluate.needle.samples=2000"]) == 2
+    refused = capsys.readouterr().err
+    assert refused.count("\n") == 1
+    (hours,) = re.findall(
+        r"evaluate: 10-evaluate-before measures 2 models: (\d+) h \[planned\], cluster.time_limit gives 4.0 h", refused
+    )
+    assert int(hours) == pytest.approx(2 * price.seconds / 3600, rel=0.01)
+    assert "most of it: needle, 10,000 x 4,194,304 tokens, 18" in refused
+    # one model alone fits where two do not
+    fits = (price.seconds / 3600) * 1.5
+    with pytest.raises(ConfigError, match="10-evaluate-before measures 2 models"):
+        build_chain(open_recipe(words[1], ["evaluate.needle.samples=2000", f"cluster.time_limit={round(fits * 60)}"]))
+    long_enough = round(price.seconds / 60 * 2 + 60)
+    build_chain(open_recipe(words[1], ["evaluate.needle.samples=2000", f"cluster.time_limit={long_enough}"]))
+
+
+@pytest.mark.parametrize("name", ["-dash/run", "-x"])
+def test_a_run_folder_that_programs_take_for_an_option_is_refused(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["launch", "tiny-cpu", f"output={name}", "--dry-run"]) == 2
+    assert f"run folder {name}: a name that starts with a dash" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        *(
+            ("written.json", text)
+            for text in (b"[]", b"3", b"\xff", b"{}", b'{"scripts": 3, "recipe": "a"}', b'{"scripts": {"a": 1}, "recipe": "a"}')
+        ),
+        *(("written.json", text) for text in (b'{"scripts": {}, "recipe": 3}', b'{"scripts": {}}', b"")),
+        *(("jobs.txt", text) for text in (b"{}", b"\xff\xfe", b"12\n", b"twelve 20-extend\n", b"1 2 3\n")),
+    ],
+)
+def test_damaged_notes_are_one_line(run: Path, slurm: Path, name: str, text: bytes, capsys: pytest.CaptureFixture[str]) -> None:
+    assert launch(run) == 0
+    (run / "slurm" / name).write_bytes(text)
+    capsys.readouterr()
+    assert launch(run, "--submit") == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert f"slurm/{name}: damaged" in said
+    assert not (slurm / "sbatch.log").exists()
+
+
 def test_a_folder_that_is_no_run_folder_is_left_alone(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run.mkdir()
     (run / "thesis.txt").write_text("precious")
@@ -167,8 +257,7 @@ def test_each_job_waits_for_a_good_end_of_the_one_before(run: Path, slurm: Path,
         *(f"{first} --dependency=afterok:{101 + i} {run}/slurm/{name}.sbatch" for i, name in enumerate(NAMES[1:])),
     ]
     assert "job 107: 90-finish" in capsys.readouterr().out
-    book = json.loads((run / "slurm" / "jobs.json").read_text())
-    assert book["jobs"] == [{"name": name, "id": str(101 + i)} for i, name in enumerate(NAMES)]
+    assert jobs_of(run) == [f"{101 + i} {name}" for i, name in enumerate(NAMES)]
 
 
 def test_submit_sh_submits_the_same_chain(run: Path, slurm: Path) -> None:
@@ -176,6 +265,7 @@ def test_submit_sh_submits_the_same_chain(run: Path, slurm: Path) -> None:
     said = subprocess.run([run / "slurm" / "submit.sh"], capture_output=True, text=True, check=True).stdout
     assert said.split() == [word for i, name in enumerate(NAMES) for word in (str(101 + i), name)]
     by_hand = (slurm / "sbatch.log").read_text()
+    assert jobs_of(run) == said.splitlines()
     (slurm / "sbatch.log").unlink()
     submit_chain(chain_of(run))
     assert (slurm / "sbatch.log").read_text() == by_hand
@@ -191,7 +281,7 @@ def test_when_the_third_job_is_refused_the_first_two_are_cancelled(run: Path, sl
         with pytest.raises(ConfigError, match=r"20-extend\.sbatch: sbatch: .*Invalid account.*; nothing of the chain is left"):
             submit_chain(chain_of(run))
     assert (slurm / "scancel.log").read_text() == "101 102\n"
-    assert "jobs" not in json.loads((run / "slurm" / "jobs.json").read_text())
+    assert jobs_of(run) == []
     assert len((slurm / "sbatch.log").read_text().splitlines()) == 3
 
 
@@ -209,6 +299,109 @@ def test_a_chain_in_the_queue_is_not_submitted_again(run: Path, slurm: Path, cap
     assert (run / "recipe.yaml").read_bytes() == before
     (slurm / "queue").write_text("9999 RUNNING\n")
     assert launch(run, "--submit") == 0
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_what_scancel_did_not_take_is_named_and_stays_written_down(
+    run: Path, slurm: Path, by_hand: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (slurm / "fail_at").write_text("3")
+    (slurm / "scancel_says").write_text("scancel: error: Unable to contact slurm controller\n")
+    write_chain(chain_of(run))
+    if by_hand:
+        result = subprocess.run([run / "slurm" / "submit.sh"], capture_output=True, text=True, check=False)
+        assert result.returncode == 1
+        assert "scancel failed: still in the queue may be 101 102" in result.stderr
+    else:
+        left = (
+            r"scancel failed too \(.*Unable to contact.*\): still in the queue may be 00-prepare \(job 101\), 10-.* \(job 102\)"
+        )
+        with pytest.raises(ConfigError, match=left + "; scancel 101 102$"):
+            submit_chain(chain_of(run))
+    assert jobs_of(run) == ["101 00-prepare", "102 10-evaluate-before"]
+    (slurm / "queue").write_text("101 PENDING\n102 PENDING\n")
+    assert launch(run, "--submit") == 2
+    assert "already submitted: 00-prepare (job 101, pending)" in capsys.readouterr().err
+
+
+def test_scancel_and_squeue_are_those_of_the_environment_that_is_given(
+    run: Path, slurm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = dict(os.environ)
+    write_chain(chain_of(run))
+    monkeypatch.setenv("PATH", "/usr/bin:/bin")
+    monkeypatch.delenv("FAKE")
+    (slurm / "fail_at").write_text("3")
+    with pytest.raises(ConfigError, match="nothing of the chain is left"):
+        submit_chain(chain_of(run), given)
+    assert (slurm / "scancel.log").read_text() == "101 102\n"
+    (slurm / "fail_at").unlink()
+    submit_chain(chain_of(run), given)
+    (slurm / "queue").write_text("104 RUNNING\n")
+    with pytest.raises(ConfigError, match="already submitted"):
+        submit_chain(chain_of(run), given)
+
+
+STOPPING_SBATCH = SBATCH.replace(
+    'echo "$((100', '[[ $count == 3 ]] && {{ kill -{signal} $PPID; sleep 2; exit 1; }}\necho "$((100'
+)
+
+
+@pytest.mark.parametrize("signal", ["KILL", "INT"])
+def test_whoever_is_stopped_while_submitting_leaves_no_job_unknown(run: Path, slurm: Path, tmp_path: Path, signal: str) -> None:
+    (tmp_path / "bin" / "sbatch").write_text(STOPPING_SBATCH.replace("{signal}", signal).replace("{{", "{").replace("}}", "}"))
+    command = [sys.executable, "-m", "mcore_longctx", "launch", "tiny-cpu", f"output={run}", "--submit"]
+    stopped = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert stopped.returncode != 0
+    if signal == "INT":
+        assert (slurm / "scancel.log").read_text() == "101 102\n"
+        assert jobs_of(run) == []
+    else:
+        assert jobs_of(run) == ["101 00-prepare", "102 10-evaluate-before"]
+        (slurm / "queue").write_text("101 RUNNING\n102 PENDING\n")
+        with pytest.raises(ConfigError, match=r"already submitted: 00-prepare \(job 101, running\)"):
+            submit_chain(chain_of(run))
+
+
+def test_launch_knows_the_jobs_of_submit_sh_and_submit_sh_those_of_launch(
+    run: Path, slurm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert launch(run) == 0
+    by_hand = run / "slurm" / "submit.sh"
+    subprocess.run([by_hand], capture_output=True, check=True)
+    (slurm / "queue").write_text("102 RUNNING\n")
+    before = (run / "recipe.yaml").read_bytes()
+    assert launch(run, "seed=99") == 2
+    assert "would read a changed recipe: 10-evaluate-before (job 102, running)" in capsys.readouterr().err
+    assert (run / "recipe.yaml").read_bytes() == before
+    assert launch(run, "--submit") == 2
+    again = subprocess.run([by_hand], capture_output=True, text=True, check=False)
+    assert again.returncode == 2
+    assert again.stderr == (
+        "already submitted: 10-evaluate-before (job 102): wait for it, or scancel 102; nothing was submitted\n"
+    )
+    assert len((slurm / "sbatch.log").read_text().splitlines()) == len(NAMES)
+    (slurm / "queue").unlink()
+    assert launch(run, "--submit") == 0
+    (slurm / "queue").write_text("110 PENDING\n")
+    assert subprocess.run([by_hand], capture_output=True, check=False).returncode == 2
+
+
+def test_a_queue_that_does_not_answer_is_not_an_empty_one(run: Path, slurm: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (slurm / "squeue_says").write_text("slurm_load_jobs error: Unable to contact slurm controller\n")
+    assert launch(run, "--submit") == 0  # nothing was ever submitted: nothing to ask for
+    calls = (slurm / "sbatch.log").read_text()
+    capsys.readouterr()
+    for words in (("--submit",), ("seed=7",)):
+        assert launch(run, *words) == 2
+        said = capsys.readouterr().err
+        assert "jobs.txt: squeue does not answer (slurm_load_jobs error: Unable to contact" in said
+        assert said.count("\n") == 1
+    by_hand = subprocess.run([run / "slurm" / "submit.sh"], capture_output=True, text=True, check=False)
+    assert by_hand.returncode == 2
+    assert "squeue does not answer" in by_hand.stderr
+    assert (slurm / "sbatch.log").read_text() == calls
+    assert len(jobs_of(run)) == len(NAMES)
 
 
 def test_without_sbatch_nothing_is_written(

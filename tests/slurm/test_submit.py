@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -24,7 +23,7 @@ def orders(folder: Path) -> None:
 
 
 def test_submit_sh_submits_the_chain_and_each_job_waits_for_the_one_before(cluster: Cluster, tmp_path: Path) -> None:
-    run = tmp_path / "a run"  # with a blank
+    run = tmp_path / "o'brien's a run"  # a blank, and quotes that sbatch would read as its own
     cluster.call("mcore-longctx", "launch", RECIPE, f"output={run}")
     orders(run)
     jobs = submitted(cluster.call("bash", run / "slurm" / "submit.sh", stub=True).stdout)
@@ -43,8 +42,8 @@ def test_a_second_submission_is_refused_while_jobs_of_the_first_are_there(cluste
     cluster.call("scontrol", "update", "PartitionName=main", "State=DOWN")  # so that nothing starts
     try:
         jobs = submitted(cluster.call(*words).stdout)
-        noted = json.loads((tmp_path / "run" / "slurm" / "jobs.json").read_text())["jobs"]
-        assert {row["name"]: int(row["id"]) for row in noted} == jobs
+        noted = (tmp_path / "run" / "slurm" / "jobs.txt").read_text()
+        assert submitted(noted) == jobs
         said = cluster.call(*words, code=2).stderr
         assert said.count("\n") == 1
         assert all(f"{name} (job {job}, " in said for name, job in jobs.items())
