@@ -3,9 +3,11 @@
 The unit of waiting u is one micro-batch, after which a signal is answered; under pipeline parallelism it is the step, because the trainer does
 not stop while sends are under way.
 
-    distributed timeout   max(30 min, 3 (u + save + 60 s)), whole minutes. A rank waits for the slowest one of the same unit, which may be
-                          the first after a start (kernels are chosen and compiled then: 28 minutes against 12 were seen at 128K,
-                          radixark/miles#3273), or one that writes or reads: 60 s. 30 minutes at least: what gloo and cautious runs take.
+    distributed timeout   max(30 min, 3 (u + save + 60 s), 2 step), whole minutes. A rank waits for the slowest one of the same unit, which may
+                          be the first after a start (kernels are chosen and compiled then: 28 minutes against 12 were seen at 128K,
+                          radixark/miles#3273), or one that writes or reads: 60 s. The first data-parallel collective of a step waits for
+                          all micro-batches of the other replicas, in the first step at half the speed: twice the step. 30 minutes at
+                          least: what gloo and cautious runs take.
     signal lead           1.25 (u + save + 60 s), up to the next whole minute. SLURM signals up to 60 s early or late (`--signal` of
                           sbatch's manual) and takes at most 65,535 s.
     save interval         Young/Daly: sqrt(2 x M) - x seconds between checkpoints, x the seconds that a save stops the training, M the mean
@@ -57,7 +59,7 @@ def intervals(setup: Setup, time: StepTime, memory: Memory, *, asynchronous: boo
     size, save = checkpoint_bytes(setup), _save_seconds(setup)
     unit, unit_name = _unit(setup, time)
     waited = unit + save.value + _STALL
-    timeout = max(float(_SHORTEST_TIMEOUT), 60.0 * math.ceil(3 * waited / 60))
+    timeout = max(float(_SHORTEST_TIMEOUT), 60.0 * math.ceil(max(3 * waited, 2 * time.total) / 60))
     lead = 60.0 * math.ceil(1.25 * waited / 60)
     too_early = lead > _LONGEST_SIGNAL
     numbers = f"({unit:,.0f} + {save.value:,.0f} + {_STALL})"
@@ -65,8 +67,8 @@ def intervals(setup: Setup, time: StepTime, memory: Memory, *, asynchronous: boo
         distributed_timeout=Term(
             "distributed timeout",
             timeout,
-            f"max({_SHORTEST_TIMEOUT}, 3 ({unit_name} + save + {_STALL})), whole minutes",
-            f"max({_SHORTEST_TIMEOUT:,}, 3 x {numbers})",
+            f"max({_SHORTEST_TIMEOUT}, 3 ({unit_name} + save + {_STALL}), 2 step), whole minutes",
+            f"max({_SHORTEST_TIMEOUT:,}, 3 x {numbers}, 2 x {time.total:,.0f})",
             "of NCCL and gloo; a hang is found much sooner, by heartbeats",
         ),
         signal_lead=Term(

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from mcore_longctx.layout.heads import key_head_replicas
 from mcore_longctx.plan.calibration import CALIBRATION, Calibration
 from mcore_longctx.plan.hardware import KernelRate
 from mcore_longctx.plan.models import parameters, parameters_per_layer, step_flops
@@ -20,6 +21,7 @@ from mcore_longctx.plan.terms import Term
 
 __all__ = ["StepTime", "step_time"]
 
+_FLOAT = 4  # bytes in which our exchanges sum and send the gradients of keys and values
 _BACKWARD = 2.5  # FLOPs of attention's backward over its forward: five matrix products against two
 _TRAFFIC = {"full": 4, "attention_kept": 3, "selective": 2, "none": 0}  # collectives of a layer that recompute repeats
 
@@ -211,15 +213,21 @@ class _Costs:
         shape, tp = self.setup.shape, self.setup.parallel.tensor_model_parallel_size
         return 2 * shape.num_attention_heads / tp * shape.kv_channels * self.setup.bytes_per_element
 
+    def _copies(self, ranks: int) -> int:
+        """How often our all-to-all over so many ranks sends each key/value head: to every rank that has queries of its group."""
+        shape, tp = self.setup.shape, self.setup.parallel.tensor_model_parallel_size
+        return key_head_replicas(shape.num_attention_heads // tp, max(1, shape.num_query_groups // tp), ranks) if self.own else 1
+
     def _received(self, kind: str) -> tuple[float, float]:
         """Bytes that a GPU receives in one layer's forward of a sequence: (through the ring or the gather, through the all-to-all)."""
         p, t = self.setup.parallel, self.tokens
         cp = p.context_parallel_size
         if kind == "a2a":
-            return 0.0, (self._kv_bytes + self._qo_bytes) * t * (cp - 1) / cp
+            return 0.0, (self._copies(cp) * self._kv_bytes + self._qo_bytes) * t * (cp - 1) / cp
         if kind == "a2a+p2p":
             inner, ring = p.hierarchical_context_parallel_sizes or (1, cp)
-            return self._kv_bytes * t * (ring - 1), (self._kv_bytes + self._qo_bytes) * t * (inner - 1) / inner
+            keys = self._copies(inner) * self._kv_bytes
+            return keys * t * (ring - 1), (keys + self._qo_bytes) * t * (inner - 1) / inner
         repeated = (
             kind == "all_gather" and self.setup.sharding == "zero3"
         )  # torchtitan repeats keys and values to the query heads first
@@ -228,6 +236,18 @@ class _Costs:
     @cached_property
     def exchange_bytes(self) -> float:
         return sum(share * sum(self._received(kind)) for kind, share in self._exchanges.items())
+
+    @cached_property
+    def _gradients(self) -> float:
+        """Bytes of key and value gradients over those of keys and values: ours travel in float32."""
+        return _FLOAT / self.setup.bytes_per_element if self.own else 1.0
+
+    def _ring_backward(self, kind: str) -> float:
+        """Traffic of a ring's backward over its forward: keys and values again, and their gradients, which ours brings home: a hop more."""
+        cp = self.setup.parallel.context_parallel_size
+        ranks = (self.setup.parallel.hierarchical_context_parallel_sizes or (1, cp))[1] if kind == "a2a+p2p" else cp
+        home = ranks / (ranks - 1) if self.own and ranks > 1 else 1.0
+        return 1 + self._gradients * home
 
     def _ring_left(self, kind: str) -> float:
         """Seconds of one layer that its ring waits for transfers."""
@@ -239,7 +259,7 @@ class _Costs:
         )
         kernel = self.flops[2] / 3 / self.ranks / self.layers * (1 + self.calibration.ring_tokens / self.tokens)
         forward, backward = kernel / self.rate.forward, _BACKWARD * kernel / self.rate.backward
-        return self.forwards * max(0.0, moved - forward) + max(0.0, 2 * moved - backward)
+        return self.forwards * max(0.0, moved - forward) + max(0.0, self._ring_backward(kind) * moved - backward)
 
     @cached_property
     def exchange_hidden(self) -> bool:
@@ -254,19 +274,23 @@ class _Costs:
         for kind, share in sorted(self._exchanges.items()):
             ring, all_to_all = self._received(kind)
             if kind == "all_gather":
-                seconds = (self.forwards + 2) * ring / self.bandwidth(group)
+                seconds = (self.forwards + 1 + self._gradients) * ring / self.bandwidth(group)
             elif kind == "p2p":
                 seconds = self._ring_left(kind)
             else:
                 inner = p.tensor_model_parallel_size * (p.hierarchical_context_parallel_sizes or (p.context_parallel_size,))[0]
-                seconds = (self.forwards + 1) * all_to_all / self.bandwidth(inner)
+                seconds = (self.forwards + (2 if self.own else 1)) * all_to_all / self.bandwidth(inner)
                 seconds += self._ring_left(kind) if kind == "a2a+p2p" else 0.0
             value += share * self.layers * seconds
             parts.append(f"{kind}: {share * self.layers:g} layers x {seconds:.3g} s")
+        if self.own:  # gradients in float32; do, q, k, v and o one way and dq, dk and dv back are twice q, k, v and o
+            ring_back, gather_back, all_to_all_back, keys = "1 + 4/e CP/(CP-1)", "1 + 4/e", "2", "r kv"
+        else:
+            ring_back, gather_back, all_to_all_back, keys = "2", "2", "1", "kv"
         formulas = {
-            "p2p": "L/PP (n_f max(0, 1.4 x/bw - kernel) + max(0, 2.8 x/bw - kernel)), x = 4 t kv/TP d (CP-1)",
-            "all_gather": "L/PP (n_f + 2) 4 t kv/TP d (CP-1) / bw",
-            "a2a": "L/PP (n_f + 1) 4 t d (q + kv)/TP (CP-1)/CP / bw",
+            "p2p": f"L/PP (n_f max(0, 1.4 x/bw - kernel) + max(0, 1.4 ({ring_back}) x/bw - kernel)), x = 2 e t kv/TP d (CP-1)",
+            "all_gather": f"L/PP (n_f + {gather_back}) 2 e t kv/TP d (CP-1) / bw",
+            "a2a": f"L/PP (n_f + {all_to_all_back}) 2 e t d (q + {keys})/TP (CP-1)/CP / bw",
             "a2a+p2p": "a2a inside, p2p between",
         }
         note = "hidden behind its kernels" if value == 0.0 else "not hidden"

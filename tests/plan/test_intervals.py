@@ -55,6 +55,18 @@ def test_4m_tokens_on_16_gpus() -> None:
     assert found.distributed_timeout.value == 132 * 60
 
 
+def test_1m_tokens_on_8_gpus_wait_for_two_steps_of_eight_micro_batches() -> None:
+    """A replica that has done its eight micro-batches of 266 s waits in the data-parallel collective: 2 x 2,129 s are 71 minutes."""
+    assert derived(8, 266.0, 2129.0).distributed_timeout.value == 71 * 60
+
+
+@given(micro_batch=st.floats(0.01, 1e4), micro_batches=st.integers(1, 64))
+def test_no_rank_times_out_within_two_steps(micro_batch: float, micro_batches: int) -> None:
+    found = derived(64, micro_batch, micro_batch * micro_batches)
+    assert found.distributed_timeout.value >= 2 * micro_batch * micro_batches
+    assert found.distributed_timeout.value % 60 == 0
+
+
 def test_a_pipeline_answers_a_signal_at_the_end_of_the_step() -> None:
     assert derived(256, 100.0, 900.0).signal_lead.value == 240
     assert derived(256, 100.0, 900.0, pipeline_model_parallel_size=2).signal_lead.value > 1.25 * 900

@@ -28,7 +28,7 @@ def _setup(tp=1, cp=1, pp=1, dp=1, cp_type="p2p", a2a=None, **more):
 
 
 def _copies_heads(setup):
-    """An all-to-all over more ranks than there are heads: our own attention has no such exchange."""
+    """An all-to-all over more ranks than there are heads: not all numbers of heads divide then."""
     p = setup.parallel
     return p.cp_comm_type == "a2a" and p.context_parallel_size > setup.shape.num_query_groups // p.tensor_model_parallel_size
 
@@ -117,8 +117,8 @@ def test_the_worked_example_by_plain_arithmetic(policy, kind, published):
     times = 2 if policy == "full" else 1
     ring = 1 + 900 / t if kind == "p2p" else 1
     expected += forward * ring * (times / 568e12 + 2.5 / 485e12)
-    if kind == "all_gather":  # one key/value head a rank, bf16, through the network adapter of a GPU
-        expected += 32 * (times + 2) * (2 * 128 * 2) * t * 15 / (50e9 * 0.8)
+    if kind == "all_gather":  # one key/value head a rank, bf16, its gradient float32, through the network adapter of a GPU
+        expected += 32 * (times + 1 + 2) * (2 * 128 * 2) * t * 15 / (50e9 * 0.8)
     operations = 10 + (4 if policy == "full" else 3)
     expected += 32 * operations * t * 4096 * 2 * 7 / 8 / (450e9 * 0.8)
     expected += 26 * 8_030_261_248 / 256 / 3.35e12 + 0.15  # the exchange of gradients hides
@@ -143,10 +143,41 @@ def test_the_ring_hides_at_4m_and_not_with_short_chunks_of_many_heads():
         ("all_gather", {}, 4096 * 2**17 * 7),
         ("a2a", {}, (4096 + 16384) * 2**17 * 7 / 8),
         ("a2a+p2p", {"a2a": 4}, (4096 + 16384) * 2**17 * 3 / 4 + 4096 * 2**17),
+        # more ranks than key/value heads: each head goes to the 4 or 2 ranks that have its queries, and round the ring so often
+        ("a2a", {"cp": 32}, (4 * 4096 + 16384) * 2**15 * 31 / 32),
+        ("a2a+p2p", {"cp": 32, "a2a": 16}, (2 * 4096 + 16384) * 2**15 * 15 / 16 + 2 * 4096 * 2**15),
     ],
 )
 def test_bytes_of_each_exchange(kind, more, received):
-    assert step_time(_setup(cp=8, cp_type=kind, **more)).exchange_bytes == received
+    assert step_time(_setup(**({"cp": 8, "cp_type": kind} | more))).exchange_bytes == received
+
+
+@pytest.mark.parametrize("policy", ["attention_kept", "full"])
+@pytest.mark.parametrize("precision", [2, 4])
+@pytest.mark.parametrize(
+    ("kind", "factor", "backward"),
+    [  # of the forward's bytes. Sums of key and value gradients are float32, whatever the keys are
+        ("p2p", 1.4, lambda e: 1 + 4 / e * 8 / 7),  # and go home: 8 hops, where the keys take 7
+        ("all_gather", 1.0, lambda e: 1 + 4 / e),
+        ("a2a", 1.0, lambda e: 2),  # do, q, k, v, o; then dq, dk, dv
+    ],
+)
+def test_bytes_of_each_exchange_in_the_backward_pass(kind, factor, backward, precision, policy):
+    """Over a link so slow that nothing hides: 1 KB/s."""
+    slow = replace(find_gpu("h100"), nvlink_bandwidth=1e3)
+    setup = _setup(cp=8, cp_type=kind, gpu=slow, bytes_per_element=precision, recompute=policy)
+    time = step_time(setup)
+    forwards = 2 if policy == "full" else 1
+    moved = factor * time.exchange_bytes * (forwards + backward(precision)) * 32
+    assert _terms(setup)["context-parallel exchange"] == pytest.approx(moved / (1e3 * CALIBRATION.nvlink), rel=1e-3)
+
+
+def test_other_stacks_send_gradients_as_they_send_keys():
+    slow = replace(find_gpu("h100"), nvlink_bandwidth=1e3)
+    for kind, factor, backward in (("p2p", 1.4, 2), ("all_gather", 1.0, 2), ("a2a", 1.0, 1)):
+        setup = _setup(cp=8, cp_type=kind, gpu=slow, loss="unfused")
+        moved = factor * step_time(setup).exchange_bytes * (1 + backward) * 32
+        assert _terms(setup)["context-parallel exchange"] == pytest.approx(moved / (1e3 * CALIBRATION.nvlink), rel=1e-3)
 
 
 def test_full_recompute_runs_attention_forward_twice_and_nothing_else_does():

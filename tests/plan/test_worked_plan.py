@@ -69,9 +69,10 @@ def test_times_agree_but_for_the_ring(row: tuple, wanted: tuple) -> None:
     if row[5] == "p2p":
         assert 0.92 * seconds < time.total < 1.01 * seconds
         return
-    assert time.total == pytest.approx(seconds, abs=0.5 + 0.01 * seconds)
-    assert time.tokens_per_second_per_gpu == pytest.approx(rate, abs=0.5 + 0.01 * rate)
-    assert 100 * time.mfu == pytest.approx(mfu, abs=0.8)
+    # up to 1 % more than theirs: our gradients of gathered keys and values are float32
+    assert time.total == pytest.approx(seconds, abs=0.5 + 0.015 * seconds)
+    assert time.tokens_per_second_per_gpu == pytest.approx(rate, abs=0.5 + 0.015 * rate)
+    assert 100 * time.mfu == pytest.approx(mfu, abs=0.5 + 0.015 * mfu)
 
 
 def their_terms(row: tuple) -> dict[str, float]:
