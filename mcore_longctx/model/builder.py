@@ -74,7 +74,7 @@ def build_gpt_model(
     """
     check_backend(backend)
     activations = activations or Activations()
-    _check_layout(shape, parallel, seq_length)
+    _check_layout(shape, parallel, seq_length, backend)
     if rope.head_dim != shape.kv_channels:
         raise ConfigError(f"rope is for heads of {rope.head_dim}, the model's heads have {shape.kv_channels} (kv_channels)")
     with device_context():
@@ -310,10 +310,10 @@ def _leave_unset(weight: Tensor) -> None:
     """An initialisation that draws nothing."""
 
 
-def _check_layout(shape: ModelShape, parallel: Parallel, seq_length: int) -> None:
+def _check_layout(shape: ModelShape, parallel: Parallel, seq_length: int, backend: Backend) -> None:
     tp, cp = parallel.tensor_model_parallel_size, parallel.context_parallel_size
     shape.check_layout(tp, parallel.pipeline_model_parallel_size)
-    parallel.check_attention(shape.num_layers, shape.num_attention_heads, shape.num_query_groups)
+    parallel.check_attention(shape.num_layers, shape.num_attention_heads, shape.num_query_groups, backend=backend)
     check_seq_length(seq_length, cp)
     if parallel.sequence_parallel and seq_length // cp % tp:
         raise LayoutError(

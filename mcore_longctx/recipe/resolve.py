@@ -114,10 +114,13 @@ def _shape_of_recipe(file: RecipeFile) -> ModelShape:
 def _check_layouts(file: RecipeFile, shape: ModelShape) -> None:
     layouts = {f"stages.{stage.name}.parallel": stage.parallel for stage in file.recipe.stages}
     layouts["evaluate.parallel"] = file.recipe.evaluate.parallel
+    backend = file.recipe.model.backend
     for name, parallel in layouts.items():
         where = file.where(name)
         shape.check_layout(parallel.tensor_model_parallel_size, parallel.pipeline_model_parallel_size, where=where)
-        parallel.check_attention(shape.num_layers, shape.num_attention_heads, shape.num_query_groups, where=where)
+        parallel.check_attention(
+            shape.num_layers, shape.num_attention_heads, shape.num_query_groups, backend=backend, where=where
+        )
 
 
 def _check_lengths(file: RecipeFile, rope: RopeScaling) -> None:

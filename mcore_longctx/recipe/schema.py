@@ -258,8 +258,20 @@ class Parallel:
         of_kind = {"p2p": 1, "all_gather": 1, "a2a": self.context_parallel_size, "a2a+p2p": sizes[0] if sizes is not None else 1}
         return min(of_kind[kind] for kind in self.cp_comm_types)
 
-    def check_attention(self, num_layers: int, num_attention_heads: int, num_query_groups: int, *, where: object = None) -> None:
-        """Raise LayoutError unless the exchanges fit the model: one for each layer, heads that divide over the ranks of an a2a."""
+    def check_attention(
+        self,
+        num_layers: int,
+        num_attention_heads: int,
+        num_query_groups: int,
+        *,
+        backend: Literal["local", "te"] = "local",
+        where: object = None,
+    ) -> None:
+        """Raise LayoutError unless the exchanges fit the model: one for each layer, heads that divide over the ranks of an a2a.
+
+        Our exchange repeats key heads where there are fewer of them than ranks. TransformerEngine's (`backend: te`) repeats none: it
+        asserts that query and key heads both divide.
+        """
         tp, sizes = self.tensor_model_parallel_size, self.hierarchical_context_parallel_sizes
         if not isinstance(self.cp_comm_type, str) and len(self.cp_comm_type) != num_layers:
             raise LayoutError(
@@ -267,7 +279,14 @@ class Parallel:
             )
         of_kind = {"a2a": self.context_parallel_size, "a2a+p2p": sizes[0] if sizes is not None else 1}
         for kind in sorted({kind for kind in self.cp_comm_types if kind in of_kind}):
-            key_head_replicas(num_attention_heads // tp, num_query_groups // tp, of_kind[kind], where=where)
+            query_heads, key_heads, ranks = num_attention_heads // tp, num_query_groups // tp, of_kind[kind]
+            if key_head_replicas(query_heads, key_heads, ranks, where=where) > 1 and backend == "te":
+                works = ", ".join(str(size) for size in range(1, key_heads + 1) if key_heads % size == 0)
+                raise LayoutError(
+                    f"TransformerEngine's a2a over {ranks} ranks cannot divide {key_heads} key heads (of one tensor-parallel rank)",
+                    where=where,
+                    fix=f"use a2a over {works} ranks, and p2p for the rest (a2a+p2p), or model.backend=local, which repeats key heads",
+                )
 
     @property
     def world_size(self) -> int:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mcore_longctx.errors import ConfigError
+from mcore_longctx.errors import ConfigError, LayoutError
 from mcore_longctx.megatron_compat import MEGATRON_VERSION, device_context
 from mcore_longctx.model import destroy_process_groups, init_process_groups
 from mcore_longctx.model.builder import transformer_config
@@ -62,3 +62,11 @@ def test_without_transformer_engine_the_message_says_how_to_install_it() -> None
     with pytest.raises(ConfigError, match="TransformerEngine is not installed"):
         build(Parallel(), backend="te")
     destroy_process_groups()
+
+
+def test_a_model_whose_key_heads_transformer_engine_would_have_to_repeat_is_not_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mcore_longctx.model.te.gpt_layer_specs.HAVE_TE", True)
+    parallel = Parallel(context_parallel_size=SHAPE.num_attention_heads, cp_comm_type="a2a")
+    parallel.check_attention(SHAPE.num_layers, SHAPE.num_attention_heads, SHAPE.num_query_groups)  # ours repeats them
+    with pytest.raises(LayoutError, match=r"TransformerEngine's a2a over \d+ ranks cannot divide \d+ key heads"):
+        build(parallel, new_groups=False, backend="te")
