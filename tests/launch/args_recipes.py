@@ -72,6 +72,7 @@ CHANGES: dict[str, Change] = {
         "[4, 4]",
         "parallel.cp_comm_type=a2a+p2p",
         "parallel.hierarchical_context_parallel_sizes=[2, 8]",
+        "parallel.tensor_model_parallel_size=2",  # 4 key heads a rank: TransformerEngine's a2a repeats none
     ),
     "stage.activations.recompute": _extend("activations.recompute", "none"),
     "stage.activations.offload_fraction": _extend("activations.offload_fraction", "0.5"),

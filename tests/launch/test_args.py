@@ -232,6 +232,7 @@ def test_a_rope_as_json_is_read_as_the_same_rope(rope: RopeScaling) -> None:
 # ------------------------------------------------------------------------------------------------------------------------- refusals
 
 WAY = "use --program ours"
+A2A = "stages.extend.parallel={context_parallel_size: 32, cp_comm_type: a2a, data_parallel_size: 2}"
 
 
 @pytest.mark.parametrize(
@@ -256,6 +257,14 @@ WAY = "use --program ours"
         (
             ["stages.extend.activations={recompute: full, offload_fraction: 0.5}"],
             r"offload_fraction: pretrain_gpt\.py has nothing to offload when everything is recomputed",
+        ),
+        (
+            [A2A],
+            r"cp_comm_type: pretrain_gpt\.py would stop at its first step: TransformerEngine's a2a over 32 ranks cannot divide 8 key heads",
+        ),
+        (
+            [A2A.replace("32, ", "64, ").replace("a2a,", "a2a+p2p, hierarchical_context_parallel_sizes: [16, 4],")],
+            r"cp_comm_type: pretrain_gpt\.py would stop at its first step: TransformerEngine's a2a over 16 ranks cannot",
         ),
     ],
 )
@@ -297,11 +306,24 @@ def test_saves_beside_the_training_on_cpus_are_refused() -> None:
             r"trains in bf16",
         ),
         (["stages.extend.kind=sft"], r"Megatron-Bridge would learn questions as well as answers"),
+        ([A2A], r"Megatron-Bridge would stop at its first step: TransformerEngine's a2a over 32 ranks"),
     ],
 )
 def test_what_bridge_cannot_be_told_is_refused(overrides: list[str], what: str) -> None:
     with pytest.raises(ConfigError, match=what):
         command("bridge", *overrides)
+
+
+def test_an_a2a_that_divides_the_key_heads_is_printed() -> None:
+    assert "--cp-comm-type a2a" in line("stock", A2A.replace("32", "8"))
+
+
+def test_the_weight_decay_of_the_recipe_is_what_bridges_scheduler_sets_at_every_step() -> None:
+    """Its optimizer's own is overwritten by the scheduler's, 0.033 in the recipe that the overrides are laid over."""
+    made = command("bridge", "stages.extend.optimizer.weight_decay=0.25")
+    given = {one.name: one.values for one in made.flags}
+    for name in ("optimizer.weight_decay=", "scheduler.start_weight_decay=", "scheduler.end_weight_decay="):
+        assert given[name] == ("0.25",)
 
 
 def test_ranks_that_do_not_fill_nodes_and_stages_that_are_not_there() -> None:

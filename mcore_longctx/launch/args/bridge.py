@@ -142,6 +142,9 @@ def _training(run: StageRun) -> list[Flag]:
         _said("scheduler.lr_decay_iters", stage.iterations, "stage.train_iters stage.train_tokens"),
         _said("scheduler.lr_warmup_iters", adam.lr_warmup_iters, "stage.optimizer.lr_warmup_iters"),
         _said("optimizer.weight_decay", adam.weight_decay, "stage.optimizer.weight_decay"),
+        # what is trained with: the scheduler sets it at every step, and the recipe below has 0.033 there
+        _said("scheduler.start_weight_decay", adam.weight_decay, "stage.optimizer.weight_decay"),
+        _said("scheduler.end_weight_decay", adam.weight_decay, "stage.optimizer.weight_decay"),
         _said("optimizer.adam_beta1", adam.adam_beta1, "stage.optimizer.adam_beta1"),
         _said("optimizer.adam_beta2", adam.adam_beta2, "stage.optimizer.adam_beta2"),
         _said("optimizer.adam_eps", adam.adam_eps, "stage.optimizer.adam_eps"),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from mcore_longctx.errors import ConfigError
+from mcore_longctx.errors import ConfigError, LayoutError
 from mcore_longctx.launch.args.flags import Command, Difference, Flag, flag
 from mcore_longctx.launch.args.megatron_lm import (
     checkpoint_differences,
@@ -101,6 +101,17 @@ def refuse_what_is_lost(run: StageRun, program: str) -> None:
     if stage.precision == "fp32" and run.stage.parallel.context_parallel_size > 1:
         what = f"{program} has context parallelism in TransformerEngine only, whose fused attention computes no fp32"
         _refuse(run, "stage.precision", what, f"stages.{stage.name}.precision=bf16")
+    _refuse_repeated_key_heads(run, program)
+
+
+def _refuse_repeated_key_heads(run: StageRun, program: str) -> None:
+    """Attention is TransformerEngine's there, whatever the recipe's backend."""
+    shape, parallel = run.shape, run.stage.parallel
+    try:
+        parallel.check_attention(shape.num_layers, shape.num_attention_heads, shape.num_query_groups, backend="te")
+    except LayoutError as error:
+        ranks = "a2a over fewer ranks, and p2p for the rest (a2a+p2p)"
+        _refuse(run, "stage.parallel.cp_comm_type", f"{program} would stop at its first step: {error.what}", ranks)
 
 
 def _refuse_dropped_rope(run: StageRun) -> None:
