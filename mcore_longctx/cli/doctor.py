@@ -17,7 +17,7 @@ def add_parser(subparsers: Any) -> None:
         "doctor",
         help="look at this machine, and whether a recipe would fail on it",
         description="Look at packages, GPUs, attention kernels, environment, limits and memory, and name the traps that are known. With "
-        "a RECIPE, also at its layouts, plan, timeouts, disk and inputs, and build one layer of its model to read the rope that it "
+        "a RECIPE, also at its layouts, plan, timeouts, time limit, disk and inputs, and build one layer of its model to read the rope that it "
         "really has. Every fault comes with its fix. Exit code 1 if something is wrong.",
     )
     parser.add_argument("recipe", nargs="?", metavar="RECIPE", help="YAML file or preset")

@@ -1,6 +1,7 @@
 """The verb `doctor`: what it prints, and its exit code."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,22 @@ def test_a_recipe_that_would_fail_is_exit_code_1_and_the_last_line_says_of_what(
     assert printed.splitlines()[-1] == "2 wrong: environment, inputs"
     for line in printed.splitlines():
         assert not line.startswith("WRONG") or "; " in line
+
+
+def test_a_time_limit_that_launch_refuses_is_exit_code_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert main(["doctor", "tiny-cpu", "cluster.time_limit=00:02:00", "cluster.gpu=none", f"output={tmp_path / 'run'}"]) == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "2 wrong: time limit"
+
+
+def test_a_recipe_whose_model_and_data_are_not_there_is_exit_code_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["doctor", "ultralong-8b-1m"]) == 1
+    assert re.fullmatch(r"\d wrong: model, inputs", capsys.readouterr().out.splitlines()[-1])
 
 
 def test_a_recipe_that_is_not_there_is_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:

@@ -167,6 +167,16 @@ def test_ranks_that_do_not_fill_nodes_are_named() -> None:
     assert len(wrong(findings)) == 3
 
 
+def test_an_a2a_that_transformer_engine_refuses_is_named() -> None:
+    a2a = "{tensor_model_parallel_size: 1, context_parallel_size: 32, cp_comm_type: a2a, data_parallel_size: 8}"
+    overrides = [f"stages.extend.parallel={a2a}", "stages.extend.activations={recompute: full}"]
+    _, findings = stages.resolved_part_by_part(open_recipe("ultralong-8b-1m", [*overrides, "model.backend=te"]))
+    (said,) = wrong(findings)
+    assert "stages.extend.parallel: TransformerEngine's a2a over 32 ranks cannot divide 8 key heads" in said
+    _, findings = stages.resolved_part_by_part(open_recipe("ultralong-8b-1m", overrides))  # ours repeats them
+    assert not wrong(findings)
+
+
 def test_a_rope_that_the_sequence_outgrows_is_named() -> None:
     resolved, findings = stages.resolved_part_by_part(open_recipe("ultralong-8b-4m", ["rope.factor=256"]))
     assert any("4,194,304 tokens, but the rope reaches 2,097,152" in text for text in wrong(findings))
@@ -200,6 +210,39 @@ def test_a_timeout_is_held_against_the_planned_step(minutes: float | None, level
     assert [finding.level for finding in findings] == [level], findings
 
 
+@pytest.mark.parametrize(
+    ("limit", "levels"),
+    [("00:05:00", ["wrong", "wrong"]), ("1-00:00:00", ["ok", "ok"]), ("4h", ["wrong"])],
+)
+def test_a_time_limit_is_held_against_the_planned_step_of_every_stage(limit: str, levels: list[str]) -> None:
+    file = open_recipe("ultralong-8b-4m", [f"cluster.time_limit={limit}"])
+    planned, _ = stages.plans(file.recipe, resolve(file, need_model=False))
+    findings = list(stages.time_limit(file.recipe, planned))
+    assert [finding.level for finding in findings] == levels, findings
+    assert ["launch"] * ("wrong" in levels) == [
+        finding.subject for finding in stages.launch(file, []) if finding.level == "wrong"
+    ]
+    assert not [finding for finding in stages.launch(file, findings) if finding.level == "wrong"]  # said once
+    if levels == ["wrong", "wrong"]:
+        step, lead = planned["extend"].time.total, planned["extend"].intervals.signal_lead.value
+        assert f"two steps of {step:,.0f} s + signal lead {lead:,.0f} s" in findings[0].text
+
+
+@pytest.mark.parametrize(("limit", "level"), [("00:02:00", "wrong"), ("00:02:01", "ok")])
+def test_a_time_limit_of_cpus_leaves_time_before_the_signal(limit: str, level: str) -> None:
+    file = open_recipe("tiny-cpu", [f"cluster.time_limit={limit}", MODEL])
+    assert {finding.level for finding in stages.time_limit(file.recipe, {})} == {level}
+
+
+def test_what_launch_refuses_beside_that_is_named_with_its_fix() -> None:
+    file = open_recipe("ultralong-8b-4m", ["evaluate.needle.samples=5000"])
+    (finding,) = stages.launch(file, [])
+    assert "10-evaluate-before measures" in finding.text
+    assert "evaluate:" in finding.text
+    assert "fewer samples" in finding.fix
+    assert finding.fix not in finding.text
+
+
 def test_gpus_that_are_not_those_of_the_recipe_are_named() -> None:
     file = open_recipe("ultralong-8b-4m")
     planned, _ = stages.plans(file.recipe, resolve(file, need_model=False))
@@ -221,13 +264,31 @@ def test_the_dense_mask_is_as_large_as_megatrons_own_function_makes_it() -> None
 # --------------------------------------------------------------------------------------------------------------- inputs, disk, files
 
 
-def test_inputs_that_are_missing_stop_a_recipe_whose_model_is_here(tmp_path: Path) -> None:
+def test_inputs_that_are_missing_would_stop_the_run(tmp_path: Path) -> None:
     recipe = open_recipe("tiny-cpu", ["data.chats.sources.chats.path=nowhere.jsonl"]).recipe
     said = wrong(stages.inputs(replace(recipe, tokenizer=tmp_path), model_found=True))
     assert any("data.chats.sources.chats: no such file or folder: nowhere.jsonl" in text for text in said)
     assert any("tokenizer" in text for text in said)
-    missing = replace(recipe, model=replace(recipe.model, path=tmp_path / "not-yet"))
-    assert not wrong(stages.inputs(missing, model_found=False))
+
+
+def test_a_model_data_and_held_out_text_that_are_not_there_yet_are_each_a_fault_with_its_fix(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = open_recipe("ultralong-8b-4m", ["tokenizer=elsewhere"]).recipe
+    said = wrong(stages.inputs(recipe, model_found=False))
+    assert f"no such folder: {recipe.model.path}" in said[0]
+    assert f"hf download NAME --local-dir {recipe.model.path}" in said[0]
+    (tmp_path / "elsewhere").mkdir()
+    wanted = [source.path for stage in recipe.stages for source in recipe.data[stage.data].sources]
+    assert recipe.evaluate.needle is not None
+    wanted += [Path("elsewhere/tokenizer.json"), recipe.evaluate.needle.haystack]
+    for path in dict.fromkeys(wanted):
+        (line,) = [text for text in said if text.split(";")[0].endswith(f": {path}")]
+        assert "put it there" in line
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    assert [text.split(":")[0] for text in wrong(stages.inputs(recipe, model_found=False))] == ["model"]
 
 
 def test_a_model_folder_without_its_config_is_a_download_that_ended_early(tmp_path: Path) -> None:

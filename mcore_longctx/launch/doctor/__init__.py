@@ -6,7 +6,7 @@ libraries.py    versions, GPUs, attention kernels, apex, transformer-engine, psu
 environment.py  variables of NCCL, torch and CUDA
 machine.py      cores, host memory, /dev/shm, ulimits, clock, SLURM
 storage.py      the run folder's file system, and room for all that the run keeps
-stages.py       layouts, inputs, the plan, timeouts, the dense mask
+stages.py       layouts, inputs, the plan, timeouts, the time limit, the dense mask
 rope.py         the rope of the model as built, of stock Megatron-LM, of checkpoints that are there
 """
 
@@ -69,11 +69,16 @@ def examine_recipe(file: RecipeFile) -> tuple[list[Finding], Resolved | None]:
         ]
         if resolved is None:
             return findings, None
-        findings += [
-            *stages.inputs(recipe, model_found=resolved.model_found),
+        of_jobs = [
             *of_plan,
             *stages.gpus_here(about_torch.get("gpus", []), recipe, planned),
             *stages.timeouts(recipe.stages, planned),
+            *stages.time_limit(recipe, planned),
+        ]
+        findings += [
+            *stages.inputs(recipe, model_found=resolved.model_found),
+            *of_jobs,
+            *stages.launch(file, [*layouts, *of_jobs]),
             stages.dense_mask(recipe),
             *rope.as_built(about_model, recipe, resolved.rope),
             *rope.of_checkpoints(recipe, resolved),

@@ -1,4 +1,4 @@
-"""What a recipe asks for: layouts that divide, inputs that are there, the plan of each stage, timeouts, the mask that nobody may make."""
+"""What a recipe asks for: layouts that divide, inputs that are there, the plan of each stage, timeouts, the time limit, no dense mask."""
 
 from __future__ import annotations
 
@@ -7,16 +7,28 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mcore_longctx.errors import LongctxError
+from mcore_longctx.errors import ConfigError, LongctxError
+from mcore_longctx.launch.chain import UNPLANNED_LEAD_SECONDS, build_chain
 from mcore_longctx.launch.doctor.findings import Finding, note, ok, wrong
 from mcore_longctx.manifest import readable_bytes
+from mcore_longctx.plan.intervals import check_time_limit, parse_time_limit
 from mcore_longctx.plan.stages import StagePlan, one_line, plan_stage
 from mcore_longctx.recipe import Parallel, Recipe, Stage
 from mcore_longctx.recipe.load import RecipeFile
 from mcore_longctx.recipe.resolve import Resolved, resolve
 from mcore_longctx.recipe.schema import EvaluateSection
 
-__all__ = ["dense_mask", "gpus_here", "inputs", "largest_nodes", "plans", "resolved_part_by_part", "timeouts"]
+__all__ = [
+    "dense_mask",
+    "gpus_here",
+    "inputs",
+    "largest_nodes",
+    "launch",
+    "plans",
+    "resolved_part_by_part",
+    "time_limit",
+    "timeouts",
+]
 
 
 def largest_nodes(recipe: Recipe) -> int:
@@ -79,14 +91,15 @@ def _layout(name: str, parallel: Parallel, recipe: Recipe) -> Finding:
 
 
 def inputs(recipe: Recipe, *, model_found: bool) -> Iterator[Finding]:
-    """Files and folders that the run starts from. Before the model is at hand they are notes: the recipe is looked at as a plan."""
+    """Files and folders that the run starts from."""
     path = recipe.model.path
     if model_found:
         yield ok("model", str(path))
     elif path.exists():
         yield wrong("model", f"{path} has no config.json", f"hf download again with --local-dir {path}, or correct model.path")
     else:
-        yield note("model", f"{path} is not here: sizes from the recipe, and `run` starts when it is", "hf download")
+        text = f"no such folder: {path} (sizes are those of the recipe)"
+        yield wrong("model", text, f"hf download NAME --local-dir {path}, or correct model.path")
     wanted: dict[Path, str] = {}
     if model_found or recipe.tokenizer is not None:
         wanted[recipe.tokenizer_folder / "tokenizer.json"] = "tokenizer"
@@ -101,8 +114,7 @@ def inputs(recipe: Recipe, *, model_found: bool) -> Iterator[Finding]:
     for path, key in wanted.items():
         if path.exists():
             continue
-        text, fix = f"{key}: no such file or folder: {path}", "correct the path in the recipe, or put it there"
-        yield wrong("inputs", text, fix) if model_found else note("inputs", text)
+        yield wrong("inputs", f"{key}: no such file or folder: {path}", "correct the path in the recipe, or put it there")
 
 
 # -------------------------------------------------------------------------------------------------------------------------- plans
@@ -153,6 +165,46 @@ def timeouts(stages: Sequence[Stage], planned: Mapping[str, StagePlan]) -> Itera
             yield note("timeout", f"{stage.name}: distributed_timeout_minutes is {given:g}, the plan would say {derived:.0f}")
         else:
             yield ok("timeout", f"{stage.name}: ranks wait {given:g} min for each other, the plan would say {derived:.0f}")
+
+
+def time_limit(recipe: Recipe, planned: Mapping[str, StagePlan]) -> Iterator[Finding]:
+    """Whether a job of cluster.time_limit is long enough to go forward, as `launch` asks. A stage that does not fit has no times."""
+    limit = recipe.cluster.time_limit
+    try:
+        seconds = parse_time_limit(limit)
+    except ValueError as error:
+        yield wrong("time limit", f"cluster.time_limit {error}", "write it as sbatch takes it: 04:00:00")
+        return
+    for stage in recipe.stages:
+        plan = planned.get(stage.name)
+        if plan is None:
+            if recipe.cluster.gpu != "none":
+                continue  # said by `plans`
+            least = 2 * UNPLANNED_LEAD_SECONDS
+            if seconds > least:
+                yield ok("time limit", f"{stage.name}: {limit}, not held against a plan (no formula for CPUs)")
+            else:
+                text = f"{stage.name}: cluster.time_limit {limit} is {seconds} s, the signal that asks the ranks to stop comes before"
+                yield wrong("time limit", text, f"use more than {least} s")
+        elif plan.fits:
+            try:
+                steps = check_time_limit(limit, plan.time, plan.intervals)
+            except ConfigError as error:
+                yield wrong("time limit", f"{stage.name}: {error.what}", error.fix or "raise cluster.time_limit")
+            else:
+                yield ok("time limit", f"{stage.name}: {limit} holds {steps:,} steps of {plan.time.total:,.0f} s (planned)")
+
+
+def launch(file: RecipeFile, said: Sequence[Finding]) -> Iterator[Finding]:
+    """What `launch` refuses beside what was `said`: it stops at the first fault, which with others is most likely one of them."""
+    if any(finding.level == "wrong" for finding in said):
+        return
+    try:
+        chain = build_chain(file)
+    except LongctxError as error:
+        yield wrong("launch", str(error).removesuffix(f"; {error.fix}"), error.fix or "correct it in the recipe")
+    else:
+        yield ok("launch", f"{len(chain.jobs)} jobs could be written")
 
 
 def dense_mask(recipe: Recipe) -> Finding:
