@@ -2,6 +2,7 @@
 # Debian's SLURM for tools/slurm_sandbox.sh: only as root, only what is missing, and no service is started.
 #
 #   tools/install_slurm.sh      one line says what was done; exit code 0 also where nothing can be done: the tests that need it skip
+#                               (.ci/run fails then where it is root)
 #
 # Where systemd runs, the packages would start munged, slurmctld and slurmd: a policy-rc.d forbids it for as long as this takes. A
 # machine that has a policy-rc.d of its own keeps it.

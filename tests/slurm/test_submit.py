@@ -22,18 +22,19 @@ def orders(folder: Path) -> None:
     (folder / "stub.json").write_text("{}")
 
 
-def test_submit_sh_submits_the_chain_and_each_job_waits_for_the_one_before(cluster: Cluster, tmp_path: Path) -> None:
-    run = tmp_path / "o'brien's a run"  # a blank, and quotes that sbatch would read as its own
+@pytest.mark.parametrize("name", ["a run", "o'brien"])  # a blank; a quote that sbatch would read as its own
+def test_submit_sh_submits_the_chain_and_each_job_waits_for_the_one_before(cluster: Cluster, tmp_path: Path, name: str) -> None:
+    run = tmp_path / name
     cluster.call("mcore-longctx", "launch", RECIPE, f"output={run}")
     orders(run)
     jobs = submitted(cluster.call("bash", run / "slurm" / "submit.sh", stub=True).stdout)
     assert tuple(jobs) == JOBS
-    for name, after in (("20-extend", "00-prepare"), ("90-finish", "20-extend")):
-        assert cluster.fact(jobs[name], "Dependency").startswith(f"afterok:{jobs[after]}(")
-    for name in JOBS:
-        assert cluster.end_of(jobs[name]) == ("COMPLETED", "0:0"), cluster.story(jobs[name])
-    ends = [cluster.fact(jobs[name], "EndTime") for name in JOBS]
-    starts = [cluster.fact(jobs[name], "StartTime") for name in JOBS]
+    for job, after in (("20-extend", "00-prepare"), ("90-finish", "20-extend")):
+        assert cluster.fact(jobs[job], "Dependency").startswith(f"afterok:{jobs[after]}(")
+    for job in JOBS:
+        assert cluster.end_of(jobs[job]) == ("COMPLETED", "0:0"), cluster.story(jobs[job])
+    ends = [cluster.fact(jobs[job], "EndTime") for job in JOBS]
+    starts = [cluster.fact(jobs[job], "StartTime") for job in JOBS]
     assert all(start >= end for start, end in zip(starts[1:], ends[:-1], strict=True))
 
 
