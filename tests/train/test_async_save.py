@@ -226,13 +226,17 @@ def small_disk(tmp_path: Path) -> Any:
 
 
 def fill_disk(rank: int, place: Path, where: str) -> None:
-    """The disk is full from the moment at which a checkpoint's tensors, or its manifest, are to be written."""
+    """The disk is full from the moment at which a checkpoint's tensors, or its manifest, are to be written.
+
+    It is when the job tells how it ended, too: somebody else takes what the removal of the partial checkpoint has freed.
+    """
     from mcore_longctx.train import checkpoint
+    from mcore_longctx.train.outcome import Outcome
     from mcore_longctx.train.writing import RankWriter
 
     def full(function: Any) -> Any:
         def run(*args: Any, **options: Any) -> Any:
-            with (place / "filler").open("wb", buffering=0) as file:
+            with (place / "filler").open("ab", buffering=0) as file:
                 try:
                     while file.write(bytes(4096)):
                         pass
@@ -242,6 +246,7 @@ def fill_disk(rank: int, place: Path, where: str) -> None:
 
         return run
 
+    Outcome.failed = full(Outcome.failed)  # type: ignore[method-assign]
     if where == "tensors":
         RankWriter.write = full(RankWriter.write)  # type: ignore[method-assign]
     else:
