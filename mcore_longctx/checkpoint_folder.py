@@ -8,6 +8,7 @@ checkpoints/<stage>/.lock
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import logging
 import os
@@ -29,6 +30,7 @@ __all__ = [
     "iteration_folder",
     "iteration_of",
     "latest_checkpoint",
+    "lock_owner",
     "publish",
     "remove_leftovers",
     "remove_old",
@@ -40,6 +42,8 @@ logger = logging.getLogger(__name__)
 TRACKER = "latest_checkpointed_iteration.txt"
 _COMPLETE = re.compile(r"iter_(\d{7,})")
 _PARTIAL = re.compile(r"iter_\d{7,}\.partial-.+")
+_LOCKED = (errno.EWOULDBLOCK, errno.EACCES)
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 def iteration_folder(checkpoints: Path, iteration: int) -> Path:
@@ -77,6 +81,7 @@ class FolderLock:
 
     Raises:
         InUseError: another process holds it; the message names it.
+        CheckpointError: the file system has no locks.
     """
 
     def __init__(self, checkpoints: Path) -> None:
@@ -87,14 +92,14 @@ class FolderLock:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         file = self._path.open("a+", encoding="utf-8")
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
-            owner = file.read().strip() or "an unknown process"
+            owner = _lock(file, self._path.parent)
+            if owner:
+                raise InUseError(
+                    f"{owner} trains into this folder", where=self._path.parent, fix="wait for it, stop it, or use another output"
+                )
+        except BaseException:
             file.close()
-            raise InUseError(
-                f"{owner} trains into this folder", where=self._path.parent, fix="wait for it, stop it, or use another output"
-            ) from None
+            raise
         file.truncate(0)
         job = f", SLURM job {os.environ['SLURM_JOB_ID']}" if "SLURM_JOB_ID" in os.environ else ""
         file.write(f"process {os.getpid()} on {socket.gethostname()}{job}")
@@ -107,6 +112,35 @@ class FolderLock:
             self._file.truncate(0)
             self._file.close()
             self._file = None
+
+
+def lock_owner(checkpoints: Path) -> str:
+    """Who holds the folder, in the words of `FolderLock`; empty: nobody.
+
+    Raises:
+        CheckpointError: the file system has no locks.
+    """
+    try:
+        with (checkpoints / ".lock").open("r+", encoding="utf-8") as file:
+            return _lock(file, checkpoints)
+    except FileNotFoundError:
+        return ""
+
+
+def _lock(file: IO[str], folder: Path) -> str:
+    """Take the lock and return "", or return who has it. An error of the disk (EIO, ESTALE) is raised as it is."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _NO_LOCKS:
+            raise CheckpointError(
+                f"cannot be locked ({error.strerror})", where=folder, fix="use a file system with locks (Lustre: mount -o flock)"
+            ) from None
+        if error.errno not in _LOCKED:
+            raise
+        file.seek(0)
+        return file.read().strip() or "an unknown process"
+    return ""
 
 
 def begin_checkpoint(final: Path) -> Path:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -115,6 +118,25 @@ def test_one_process_at_a_time_and_a_kill_gives_the_folder_back(tmp_path: Path) 
         holder.stdout.close()
     with store.FolderLock(folder):
         pass
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK])
+def test_a_file_system_without_locks_is_not_somebody_who_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    (tmp_path / ".lock").touch()
+
+    def lockf(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    for take in (store.FolderLock(tmp_path).__enter__, lambda: store.lock_owner(tmp_path)):
+        with pytest.raises(CheckpointError, match=rf"cannot be locked \({os.strerror(number)}\); use a file system with locks"):
+            take()
+    number = errno.EIO  # the disk's doing: another start may help
+    for take in (store.FolderLock(tmp_path).__enter__, lambda: store.lock_owner(tmp_path)):
+        with pytest.raises(OSError, match="Input/output error"):
+            take()
 
 
 def test_too_little_room_is_said_before_anything_is_written(tmp_path: Path) -> None:

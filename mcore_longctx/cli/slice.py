@@ -12,7 +12,7 @@ Used by the job scripts that `mcore-longctx launch` writes.
   mcore-longctx slice begin RUN/recipe.yaml --stage NAME       before the ranks start: prints what will run, notes the checkpoint
   mcore-longctx slice end RUN/recipe.yaml --stage NAME         after they ended: one line, a line in logs/NAME/slices.jsonl, and
 
-exit codes of `end`: 0 done; 1 failed; 2 bad input; 3 no progress: two slices in a row without a newer checkpoint; 75 requeue.
+exit codes of `end`: 0 done; 1 failed, or held by a file logs/NAME/hold; 2 bad input; 3 no progress: two slices in a row without a newer checkpoint; 75 requeue.
 """
 
 
@@ -28,6 +28,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="RUN/recipe.yaml, as launch wrote it")
     parser.add_argument("overrides", nargs="*", metavar="section.name=value", help="as given to train")
     parser.add_argument("--stage", metavar="NAME", required=True)
+    parser.add_argument(
+        "--queued", default="", metavar="IDS", help="begin: jobs in the queue, as squeue --format=%%A prints them"
+    )
     parser.add_argument("--asked", default="", metavar="SIGNAL", help="end: the signal that told the job to stop, or empty")
     parser.add_argument("--srun-code", type=int, metavar="N", help="end: exit code of srun")
 
@@ -41,10 +44,11 @@ def run(args: argparse.Namespace) -> int:
     file = open_recipe(args.recipe, args.overrides)
     stage = stage_folders(file, args.stage)
     if args.action == "end":
-        verdict = end_slice(stage, asked=args.asked, srun_code=args.srun_code)
+        verdict = end_slice(stage, os.environ, asked=args.asked, srun_code=args.srun_code)
         print(verdict.line, flush=True)
         return verdict.code
-    now = begin_slice(stage, os.environ, short_seconds=short_seconds(file, args.stage))
+    short = short_seconds(file, args.stage)
+    now = begin_slice(stage, os.environ, short_seconds=short, queued=args.queued.split())
     for line in describe(file, args.stage, now):
         print(line)
     return 0

@@ -3,22 +3,23 @@
 A slice is one start of a job: until the training is done, told to stop, or dead. `begin_slice` notes the newest verified checkpoint,
 `end_slice` reads STATUS and looks again. Two slices of a job in a row without a newer checkpoint stop the chain.
 
-    logs/<stage>/slice.json     the slice that runs
-    logs/<stage>/slices.jsonl   a line for each that has ended
+    logs/<stage>/slice-<job>.json   the slice that runs; asked-<job>: what its script was told; error-<job>: why its ranks never began
+    logs/<stage>/slices.jsonl       a line for each that has ended
+    logs/<stage>/hold               made by a person: save, and do not come back
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import re
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from mcore_longctx.checkpoint_folder import iteration_of, latest_checkpoint
+import msgspec
+
+from mcore_longctx.checkpoint_folder import iteration_of, latest_checkpoint, lock_owner
 from mcore_longctx.errors import CheckpointError, ConfigError, InUseError, NoProgress
 from mcore_longctx.launch.status import State, read_status
 from mcore_longctx.manifest import verify_manifest, write_atomic
@@ -31,10 +32,13 @@ LOCK_SECONDS = 600.0  # ranks of a slice whose node was lost may live on until t
 _POLL_SECONDS = 5.0
 
 # What the trainer says of an exception that it did not raise itself (`rank 3: RuntimeError: ...`), when a rank has lost its peers, its
-# network, its disk or its GPU: the machine's doing, another start may help.
+# network, its disk or its GPU, and of a save whose disk went away or whose writing process was killed (most often: host memory):
+# the machine's doing, another start may help. A full disk is not among them: it stays full.
 _MACHINE = re.compile(
     r"rank \d+: .*(DistBackendError|DistNetworkError|DistStoreError|NCCL|[Cc]onnection (closed|reset|refused)|Broken pipe|"
-    r"[Tt]imed out|CUDA error|AcceleratorError|ECC error|Input/output error|Stale file handle)"
+    r"[Tt]imed out|CUDA error|AcceleratorError|ECC error|Input/output error|Stale file handle)|"
+    r".*the checkpoint could not be written: .*(Input/output error|Stale file handle|[Tt]imed out|Remote I/O error|"
+    r"[Tt]ransport endpoint|Connection closed|Connection reset|writing process ended with signal \d+ \(SIG(KILL|TERM|BUS)\))"
 )
 
 
@@ -74,8 +78,8 @@ class Slice:
 
     @property
     def short(self) -> bool:
-        """Whether it was told to stop before a step could end."""
-        return bool(self.asked) and self.seconds < self.short_seconds
+        """Whether it was told to stop before a step could end: the script, or the ranks alone (at a preemption with GraceTime)."""
+        return (bool(self.asked) or self.state == "stopped") and self.seconds < self.short_seconds
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ class Verdict:
     """What the script does next (0: the chain goes on; 1, 2, 3: it stops; 75: requeue), and one line for people."""
 
     code: int
-    word: str  # done, failed, refused, requeue, no progress
+    word: str  # done, failed, refused, requeue, held, no progress
     line: str
 
 
@@ -165,7 +169,9 @@ def newest_verified(checkpoints: Path) -> int:
     return iteration_of(newest)
 
 
-def begin_slice(stage: StageFolders, environment: Mapping[str, str], *, short_seconds: float) -> Slice:
+def begin_slice(
+    stage: StageFolders, environment: Mapping[str, str], *, short_seconds: float, queued: Collection[str] = ()
+) -> Slice:
     """Note what this slice begins with, and close one before it that was killed with its script.
 
     Waits, up to LOCK_SECONDS, for ranks of an earlier slice of this job that still hold the checkpoints.
@@ -174,56 +180,99 @@ def begin_slice(stage: StageFolders, environment: Mapping[str, str], *, short_se
         stage: whose training it is.
         environment: of the job (SLURM_JOB_ID, SLURM_RESTART_COUNT, SLURM_JOB_NODELIST).
         short_seconds: start-up and one step.
+        queued: ids of the jobs in the queue, this one among them; if it is not, the list is no list, and other jobs are known
+            by the lock alone.
 
     Raises:
         NoProgress: the slice before was killed with its script, and it was one too many without a newer checkpoint.
-        InUseError: another job trains into this folder; its number and its host are in the message.
+        InUseError: another job trains into this folder, or will when it comes back; its number is in the message.
+        ConfigError: a person holds the stage.
     """
-    _wait_for_lock(stage.checkpoints, _job_of(environment))
+    hold = stage.logs / "hold"
+    if hold.exists():
+        raise ConfigError("this stage is held", where=hold, fix="remove the file and submit again")
+    job = _job_of(environment)
+    _wait_for_lock(stage.checkpoints, job)
     stage.logs.mkdir(parents=True, exist_ok=True)
     before = newest_verified(stage.checkpoints)
-    killed = _read_slice(stage)
-    if killed is not None and killed.job == _job_of(environment):
-        status = read_status(stage.logs / "STATUS", stage.logs / "error")
+    _close_killed(stage, job, before)
+    now = Slice(
+        job=job,
+        restart=int(environment.get("SLURM_RESTART_COUNT", "0")),
+        nodes=environment.get("SLURM_JOB_NODELIST", ""),
+        began=time.time(),
+        before=before,
+        short_seconds=short_seconds,
+    )
+    own = _file(stage, "slice", job)
+    write_atomic(own, json.dumps(asdict(now)) + "\n")  # then a look at others: of two that begin at once, none misses the other
+    try:
+        _refuse_beside(stage, job, queued)
+    except InUseError:
+        own.unlink()
+        raise
+    for path in (stage.logs / "STATUS", *(_file(stage, name, job) for name in ("error", "asked"))):
+        path.unlink(missing_ok=True)  # of a slice before: what is not there cannot be taken for this one's
+    return now
+
+
+def _close_killed(stage: StageFolders, job: str, newest: int) -> None:
+    """Count the slice before this one, if its script was killed before `slice end`."""
+    own = _file(stage, "slice", job)
+    killed = _slice_of(own.read_bytes()) if own.is_file() else None
+    if killed is None:
+        return
+    earlier = _of_job(stage, job)
+    if not any(
+        (one.restart, one.began) == (killed.restart, killed.began) for one in earlier
+    ):  # or killed after its line was written
+        status = read_status(_file(stage, "error", job), stage.logs / "STATUS")
         alive = max((path.stat().st_mtime for path in stage.logs.rglob("*") if path.is_file()), default=killed.began)
         ended = replace(
             killed,
             seconds=round(max(0.0, alive - killed.began), 1),
-            after=before,
+            after=newest,
             state=status.state,
             code=status.code,
             reason=status.reason,
-            asked=_asked(stage),
+            asked=_asked(stage, job),
         )
-        verdict = decide([*_of_job(stage, ended.job), ended], stage)
-        _append(stage, replace(ended, verdict=f"{verdict.word} (killed with its script)"))
-        (stage.logs / "slice.json").unlink()
-        if verdict.code == 3:
-            raise NoProgress(verdict.line)
-    for name in ("STATUS", "error", "asked"):  # of the slice before: what is not there cannot be taken for this one's
-        (stage.logs / name).unlink(missing_ok=True)
-    now = Slice(
-        job=_job_of(environment),
-        restart=int(environment.get("SLURM_RESTART_COUNT", "0")),
-        nodes=environment.get("SLURM_JOB_NODELIST", ""),
-        began=round(time.time(), 1),
-        before=before,
-        short_seconds=short_seconds,
-    )
-    write_atomic(stage.logs / "slice.json", json.dumps(asdict(now)) + "\n")
-    return now
+        earlier.append(ended)
+        _append(stage, replace(ended, verdict=f"{decide(earlier, stage).word} (killed with its script)"))
+    own.unlink()
+    verdict = decide(earlier, stage)
+    if verdict.code == 3:
+        raise NoProgress(verdict.line)
 
 
-def end_slice(stage: StageFolders, *, asked: str, srun_code: int | None) -> Verdict:
-    """Look at what the slice has left, write its line, and say what comes next.
+def _refuse_beside(stage: StageFolders, job: str, queued: Collection[str]) -> None:
+    """Refuse to begin beside another job that is in the queue; what jobs left that are gone is removed."""
+    if job not in queued:
+        return
+    for path in sorted(stage.logs.glob("slice-*.json")):
+        other = path.stem.removeprefix("slice-")
+        if other == job:
+            continue
+        if other in queued:
+            fix = f"wait for it, scancel {other}, or use another output"
+            raise InUseError(f"SLURM job {other} trains into this folder", where=stage.checkpoints, fix=fix)
+        for name in ("slice", "error", "asked"):
+            _file(stage, name, other).unlink(missing_ok=True)
+
+
+def end_slice(stage: StageFolders, environment: Mapping[str, str], *, asked: str, srun_code: int | None) -> Verdict:
+    """Look at what the slice of this job has left, write its line, and say what comes next.
 
     Raises:
-        ConfigError: no slice has begun.
+        ConfigError: this job has begun no slice.
     """
-    running = _read_slice(stage)
-    if running is None:
+    job = _job_of(environment)
+    own = _file(stage, "slice", job)
+    if not own.is_file():
         raise ConfigError("no slice has begun here", where=stage.logs, fix="`mcore-longctx slice begin` comes first")
-    status = read_status(stage.logs / "STATUS", stage.logs / "error")
+    running = _slice_of(own.read_bytes()) or _unreadable(stage, environment)
+    # `error` is this job's own; STATUS may be that of another job, which was first and holds the folder
+    status = read_status(_file(stage, "error", job), stage.logs / "STATUS")
     ended = replace(
         running,
         seconds=round(time.time() - running.began, 1),
@@ -231,19 +280,38 @@ def end_slice(stage: StageFolders, *, asked: str, srun_code: int | None) -> Verd
         state=status.state,
         code=status.code,
         reason=status.reason,
-        asked=asked or _asked(stage),
+        asked=asked or _asked(stage, job),
         srun_code=srun_code,
     )
-    verdict = decide([*_of_job(stage, ended.job), ended], stage)
+    verdict = decide([*_of_job(stage, job), ended], stage)
+    hold = stage.logs / "hold"
+    if verdict.code == 75 and hold.exists():
+        line = f"held: {verdict.line.removeprefix('requeue: ')}; {hold} is there: remove it and submit again to go on"
+        verdict = Verdict(1, "held", line)
     _append(stage, replace(ended, verdict=verdict.word))
-    (stage.logs / "slice.json").unlink()
+    for name in ("error", "asked", "slice"):
+        _file(stage, name, job).unlink(missing_ok=True)
     return verdict
+
+
+def _unreadable(stage: StageFolders, environment: Mapping[str, str]) -> Slice:
+    """What is known of a slice whose file is damaged: it began where the one before it had ended, when the file was written."""
+    job = _job_of(environment)
+    earlier = _of_job(stage, job)
+    return Slice(
+        job=job,
+        restart=int(environment.get("SLURM_RESTART_COUNT", "0")),
+        nodes=environment.get("SLURM_JOB_NODELIST", ""),
+        began=_file(stage, "slice", job).stat().st_mtime,
+        before=earlier[-1].after if earlier else -1,
+        short_seconds=0.0,
+    )
 
 
 def _wait_for_lock(checkpoints: Path, job: str) -> None:
     """A lock of a dead process is gone: the kernel, or the file server, gives it back."""
     until = time.monotonic() + LOCK_SECONDS
-    while owner := _lock_owner(checkpoints):
+    while owner := lock_owner(checkpoints):
         ours = bool(job) and owner.endswith(f"SLURM job {job}")
         if not ours or time.monotonic() > until:
             fix = "wait for it, scancel it, or use another output"
@@ -255,32 +323,19 @@ def _wait_for_lock(checkpoints: Path, job: str) -> None:
         time.sleep(_POLL_SECONDS)
 
 
-def _lock_owner(checkpoints: Path) -> str:
-    """Who holds the folder, as `checkpoint_folder.FolderLock` writes it down; empty: nobody."""
-    try:
-        with (checkpoints / ".lock").open("r+", encoding="utf-8") as file:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                return file.read().strip() or "an unknown process"
-    except FileNotFoundError:
-        pass
-    return ""
-
-
 def _job_of(environment: Mapping[str, str]) -> str:
     return environment.get("SLURM_JOB_ID", "")
 
 
-def _asked(stage: StageFolders) -> str:
+def _file(stage: StageFolders, name: str, job: str) -> Path:
+    """A file of one job: `slice-4711.json`, and `asked-4711` and `error-4711` as its script names them."""
+    return stage.logs / f"{name}-{job}{'.json' if name == 'slice' else ''}"
+
+
+def _asked(stage: StageFolders, job: str) -> str:
     """What the script was told, as its trap wrote it down: it may have been killed before it could say so."""
-    file = stage.logs / "asked"
-    return file.read_text(encoding="utf-8").strip() if file.is_file() else ""
-
-
-def _read_slice(stage: StageFolders) -> Slice | None:
-    file = stage.logs / "slice.json"
-    return _slice_of(file.read_text(encoding="utf-8")) if file.is_file() else None
+    file = _file(stage, "asked", job)
+    return file.read_text(encoding="utf-8", errors="replace").strip() if file.is_file() else ""
 
 
 def _of_job(stage: StageFolders, job: str) -> list[Slice]:
@@ -288,18 +343,17 @@ def _of_job(stage: StageFolders, job: str) -> list[Slice]:
 
 
 def read_slices(log_folder: Path) -> list[Slice]:
-    """The slices of a stage that have ended, oldest first."""
+    """The slices of a stage that have ended, oldest first. Lines that are cut or damaged are left out."""
     file = log_folder / "slices.jsonl"
-    lines = file.read_text(encoding="utf-8").splitlines() if file.is_file() else []
+    lines = file.read_bytes().split(b"\n") if file.is_file() else []
     return [one for one in map(_slice_of, lines) if one is not None]
 
 
-def _slice_of(line: str) -> Slice | None:
-    """None for a line that was cut short by a kill."""
+def _slice_of(line: bytes) -> Slice | None:
+    """None for a line that was cut short by a kill, or is none of ours."""
     try:
-        facts: dict[str, Any] = json.loads(line)
-        return Slice(**{field.name: facts[field.name] for field in fields(Slice)})
-    except (ValueError, TypeError, KeyError):
+        return msgspec.json.decode(line, type=Slice)
+    except (msgspec.MsgspecError, ValueError):
         return None
 
 

@@ -18,6 +18,7 @@ from mcore_longctx.launch.progress import Slice, StageFolders, begin_slice, deci
 from mcore_longctx.manifest import write_manifest
 
 GLOO = "rank 0: RuntimeError: [/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.2]:3"
+SAVE = "checkpoints/extend/iter_0000008: the checkpoint could not be written: "
 NCCL = "rank 7: DistBackendError: NCCL error in: ProcessGroupNCCL.cpp:94, unhandled system error (details in rank7.log)"
 
 
@@ -48,6 +49,27 @@ PURE = StageFolders("extend", Path("logs/extend"), Path("checkpoints/extend"), 1
         (ended(4, 8, "hung", code=1, reason="rank 3: no micro-batch for 31 s"), 75, "hung (rank 3: no micro-batch for 31 s)"),
         (ended(-1, -1, "none", srun_code=127), 75, "ended before training began, srun ended with 127, still at no checkpoint"),
         (ended(4, 4, "failed", code=1, reason=GLOO), 75, "lost a machine or a link"),
+        (
+            ended(state="failed", code=1, reason=f"{SAVE}rank 3: Input/output error; iter_0000004 is untouched"),
+            75,
+            "lost a machine",
+        ),
+        (
+            ended(state="failed", code=1, reason=f"{SAVE}[Errno 116] Stale file handle: 'x'; iter_0000004 is"),
+            75,
+            "lost a machine",
+        ),
+        (
+            ended(state="failed", code=1, reason=f"{SAVE}rank 0: the writing process ended with signal 9 (SIGKILL); x"),
+            75,
+            "signal 9",
+        ),
+        (
+            ended(state="failed", code=1, reason=f"{SAVE}rank 0: the writing process ended with signal 11 (SIGSEGV)"),
+            1,
+            "failed: ",
+        ),
+        (ended(state="failed", code=1, reason=f"{SAVE}rank 0: No space left on device; x is untouched"), 1, "failed: "),
         (ended(4, 4, "failed", code=1, reason=NCCL), 75, "slices of this job that died: 1, on n[0-1]"),
         (
             ended(4, 4, "stopped", code=75, asked="TERM", seconds=20.0),
@@ -81,6 +103,9 @@ def test_a_slice_that_was_stopped_too_early_does_not_count_but_ten_do() -> None:
     assert "10 slices in a row were told to stop before start-up and one step (300 s)" in verdict.line
     long = ended(state="stopped", code=75, asked="TERM", seconds=301.0)
     assert decide([long, long], PURE).code == 3
+    polite = ended(state="stopped", code=75, seconds=20.0)  # preempted: TERM went to the ranks alone
+    assert decide([polite, polite], PURE).code == 75
+    assert decide([polite] * 10, PURE).code == 3
     died = ended(seconds=20.0)  # nobody asked it to stop
     assert decide([died, died], PURE).code == 3
 
@@ -99,7 +124,7 @@ def test_a_chain_ends_after_at_most_eleven_slices_without_progress(rows: list[tu
     for moved, asked, state, seconds in rows:
         slices.append(ended(at, at + moved, state, asked="TERM" if asked else "", seconds=seconds))
         at += moved
-        is_short = asked and seconds < 300
+        is_short = (asked or state == "stopped") and seconds < 300
         idle, short = (0, 0) if moved else (idle + (not is_short), short + is_short)
         stops = idle >= 2 or short >= 10
         assert decide(slices, PURE).code == (3 if stops else 75)
@@ -133,7 +158,7 @@ def test_a_slice_is_written_down_when_it_ends(stage: StageFolders) -> None:
     assert (now.before, now.restart, now.nodes) == (4, 1, "n[0-1]")
     checkpoint(stage, 6)
     say(stage, "stopped 75 SIGUSR1 at iteration 6, checkpoint saved")
-    verdict = end_slice(stage, asked="USR1", srun_code=1)
+    verdict = end_slice(stage, ENVIRONMENT, asked="USR1", srun_code=1)
     assert verdict.code == 75
     (line,) = (stage.logs / "slices.jsonl").read_text().splitlines()
     row = json.loads(line)
@@ -149,17 +174,17 @@ def test_a_slice_is_written_down_when_it_ends(stage: StageFolders) -> None:
     }
     assert {name: row[name] for name in expected} == expected
     assert row["verdict"] == "requeue"
-    assert not (stage.logs / "slice.json").exists()
+    assert not (stage.logs / "slice-7.json").exists()
 
 
 def test_what_an_earlier_slice_said_is_not_taken_for_this_ones(stage: StageFolders) -> None:
     checkpoint(stage, 12)
     say(stage, "done 0 12 iterations")
     begin_slice(stage, ENVIRONMENT, short_seconds=300)
-    assert end_slice(stage, asked="", srun_code=127).code == 75
+    assert end_slice(stage, ENVIRONMENT, asked="", srun_code=127).code == 75
     begin_slice(stage, ENVIRONMENT, short_seconds=300)
-    (stage.logs / "error").write_text("failed 2 recipe.yaml: no such stage\n")  # left by a rank that never began to train
-    verdict = end_slice(stage, asked="", srun_code=1)
+    (stage.logs / "error-7").write_text("failed 2 recipe.yaml: no such stage\n")  # left by a rank that never began to train
+    verdict = end_slice(stage, ENVIRONMENT, asked="", srun_code=1)
     assert (verdict.code, verdict.line) == (2, "refused: recipe.yaml: no such stage")
 
 
@@ -194,22 +219,107 @@ def test_a_slice_that_was_killed_with_its_script_is_counted_by_the_next(stage: S
 def test_a_killed_slice_that_was_asked_to_stop_early_is_not_counted(stage: StageFolders) -> None:
     for _ in range(4):
         begin_slice(stage, ENVIRONMENT, short_seconds=300)
-        (stage.logs / "asked").write_text("TERM\n")
+        (stage.logs / "asked-7").write_text("TERM\n")
     assert [one.short for one in read_slices(stage.logs)] == [True] * 3
+
+
+def test_a_slice_whose_line_is_written_is_not_counted_again(stage: StageFolders) -> None:
+    """Killed between the line and the removal of its file."""
+    for code in (75, 3):
+        begin_slice(stage, ENVIRONMENT, short_seconds=0.0)
+        slice_file = stage.logs / "slice-7.json"
+        kept = slice_file.read_bytes()
+        assert end_slice(stage, ENVIRONMENT, asked="", srun_code=1).code == code
+        slice_file.write_bytes(kept)
+        if code == 75:
+            begin_slice(stage, ENVIRONMENT, short_seconds=0.0)
+            slice_file.unlink()
+            assert len(read_slices(stage.logs)) == 1
+    with pytest.raises(NoProgress, match="2 slices in a row"):  # what was decided then holds
+        begin_slice(stage, ENVIRONMENT, short_seconds=0.0)
+    assert len(read_slices(stage.logs)) == 2
+
+
+@pytest.mark.parametrize("damage", [b"", b"\xff\xfe\x00", b"{", b"[]", b'{"job": 3}'])
+def test_damage_to_the_notes_stops_no_chain(stage: StageFolders, damage: bytes) -> None:
+    stage.logs.mkdir(parents=True)
+    wrong_type = json.dumps({**ended(asked="USR1").__dict__, "short_seconds": "x"}).encode()
+    (stage.logs / "slices.jsonl").write_bytes(damage + b"\n" + wrong_type + b"\n\xff\n")
+    checkpoint(stage, 4)
+    begin_slice(stage, ENVIRONMENT, short_seconds=300)
+    assert end_slice(stage, ENVIRONMENT, asked="USR1", srun_code=1).code == 75
+    begin_slice(stage, ENVIRONMENT, short_seconds=300)
+    checkpoint(stage, 6)
+    (stage.logs / "slice-7.json").write_bytes(damage)
+    (stage.logs / "asked-7").write_bytes(damage)
+    assert end_slice(stage, ENVIRONMENT, asked="", srun_code=1).code == 75
+    assert [(one.job, one.before, one.after) for one in read_slices(stage.logs)] == [("7", 4, 4), ("7", 4, 6)]
+    (stage.logs / "slice-7.json").write_bytes(damage)
+    assert begin_slice(stage, ENVIRONMENT, short_seconds=300).before == 6
+
+
+OTHER = {**ENVIRONMENT, "SLURM_JOB_ID": "8"}
+
+
+def test_two_jobs_on_one_folder_leave_each_others_slice_alone(stage: StageFolders) -> None:
+    """Both began before the ranks of either had the lock."""
+    begin_slice(stage, ENVIRONMENT, short_seconds=300)
+    begin_slice(stage, OTHER, short_seconds=300)
+    say(stage, "running - process 1 on n0")  # of job 8, which has the folder
+    (stage.logs / "error-7").write_text("failed 2 process 1 on n0, SLURM job 8 trains into this folder\n")
+    verdict = end_slice(stage, ENVIRONMENT, asked="", srun_code=1)
+    assert (verdict.code, verdict.line) == (2, "refused: process 1 on n0, SLURM job 8 trains into this folder")
+    with pytest.raises(ConfigError, match="no slice has begun"):
+        end_slice(stage, ENVIRONMENT, asked="", srun_code=1)
+    checkpoint(stage, 12)
+    say(stage, "done 0 12 iterations")
+    assert end_slice(stage, OTHER, asked="", srun_code=0).code == 0
+    assert [(one.job, one.verdict) for one in read_slices(stage.logs)] == [("7", "refused"), ("8", "done")]
+
+
+def test_a_slice_does_not_begin_beside_one_of_a_job_in_the_queue(stage: StageFolders) -> None:
+    begin_slice(stage, ENVIRONMENT, short_seconds=300, queued=["7"])
+    say(stage, "running - process 1 on n0")
+    with pytest.raises(InUseError, match="SLURM job 7 trains into this folder; wait for it, scancel 7"):
+        begin_slice(stage, OTHER, short_seconds=300, queued=["7", "8", "9"])
+    assert sorted(path.name for path in stage.logs.iterdir()) == ["STATUS", "slice-7.json"]
+    begin_slice(stage, OTHER, short_seconds=300, queued=["8", "9"])  # job 7 was cancelled: nobody will ask for its files
+    assert [path.name for path in stage.logs.iterdir()] == ["slice-8.json"]
+
+
+def test_a_stage_that_a_person_holds_is_not_requeued_and_does_not_begin(stage: StageFolders) -> None:
+    begin_slice(stage, ENVIRONMENT, short_seconds=300)
+    checkpoint(stage, 6)
+    say(stage, "stopped 75 SIGUSR1 at iteration 6, checkpoint saved")
+    hold = stage.logs / "hold"
+    hold.touch()
+    verdict = end_slice(stage, ENVIRONMENT, asked="USR1", srun_code=1)
+    assert (verdict.code, verdict.word) == (1, "held")
+    assert verdict.line.startswith(
+        "held: it stopped (SIGUSR1 at iteration 6, checkpoint saved), from no checkpoint to checkpoint 6"
+    )
+    with pytest.raises(ConfigError, match="hold: this stage is held; remove the file and submit again"):
+        begin_slice(stage, ENVIRONMENT, short_seconds=300)
+    hold.unlink()
+    begin_slice(stage, ENVIRONMENT, short_seconds=300)
+    hold.touch()
+    checkpoint(stage, 12)
+    say(stage, "done 0 12 iterations")
+    assert end_slice(stage, ENVIRONMENT, asked="USR1", srun_code=0).code == 0
 
 
 def test_a_cut_line_of_a_killed_writer_does_not_stop_the_next(stage: StageFolders) -> None:
     stage.logs.mkdir(parents=True)
     (stage.logs / "slices.jsonl").write_text('{"job": "7", "restart": 0, "no')
-    (stage.logs / "slice.json").write_text("{")
+    (stage.logs / "slice-7.json").write_text("{")
     begin_slice(stage, ENVIRONMENT, short_seconds=300)
-    assert end_slice(stage, asked="", srun_code=1).code == 75
+    assert end_slice(stage, ENVIRONMENT, asked="", srun_code=1).code == 75
     assert len(read_slices(stage.logs)) == 1
 
 
 def test_an_end_without_a_beginning_is_refused(stage: StageFolders) -> None:
     with pytest.raises(ConfigError, match="no slice has begun here; `mcore-longctx slice begin` comes first"):
-        end_slice(stage, asked="", srun_code=0)
+        end_slice(stage, ENVIRONMENT, asked="", srun_code=0)
 
 
 def _train(checkpoints: Path, job: str, ready: Any, leave: Any) -> None:
@@ -230,7 +340,7 @@ def trainer(stage: StageFolders) -> Any:
         assert ready.wait(60)
         yield process
     finally:
-        leave.set()
+        process.kill()  # not leave.set(): with a waiter that was killed it waits for ever
         process.join(30)
 
 

@@ -127,11 +127,12 @@ def test_what_cannot_run_is_refused_in_one_line(override: str, message: str) -> 
 # ---------------------------------------------------------------------- run, with everything around them made up
 
 STUBS = {
-    "mcore-longctx": 'echo "mcore-longctx $*" >>"$CALLS"; if [[ $2 == end ]]; then exit "$END_CODE"; fi; exit 0',
+    "mcore-longctx": 'echo "mcore-longctx $*" >>"$CALLS"; [[ $2 == "$SLOW" ]] && touch "$CALLS.$2" && /bin/sleep 1; '
+    '[[ $2 == begin ]] && exit "${BEGIN_CODE:-0}"; if [[ $2 == end ]]; then exit "$END_CODE"; fi; exit 0',
     "srun": 'trap \'echo "srun got USR1" >>"$CALLS"; exit 138\' USR1; printf "%s\\n" "srun" "$@" >>"$CALLS"; '
     'touch "$CALLS.ready"; for _ in $(seq "$SRUN_TENTHS"); do /bin/sleep 0.1; done; exit "${SRUN_CODE:-0}"',
     "scontrol": 'echo "scontrol $*" >>"$CALLS"',
-    "squeue": "echo RUNNING None",
+    "squeue": '[[ " $* " == *" --me "* ]] && echo "$QUEUE" || echo RUNNING None',
     "sleep": '[[ $1 == 600 ]] || /bin/sleep 0.2',
 }  # fmt: skip
 
@@ -154,7 +155,7 @@ class Job:
 
     def start(self, end_code: int, *, tenths: int = 0, **more: str) -> subprocess.Popen[str]:
         slurm = {"SLURM_JOB_ID": "12345", "SLURM_JOB_NODELIST": "n0", "SLURM_NNODES": "1", "SLURM_NODEID": "0"}
-        stubs = {"CALLS": str(self.calls), "END_CODE": str(end_code), "SRUN_TENTHS": str(tenths)}
+        stubs = {"CALLS": str(self.calls), "END_CODE": str(end_code), "SRUN_TENTHS": str(tenths), "SLOW": "", "QUEUE": "12345"}
         path = f"{self.folder / 'bin'}:{os.environ['PATH']}"
         environment = {"PATH": path, "HOME": str(self.folder), **slurm, **stubs, **more}
         return subprocess.Popen(
@@ -175,7 +176,7 @@ def job(tmp_path: Path) -> Job:
 def test_a_name_with_shell_in_it_stays_a_name(job: Job) -> None:
     code, calls = job.ended(0)
     assert code == 0, job.said
-    assert calls[0] == f"mcore-longctx slice begin {job.run}/recipe.yaml --stage extend"
+    assert calls[0] == f"mcore-longctx slice begin {job.run}/recipe.yaml --stage extend --queued 12345"
     assert (job.run / "logs" / "extend").is_dir()
     assert not list(job.folder.rglob("hacked"))
 
@@ -218,7 +219,35 @@ def test_both_signals_reach_the_ranks_as_usr1_and_the_verdict_by_name(job: Job, 
     assert calls.count("srun got USR1") == 1
     assert f"mcore-longctx slice end {job.run}/recipe.yaml --stage extend --asked {name} --srun-code 138" in calls
     assert calls[-1] == "scontrol requeue 12345"
-    assert (job.run / "logs" / "extend" / "asked").read_text() == f"{name}\n"
+    assert (job.run / "logs" / "extend" / "asked-12345").read_text() == f"{name}\n"
+
+
+@pytest.mark.parametrize("slow", ["setup", "begin"])
+def test_a_signal_before_the_ranks_start_is_heard(tmp_path: Path, slow: str) -> None:
+    """bash without a trap would die of it: the job fails, and the chain is cancelled."""
+    job = Job(tmp_path, *(["cluster.setup=['touch $CALLS.setup && /bin/sleep 1']"] if slow == "setup" else []))
+    process = job.start(75, SLOW=slow)
+    try:
+        deadline = time.monotonic() + 30
+        while not Path(f"{job.calls}.{slow}").exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGUSR1)
+        said = process.communicate(timeout=30)[0]
+    finally:
+        process.kill()
+    assert process.returncode == 75, said
+    _, end, last = job.calls.read_text().splitlines()  # after `slice begin`: no srun
+    assert end == f"mcore-longctx slice end {job.run}/recipe.yaml --stage extend --asked USR1 --srun-code 0"
+    assert last == "scontrol requeue 12345"
+    assert (job.run / "logs" / "extend" / "asked-12345").read_text() == "USR1\n"
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(2, False), (3, False), (137, False), (138, True), (143, True)])
+def test_how_slice_begin_ended_decides_too(job: Job, code: int, requeued: bool) -> None:
+    status, calls = job.ended(0, BEGIN_CODE=str(code))
+    assert status == code
+    assert calls[1:] == ["scontrol requeue 12345"] * requeued
 
 
 def test_a_job_submitted_from_elsewhere_says_so(job: Job) -> None:
