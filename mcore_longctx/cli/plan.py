@@ -49,7 +49,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--hardware", type=Path, metavar="FILE", help="a hardware table of your own, YAML, beside ours")
     parser.add_argument("--kernel", default="", metavar="NAME", help="attention kernel of that GPU, for example fa3")
-    parser.add_argument("--top", default="8", metavar="N", help="layouts in the table, default 8")
+    parser.add_argument("--top", metavar="N", help="layouts in the table, default 8")
     parser.add_argument("--json", action="store_true", help="everything for programs: bytes, seconds, every layout")
     parser.add_argument("--explain", action="store_true", help="every formula with its numbers")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw memory and time against the sequence length (.png, .svg)")
@@ -57,7 +57,7 @@ def add_parser(subparsers: Any) -> None:
     without.add_argument("--model", metavar="NAME", help="a known model (llama-3.1-8b), or a folder with config.json")
     without.add_argument("--seq-length", metavar="TOKENS", help="for example 4M")
     without.add_argument("--tokens-per-step", metavar="TOKENS", help="default: 8M, or one sequence")
-    without.add_argument("--train-tokens", metavar="TOKENS", default="1B", help="budget that the hours are for, default 1B")
+    without.add_argument("--train-tokens", metavar="TOKENS", help="budget that the hours are for, default 1B")
     other = parser.add_argument_group("other plans")
     other.add_argument(
         "--validate",
@@ -71,6 +71,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan."""
+    _refuse_without_effect(args)
     if args.validate is not None:
         return _validate(args)
     if args.serve:
@@ -78,11 +79,51 @@ def run(args: argparse.Namespace) -> int:
     return _plan(args)
 
 
+_OPTIONS = (
+    "recipe",
+    "stage",
+    "gpus",
+    "gpu",
+    "hardware",
+    "kernel",
+    "top",
+    "json",
+    "explain",
+    "plot",
+    "model",
+    "seq_length",
+    "tokens_per_step",
+    "train_tokens",
+    "serve",
+)
+
+
+def _refuse_without_effect(args: argparse.Namespace) -> None:
+    """An option that would change nothing is a misunderstanding."""
+    from mcore_longctx.errors import ConfigError
+
+    if args.validate is not None:
+        kind, useless = "--validate", set(_OPTIONS) - {"json"}
+    elif args.serve:
+        kind = "--serve"
+        useless = {"stage", "gpus", "kernel", "top", "explain", "plot", "tokens_per_step", "train_tokens"}
+        useless |= {"recipe"} if args.model is not None else set()
+        useless |= {"hardware"} if args.gpu is None else set()
+    elif args.json:
+        kind, useless = "--json, which has everything", {"top", "explain"}
+    else:
+        return
+    for name in _OPTIONS:
+        if name in useless and getattr(args, name):
+            shown = "RECIPE" if name == "recipe" else f"--{name.replace('_', '-')}"
+            raise ConfigError(f"{shown} has no effect with {kind}", fix=f"leave out {shown}")
+
+
 def _plan(args: argparse.Namespace) -> int:
     from mcore_longctx.plan.as_json import evaluation_json, page_json
     from mcore_longctx.plan.page import explain, page, wrapped
 
-    top = _number("--top", args.top)
+    top = _number("--top", args.top or "8")
     pages, evaluation = _pages(args)
     if args.plot is not None:
         _plot(args, pages)
@@ -110,10 +151,11 @@ def _accuracy() -> str:
     from mcore_longctx.plan.validate import validate
 
     report = validate()
-    time, memory = report.time["held"], report.memory["held"]
+    time, memory, long_ = report.time["held"], report.memory["held"], report.long_time
+    assert long_ is not None
     return (
         f"accuracy: on published runs that no constant was fitted to, planned times are {time.mean:.1%} off on average ({time.rows} runs,"
-        f" mean {time.bias:+.1%}, worst {time.worst:.0%}), memory {memory.mean:.1%} ({memory.rows} runs, mean {memory.bias:+.1%}, worst"
+        f" mean {time.bias:+.1%}, worst {time.worst:.0%}; the {long_.rows} of 512K tokens and more: mean {long_.bias:+.1%}), memory {memory.mean:.1%} ({memory.rows} runs, mean {memory.bias:+.1%}, worst"
         f" {memory.worst:.0%}). Quote a plan with that; details: plan --validate"
     )
 
@@ -174,7 +216,7 @@ def _recipe(args: argparse.Namespace) -> RecipeFile:
 
     if args.recipe is None or "=" in args.recipe:
         raise ConfigError("plan needs a recipe, or --model with --seq-length and --gpus", fix="see mcore-longctx plan --help")
-    for name in ("seq_length", "tokens_per_step"):
+    for name in ("seq_length", "tokens_per_step", "train_tokens"):
         if getattr(args, name) is not None:
             raise ConfigError(
                 f"--{name.replace('_', '-')} belongs to --model; a recipe gives its own", fix="override the recipe's value"
@@ -243,7 +285,7 @@ def _without_recipe(args: argparse.Namespace) -> tuple[str, ModelShape, Stage, G
             seq_length=TokenCount(length),
             global_batch_size=batch // length,
             optimizer=OptimizerSection(lr=1e-5),
-            train_tokens=TokenCount(_tokens("--train-tokens", args.train_tokens)),
+            train_tokens=TokenCount(_tokens("--train-tokens", args.train_tokens or "1B")),
         )
     except (ValueError, LongctxError) as error:
         raise ConfigError(str(error)) from None
@@ -266,7 +308,13 @@ def _model(name: str) -> tuple[str, ModelShape]:
 def _validate(args: argparse.Namespace) -> int:
     from mcore_longctx.plan.validate import render, validate
 
-    print(render(validate(Path(args.validate) if args.validate else None)))
+    report = validate(Path(args.validate) if args.validate else None)
+    if args.json:
+        from mcore_longctx.plan.as_json import validation_json
+
+        print(json.dumps(validation_json(report), indent=1))
+    else:
+        print(render(report))
     return 0
 
 

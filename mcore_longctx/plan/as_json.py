@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 from mcore_longctx.plan.advice import breaks_nearby, why_best
@@ -15,8 +16,14 @@ from mcore_longctx.plan.setup import Setup
 from mcore_longctx.plan.stages import StagePlan
 from mcore_longctx.plan.step_time import StepTime
 from mcore_longctx.plan.terms import Term
+from mcore_longctx.plan.validate import ValidationReport
 
-__all__ = ["evaluation_json", "page_json", "serving_json"]
+__all__ = ["evaluation_json", "page_json", "serving_json", "validation_json"]
+
+
+def validation_json(report: ValidationReport) -> dict[str, Any]:
+    """Seconds and bytes, predicted and measured, row by row; errors are fractions."""
+    return asdict(report)
 
 
 def page_json(it: StagePage) -> dict[str, Any]:

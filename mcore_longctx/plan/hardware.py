@@ -45,6 +45,7 @@ class Gpu:
     kernels: Mapping[str, KernelRate]
     default_kernel: str
     source: str
+    fp8: bool = True  # whether its tensor cores have FP8
     sustained: float = 1.0  # clock under load over that of the board whose kernel rates these are
     aliases: tuple[str, ...] = ()
 
@@ -75,6 +76,7 @@ class _Entry:
     gpus_per_node: int | None = None
     host_memory_bytes: float | None = None
     sustained: float | None = None
+    fp8: bool | None = None
     default_kernel: str | None = None
     kernels: dict[str, KernelRate] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
@@ -157,7 +159,7 @@ def _read(text: str, file: str, known: dict[str, Gpu]) -> dict[str, Gpu]:
 
 
 def _gpu(name: str, entry: _Entry, table: Mapping[str, Gpu], where: str) -> Gpu:
-    given = {key: getattr(entry, key) for key in (*_SIZES, "default_kernel") if getattr(entry, key) is not None}
+    given = {key: getattr(entry, key) for key in (*_SIZES, "fp8", "default_kernel") if getattr(entry, key) is not None}
     source = "; ".join(f"{figure}: {text}" for figure, text in entry.sources.items())
     base = table.get(entry.like or name)
     if entry.like is not None and base is None:
@@ -169,7 +171,7 @@ def _gpu(name: str, entry: _Entry, table: Mapping[str, Gpu], where: str) -> Gpu:
         source = "; ".join(part for part in (source, f"the rest as {base.name}: {base.source}") if part)
         gpu = replace(base, name=name, aliases=entry.aliases, kernels=kernels, source=source, **given)
     else:
-        optional = {f.name for f in fields(Gpu) if f.name in ("sustained",)}
+        optional = {f.name for f in fields(Gpu) if f.name in ("sustained", "fp8")}
         if missing := [key for key in (*_SIZES, "default_kernel") if key not in given and key not in optional]:
             raise ConfigError(
                 f"gpus.{name}: {missing[0]} is missing", where=where, fix="give it, or take it over: `like: h100-80gb`"

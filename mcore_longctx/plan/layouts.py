@@ -40,9 +40,13 @@ def search(stage: Stage, shape: ModelShape, gpu: Gpu, gpus: int, *, kernel: str 
     Groups of an `a2a+p2p` that leave a node are not tried: a ring is as good there.
 
     Raises:
-        LayoutError: GPUs that do not fill nodes, or that no layout divides; the nearest counts that work are named.
+        LayoutError: GPUs that do not fill nodes, or that no layout divides; the nearest counts that work are named. More than 512 nodes.
     """
     per_node = gpu.gpus_per_node
+    if gpus > MOST_NODES * per_node:
+        raise LayoutError(
+            f"{gpus:,} GPUs are more than {MOST_NODES} nodes of {per_node}", fix=f"plan for {MOST_NODES * per_node:,} or fewer"
+        )
     if gpus < 1 or (gpus > per_node and gpus % per_node):
         raise LayoutError(f"{gpus:,} GPUs do not fill nodes of {per_node}", fix=_counts_that_work(stage, shape, gpu, gpus))
     layouts = list(_layouts(stage, shape, gpu, gpus))
@@ -156,7 +160,9 @@ def _exchanges(stage: Stage, shape: ModelShape, gpu: Gpu, *, kernel: str, backen
     for kind, sizes in _exchange_kinds(parallel, gpu.gpus_per_node):
         with_exchange = replace(stage, parallel=replace(parallel, cp_comm_type=kind, hierarchical_context_parallel_sizes=sizes))
         try:
-            with_exchange.parallel.check_attention(shape.num_layers, shape.num_attention_heads, shape.num_query_groups)
+            with_exchange.parallel.check_attention(
+                shape.num_layers, shape.num_attention_heads, shape.num_query_groups, backend=backend
+            )
         except LayoutError as error:
             setup = stage_setup(with_exchange, shape, gpu, kernel=kernel, backend=backend)
             yield Candidate(with_exchange, setup, problem=Problem("sizes", error.what))

@@ -199,6 +199,7 @@ class Measurement:
     seconds: float | None
     bytes: float | None
     where: str = ""  # file:line
+    doubt: str = ""  # why it is shown and counted in no mean
 
 
 def read_measurements(path: Path | None = None) -> tuple[tuple[Measurement, ...], PublishedFile]:
@@ -219,8 +220,9 @@ def read_measurements(path: Path | None = None) -> tuple[tuple[Measurement, ...]
             what, fix = (error.what, error.fix) if isinstance(error, LongctxError) else (str(error), "")
             raise ConfigError(f"{point.id}: {what}", where=where, fix=fix) from None
         bytes_ = None if point.mem_gb is None else point.mem_gb * (_GIB if point.mem_unit == "GiB" else 1e9)
+        seconds = _seconds(point, setup.shape)
         source = file.source_keys.get(point.src, point.src)
-        measurements.append(Measurement(point, source, setup, _seconds(point, setup.shape), bytes_, where))
+        measurements.append(Measurement(point, source, setup, seconds, bytes_, where, _doubt(point, setup, seconds)))
     for kind, points in (("points", file.points), ("kernel_points", file.kernel_points), ("loss_points", file.loss_points)):
         _check_ids(kind, points, lines, name)
     for i, kernel_point in enumerate(file.kernel_points):
@@ -254,7 +256,7 @@ def _setup(point: Point, models: Mapping[str, _Model]) -> Setup:
     gpu.kernel(point.kernel)
     extras = set(point.extras)
     ranks = point.tp * point.cp * point.pp
-    dp = point.dp if point.dp is not None else max(1, point.gpus // ranks)
+    dp = max(1, point.gpus // ranks)  # n is the truth: dp is what is left of it
     if shape.num_layers < point.pp:
         raise ConfigError(f"pp {point.pp} is more than the {shape.num_layers} layers")
     chunked = "chunked_loss" in extras
@@ -284,6 +286,22 @@ def _setup(point: Point, models: Mapping[str, _Model]) -> Setup:
         optimizer="adam_cpu" if "cpu_adam" in extras else "adam_bf16" if "bf16_adam" in extras else "adam",
         parameters_on_host="param_offload" in extras,
     )
+
+
+def _doubt(point: Point, setup: Setup, seconds: float | None) -> str:
+    """What cannot be as it is written, though the formulas give a number."""
+    ranks = point.tp * point.cp * point.pp
+    if point.gpus % ranks:
+        return f"n {point.gpus} is not divisible by tp x cp x pp = {ranks}"
+    if setup.shape.num_attention_heads % point.tp:
+        return f"{setup.shape.num_attention_heads} query heads are not divisible by tp {point.tp}"
+    if point.gemm == "fp8" and not setup.gpu.fp8:
+        return f"gemm fp8: {setup.gpu.name} has no FP8"
+    if seconds is not None:
+        peak = setup.gpu.peak_flops * (2 if point.gemm == "fp8" else 1)
+        if point.gbs * sum(step_flops(setup.shape, setup.seq_length)) / point.gpus / seconds > peak:
+            return "above the peak of these GPUs: check n and convention"
+    return ""
 
 
 def _seconds(point: Point, shape: ModelShape) -> float | None:

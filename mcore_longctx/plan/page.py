@@ -206,7 +206,7 @@ def _traffic(setup: Setup, time: StepTime) -> list[str]:
 def _table(it: StagePage, top: int) -> list[str]:
     search = it.search
     if not search.fitting:
-        return [f"no layout of {it.gpus:,} GPUs fits"]
+        return [f"no layout of {it.gpus:,} {'GPU' if it.gpus == 1 else 'GPUs'} fits"]
     heads = ("", "TP", "CP", "PP", "DP", "exchange", "policy", "step", "tok/s/GPU", "MFU", "in all", "GB/GPU", "GB/node")
     rows = [_row(c, it.stage.iterations, c is search.best) for c in search.by_layout[:top]]
     more = len(search.by_layout) - top
@@ -257,7 +257,8 @@ def _verdict(it: StagePage) -> list[str]:
         lines.append(f"smallest that fits: {it.smallest.gpus:,} GPUs, {describe(best)}: {duration(best.seconds)} a step")
     elif it.smallest is None:
         lines.append(f"no larger number of these GPUs that was tried fits it (up to {MOST_NODES:,} nodes)")
-    return [*lines, "sizes that do not divide:", *_indent(refused_sizes(it.search))]
+    refused = refused_sizes(it.search)
+    return [*lines, "sizes that do not divide:", *_indent(refused)] if refused else lines
 
 
 def _change(problem: Problem) -> str:

@@ -94,5 +94,7 @@ def _notes(stage: Stage, gpu: Gpu) -> Iterator[str]:
         yield "sequence_parallel is off: the plan prices it as on, real memory is larger"
     if tp > gpu.gpus_per_node:
         yield f"TP {tp} leaves the node of {gpu.gpus_per_node} GPUs: the plan prices it at NVLink speed, a real step is far slower"
+    if stage.precision == "fp32":
+        yield "precision fp32: the plan prices products and attention at bf16 speed, a real step is several times slower"
     if stage.cross_document_mask:
         yield "cross_document_mask: attention is priced as if each sample were one document, which is its upper bound"

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from mcore_longctx.errors import ConfigError, LayoutError
+from mcore_longctx.errors import LayoutError
 from mcore_longctx.plan.calibration import CALIBRATION, Calibration
 from mcore_longctx.plan.measurements import Conf, Measurement, Use, read_measurements
 from mcore_longctx.plan.memory import memory
@@ -18,6 +19,7 @@ from mcore_longctx.plan.step_time import step_time
 
 __all__ = ["Comparison", "ErrorSummary", "ValidationReport", "ValidationRow", "compare", "render", "summary", "validate"]
 
+_LONG = 512 << 10  # tokens
 _OUTLIER = 1.25  # predicted over measured, or the other way round
 _USES: tuple[tuple[Use, str], ...] = (("fit", "fitted"), ("held", "held out"), ("show", "shown"))
 
@@ -52,6 +54,8 @@ class ValidationRow:
     memory: Comparison | None
     tflops: float | None  # measured, causal, no recompute counted, per GPU
     mfu: float | None
+    seq_length: int = 0
+    doubt: str = ""  # why it is in no mean
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ class ValidationReport:
     parts: tuple[PartRow, ...]
     time: dict[Use, ErrorSummary]
     memory: dict[Use, ErrorSummary]
+    long_time: ErrorSummary | None = None  # held-out times at 512K tokens and more
 
 
 def validate(path: Path | None = None, calibration: Calibration = CALIBRATION) -> ValidationReport:
@@ -83,12 +88,7 @@ def validate(path: Path | None = None, calibration: Calibration = CALIBRATION) -
         ConfigError: as `read_measurements`.
     """
     measurements, file = read_measurements(path)
-    rows = []
-    for measurement in measurements:
-        try:
-            rows.append(compare(measurement, calibration))
-        except LayoutError as error:  # heads that an exchange cannot divide
-            raise ConfigError(f"{measurement.point.id}: {error.what}", where=measurement.where, fix=error.fix) from None
+    rows = [_compared(measurement, calibration) for measurement in measurements]
     parts = part_rows(file.kernel_points, file.loss_points, file.source_keys, calibration)
     return ValidationReport(
         file="validation.yaml" if path is None else str(path),
@@ -96,7 +96,19 @@ def validate(path: Path | None = None, calibration: Calibration = CALIBRATION) -
         parts=parts,
         time=_by_use(rows, lambda row: row.time),
         memory=_by_use(rows, lambda row: row.memory),
+        long_time=_by_use([row for row in rows if row.seq_length >= _LONG], lambda row: row.time).get("held"),
     )
+
+
+def _compared(measurement: Measurement, calibration: Calibration) -> ValidationRow:
+    try:
+        return compare(measurement, calibration)
+    except LayoutError as error:  # heads that an exchange cannot divide: no formula
+        point = measurement.point
+        doubt = measurement.doubt or error.what
+        return ValidationRow(
+            point.id, point.use, point.conf, measurement.source, None, None, None, None, measurement.setup.seq_length, doubt
+        )
 
 
 def compare(measurement: Measurement, calibration: Calibration = CALIBRATION) -> ValidationRow:
@@ -110,7 +122,18 @@ def compare(measurement: Measurement, calibration: Calibration = CALIBRATION) ->
     if measurement.bytes is not None:
         memory_ = Comparison(memory(setup, calibration).total, measurement.bytes)
     mfu = None if tflops is None else tflops * 1e12 / setup.gpu.peak_flops
-    return ValidationRow(point.id, point.use, point.conf, measurement.source, time, memory_, tflops, mfu)
+    return ValidationRow(
+        point.id,
+        point.use,
+        point.conf,
+        measurement.source,
+        time,
+        memory_,
+        tflops,
+        mfu,
+        setup.seq_length,
+        measurement.doubt,
+    )
 
 
 def summary(rows: Sequence[tuple[str, Comparison]]) -> ErrorSummary:
@@ -130,7 +153,9 @@ def summary(rows: Sequence[tuple[str, Comparison]]) -> ErrorSummary:
 def _by_use(rows: Sequence[ValidationRow], quantity: Callable[[ValidationRow], Comparison | None]) -> dict[Use, ErrorSummary]:
     found: dict[Use, ErrorSummary] = {}
     for use, _ in _USES:
-        some = [(row.id, comparison) for row in rows if row.use == use and (comparison := quantity(row)) is not None]
+        some = [
+            (row.id, comparison) for row in rows if row.use == use and not row.doubt and (comparison := quantity(row)) is not None
+        ]
         if some:
             found[use] = summary(some)
     return found
@@ -150,9 +175,15 @@ def render(report: ValidationReport) -> str:
         width = max(len(part.id) for part in report.parts)
         lines += ["", "attention kernels and losses by themselves", f"{'':{width}}  {'':34} measured predicted ratio"]
         lines += [_part_line(part, width) for part in report.parts]
+    doubts = [f"! {row.id}: {row.doubt}" for row in report.rows if row.doubt]
+    if doubts:
+        lines += ["", "! shown, counted in no mean:"]
+        lines += [part for doubt in doubts for part in textwrap.wrap(doubt, 100, subsequent_indent="    ")]
     lines += ["", "mean absolute error (mean with its sign; worst)"]
     for name, errors in (("time", report.time), ("memory", report.memory)):
         lines += [_error_line(name, title, errors[use]) for use, title in _USES if use in errors]
+    if report.long_time is not None:
+        lines.append(_error_line("time", "512K up", report.long_time))
     return "\n".join(line.rstrip() for line in lines)
 
 
@@ -160,7 +191,7 @@ def _line(row: ValidationRow, width: int) -> str:
     time, memory_ = row.time, row.memory
     seconds = partial(_numbers, time, 1.0)
     speed = f"{row.tflops:9.0f} {row.mfu:4.0%}" if row.tflops is not None and row.mfu is not None else " " * 14
-    guess = "~" if row.conf == "inferred" else " "
+    guess = "!" if row.doubt else "~" if row.conf == "inferred" else " "
     return f"{row.id:{width}}{guess} {seconds()} {speed}  {_numbers(memory_, 1e9)}"
 
 

@@ -178,6 +178,24 @@ def test_validation_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "mean absolute error" in text
 
 
+def test_validation_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
+    report = as_json(["plan", "--validate"], capsys)
+    row = next(row for row in report["rows"] if row["id"] == "ultra-4m")
+    assert row["time"]["measured"] > 0
+    assert report["time"]["held"]["rows"] > report["long_time"]["rows"] > 0
+
+
+def test_float32_is_not_priced_in_silence(capsys: pytest.CaptureFixture[str]) -> None:
+    text = " ".join(printed([*EXTEND, "stages.extend.precision=fp32"], capsys).split())
+    assert "note: precision fp32: the plan prices products and attention at bf16 speed" in text
+
+
+def test_one_gpu_is_one_and_no_heading_stands_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    text = printed(["plan", "--model", "llama-3.1-8b", "--seq-length", "1M", "--gpus", "1"], capsys, 1)
+    assert "no layout of 1 GPU fits\n" in text
+    assert "sizes that do not divide" not in text
+
+
 def test_a_validation_file_that_is_none_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "rows.yaml").write_text("points: 3\n")
     assert main(["plan", "--validate", str(tmp_path / "rows.yaml")]) == 2
@@ -212,6 +230,21 @@ def test_a_plot_is_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         ([*EXTEND, "--gpus", "480"], "nearest that work: 256 and 512"),
         ([*EXTEND, "--gpus", "many"], "--gpus many: a whole number above 0 is wanted"),
         ([*EXTEND, "--gpus", "-8"], "--gpus -8: a whole number above 0 is wanted"),
+        ([*EXTEND, "--gpus", "99999999999"], "99,999,999,999 GPUs are more than 512 nodes of 8; plan for 4,096 or fewer"),
+        (["plan", "--validate", "--gpu", "h200"], "--gpu has no effect with --validate; leave out --gpu"),
+        ([*EXTEND, "--validate"], "RECIPE has no effect with --validate"),
+        (["plan", "--serve", *WITHOUT[1:]], "--gpus has no effect with --serve"),
+        (["plan", "tiny-cpu", "--serve", "--plot", "x.png"], "--plot has no effect with --serve"),
+        ([*EXTEND, "--json", "--explain"], "--explain has no effect with --json"),
+        ([*EXTEND, "--train-tokens", "2B"], "--train-tokens belongs to --model"),
+        (
+            [
+                *EXTEND,
+                "model.backend=te",
+                "stages.extend.parallel={tensor_model_parallel_size: 1, context_parallel_size: 32, cp_comm_type: a2a}",
+            ],
+            "TransformerEngine's a2a over 32 ranks cannot divide 8 key heads",
+        ),
         ([*EXTEND, "--top", "0"], "--top 0: a whole number above 0 is wanted"),
         (
             [*EXTEND, "cluster.gpu=none"],

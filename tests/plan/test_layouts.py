@@ -56,6 +56,23 @@ def divides(shape: ModelShape, seq: int, batch: int, gpus: int, per_node: int) -
                     yield tp, cp, pp, dp
 
 
+def test_an_all_to_all_of_transformer_engine_divides_the_key_value_heads() -> None:
+    """Ours sends a head to several ranks: 32 ranks of 8 heads work there."""
+
+    def exchanged(backend: str) -> set[tuple[int, int]]:
+        found = search(stage(), LLAMA, H100, 32, backend=backend)
+        layouts = [
+            c
+            for c in found.candidates
+            if c.setup.parallel.cp_comm_type == "a2a" and (c.problem is None or c.problem.kind != "sizes")
+        ]
+        return {c.layout[:2] for c in layouts}
+
+    assert (1, 32) in exchanged("local")
+    assert exchanged("te")
+    assert all(8 // tp % cp == 0 for tp, cp in exchanged("te"))
+
+
 @settings(max_examples=40)
 @given(
     groups=st.sampled_from([1, 2, 3, 4, 8]),

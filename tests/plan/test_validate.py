@@ -103,7 +103,7 @@ def test_a_file_of_the_same_form_with_other_names_and_few_keys(tmp_path):
         "{id: c, model: mine, gpu: b200, n: 7, seq: 65536, gbs: 5, dp: 8, tflops: 300, convention: causal, mem_gb: 50, mem_unit: GiB}",
         "{id: d, model: qwen3_32b, gpu: h200, seq: 1000000, gbs: 1, cp: 12, cp_type: a2a+p2p, a2a: 4, mem_gb: 99, "
         "extras: [native_ce, ckpt_offload, zero3, tiled_mlp]}",
-        "{id: e, model: llama405b, gpu: a100, seq: 8192, gbs: 64, tp: 8, pp: 16, vpp: 8, recompute: sel, time_s: 30, use: fit}",
+        "{id: e, model: llama405b, gpu: a100, seq: 8192, gbs: 64, tp: 8, pp: 16, vpp: 8, recompute: sel, time_s: 60, use: fit}",
     ]
     report = validate(_write(tmp_path, rows, head))
     assert [row.use for row in report.rows] == ["held", "show", "show", "show", "fit"]
@@ -111,6 +111,37 @@ def test_a_file_of_the_same_form_with_other_names_and_few_keys(tmp_path):
     assert report.rows[1].source == "somewhere"
     text = render(report)
     assert all(f"\n{row.id}" in text for row in report.rows)
+
+
+@pytest.mark.parametrize(
+    ("row", "doubt"),
+    [
+        ("n: 16, tp: 8, dp: 7, time_s: 900", ""),  # dp is 2: n is the truth
+        ("n: 12, tp: 8, dp: 2, time_s: 900", "n 12 is not divisible by tp x cp x pp = 8"),
+        ("n: 12, tp: 12, time_s: 900", "32 query heads are not divisible by tp 12"),
+        ("n: 8, tp: 8, tflops: 1200, convention: causal", "above the peak of these GPUs: check n and convention"),
+        ("n: 8, tp: 8, gemm: fp8, tflops: 1200, convention: causal", ""),  # twice the peak of bf16
+        ("n: 8, gpu: a100, gemm: fp8, time_s: 9000", "gemm fp8: a100-80gb has no FP8"),
+        ("n: 3, cp: 3, cp_type: a2a, extras: [chunked_loss], time_s: 9000", "a2a over 3 ranks cannot divide 32 query heads"),
+    ],
+)
+def test_a_row_that_cannot_be_is_shown_and_in_no_mean(tmp_path, row, doubt):
+    gpu = "" if "gpu:" in row else "gpu: h100, "
+    sure = "{id: sure, " + ROW.split(", ", 1)[1] + "}"
+    report = validate(_write(tmp_path, [sure, "{id: odd, model: llama8b, " + gpu + "seq: 1M, gbs: 2, use: held, " + row + "}"]))
+    assert report.rows[1].doubt.startswith(doubt)
+    assert bool(report.rows[1].doubt) == bool(doubt)
+    assert report.time["held"].rows == (1 if doubt else 2)
+    text = render(report)
+    assert ("! shown, counted in no mean:" in text) == bool(doubt)
+    assert ("odd!" in text.replace(" ", "")) == bool(doubt)
+
+
+def test_n_is_the_truth(tmp_path):
+    measurements, _ = read_measurements(
+        _write(tmp_path, ["{id: a, model: llama8b, gpu: h100, n: 16, tp: 8, dp: 7, seq: 1M, gbs: 2, time_s: 9}"])
+    )
+    assert measurements[0].setup.parallel.world_size == 16
 
 
 def test_a_file_with_nothing_but_kernels_is_printed(tmp_path):
