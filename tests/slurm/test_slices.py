@@ -44,6 +44,13 @@ class Training:
         lines = (self.folder / "stub.log").read_text().splitlines()
         return [int(line.split()[-1]) for line in lines if line.startswith("start at")]
 
+    def starts_so_far(self) -> int:
+        return len(self.starts()) if (self.folder / "stub.log").exists() else 0
+
+    def log_so_far(self) -> str:
+        logs = list((self.folder / "slurm").glob(f"*-{self.job}.out"))
+        return logs[0].read_text() if logs else ""
+
     def slices(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.folder / "logs" / "extend" / "slices.jsonl").read_text().splitlines()]
 
@@ -206,3 +213,40 @@ def test_a_dead_node_costs_a_slice_not_the_run(tmp_path: Path) -> None:
         assert training.starts()[0] == 0
         assert training.starts()[1] >= 4
         assert training.slices()[-1]["verdict"] == "done"
+
+
+def test_polite_preemptions_before_a_step_could_end_do_not_stop_the_chain(training: Training) -> None:
+    training.orders(step_seconds=30)
+    training.submit()
+    for number in (1, 2):
+        wait_until(lambda wanted=number: training.starts_so_far() == wanted, 60, lambda: training.cluster.story(training.job))
+        urgent = training.cluster.preempt()  # TERM to the ranks alone: the script is not told
+        assert training.cluster.end_of(urgent) == ("COMPLETED", "0:0")
+        if number == 2:
+            training.orders(step_seconds=0.05)
+        training.cluster.wait_for_restart(training.job, number)
+    training.end("COMPLETED", "0:0")
+    assert [(one["state"], one["after"]) for one in training.slices()] == [("stopped", -1), ("stopped", -1), ("done", 12)]
+
+
+def test_a_signal_while_slice_begin_runs_costs_a_slice_not_the_chain(training: Training) -> None:
+    training.orders()
+    training.submit()
+    wait_until(lambda: "== " in training.log_so_far(), 60, lambda: training.cluster.story(training.job))
+    training.cluster.signal(training.job, "USR1")
+    training.end("COMPLETED", "0:0")
+    first, *_, last = training.slices()
+    assert (first["asked"], first["verdict"], last["verdict"]) == ("USR1", "requeue", "done")
+
+
+def test_a_stage_that_is_held_saves_and_stops_for_good(training: Training) -> None:
+    training.orders(step_seconds=0.5)
+    training.submit()
+    training.wait_for("step 2")
+    (training.folder / "logs" / "extend" / "hold").touch()
+    training.cluster.signal(training.job, "USR1")
+    training.end("FAILED", "1:0")
+    assert training.cluster.restarts(training.job) == 0
+    (only,) = training.slices()
+    assert (only["state"], only["verdict"]) == ("stopped", "held")
+    assert only["after"] >= 2
