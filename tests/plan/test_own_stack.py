@@ -58,6 +58,7 @@ CPU = Gpu(
 )
 POLICIES = ("none", "full", "attention_kept")
 CLOSE = 0.002  # of bytes per token; the promise is 2 %
+OF_RANKS = 0.02  # with several ranks: when an exchange ends, and with it its buffers, is a matter of time
 
 
 def setup(case: Case, length: int) -> Setup:
@@ -88,10 +89,10 @@ def per_token(case: Case, values: list[float]) -> float:
     return (values[1] - values[0]) / (second - first) * case.parallel.context_parallel_size
 
 
-def check_peak(case: Case, ranks: list[list[Counted]]) -> None:
+def check_peak(case: Case, ranks: list[list[Counted]], close: float = CLOSE) -> None:
     worst = max(per_token(case, [step.peak for step in steps]) for steps in ranks)
     expected = per_token(case, [planned(case, length) for length in case.lengths])
-    assert expected == pytest.approx(worst, rel=CLOSE), f"{case}: planned {expected:.1f}, counted {worst:.1f} bytes a token"
+    assert expected == pytest.approx(worst, rel=close), f"{case}: planned {expected:.1f}, counted {worst:.1f} bytes a token"
 
 
 def run_alone(case: Case) -> list[Counted]:
@@ -170,13 +171,13 @@ def test_a_chunk_that_is_not_given_is_the_one_that_the_loss_takes(name: str, tp:
 def layout(kind: str, size: int = 2) -> Parallel:
     if kind == "tp":
         return Parallel(tensor_model_parallel_size=size, sequence_parallel=True)
-    return Parallel(context_parallel_size=size, cp_comm_type=kind)  # type: ignore[arg-type]
+    return Parallel(context_parallel_size=size, cp_comm_type=kind)
 
 
 def check_on_ranks(cases: list[Case]) -> None:
     """Each in processes of its own: nothing of one case lives in the next."""
     for case in cases:
-        check_peak(case, run_processes(counted, case.parallel.world_size, case, timeout=200))
+        check_peak(case, run_processes(counted, case.parallel.world_size, case, timeout=200), OF_RANKS)
 
 
 @pytest.mark.multiproc
@@ -239,7 +240,7 @@ def test_terms_are_finite_and_shrink_with_ranks(kind: str, tp: int, cp: int, pol
             sequence_parallel=tp > 1,
             context_parallel_size=cp,
             cp_comm_type=kind,
-            **hierarchy,  # type: ignore[arg-type]
+            **hierarchy,
         )
         return llama(parallel=p, recompute=policy, mlp_tile=tile)
 
