@@ -45,7 +45,9 @@ def build_chain(file: RecipeFile, *, only: str | None = None) -> Chain:
     """
     resolved = resolve(file, need_model=False)
     recipe = file.recipe
-    plans = {stage.name: plan_stage(stage, resolved.shape, recipe.cluster) for stage in recipe.stages}
+    plans = {
+        stage.name: plan_stage(stage, resolved.shape, recipe.cluster, backend=recipe.model.backend) for stage in recipe.stages
+    }
     for stage in recipe.stages:
         plan = plans[stage.name]
         if plan is not None and not plan.fits:

@@ -36,7 +36,7 @@ def stage_folders(file: RecipeFile, name: str) -> StageFolders:
 def short_seconds(file: RecipeFile, name: str) -> float:
     """Start-up and one step: planned, or without a plan (CPUs) from the steps that the stage has taken."""
     stage = _stage(file, name)
-    plan = plan_stage(stage, resolve(file, need_model=False).shape, file.recipe.cluster)
+    plan = plan_stage(stage, resolve(file, need_model=False).shape, file.recipe.cluster, backend=file.recipe.model.backend)
     if plan is not None:
         return plan.intervals.start_up.value + plan.time.total
     return UNPLANNED_START_UP_SECONDS + _measured_step(file.recipe.run_folder / "metrics" / f"{name}.jsonl")
@@ -63,7 +63,7 @@ def describe(file: RecipeFile, name: str, now: Slice) -> Iterator[str]:
 
 
 def _planned(recipe: Recipe, stage: Stage, file: RecipeFile) -> str:
-    plan = plan_stage(stage, resolve(file, need_model=False).shape, recipe.cluster)
+    plan = plan_stage(stage, resolve(file, need_model=False).shape, recipe.cluster, backend=recipe.model.backend)
     if plan is None:
         return "step time: not planned (no formula for CPUs)"
     steps = steps_per_slot(parse_time_limit(recipe.cluster.time_limit), plan.time, plan.intervals)

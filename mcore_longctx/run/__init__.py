@@ -38,7 +38,10 @@ def print_plan(file: RecipeFile, *, until: str | None = None, only: Sequence[str
         for line in step.about:
             print(f"    {line}")
         for stage in recipe.stages:
-            if step.name == f"train-{stage.name}" and (plan := plan_stage(stage, resolved.shape, recipe.cluster)) is not None:
+            if (
+                step.name == f"train-{stage.name}"
+                and (plan := plan_stage(stage, resolved.shape, recipe.cluster, backend=recipe.model.backend)) is not None
+            ):
                 print(f"    {one_line(plan)}")
 
 

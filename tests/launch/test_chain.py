@@ -429,3 +429,12 @@ def test_a_secret_is_wanted_by_name_and_written_nowhere(
     assert len(texts) > 8
     assert "WANDB_API_KEY:?" in "".join(texts)
     assert SECRET not in "".join([*texts, said.out, said.err])
+
+
+def test_a_stage_on_transformer_engine_is_planned_as_such() -> None:
+    def steps(backend: str) -> str:
+        chain = build_chain(open_recipe("ultralong-8b-1m", [f"model.backend={backend}"]))
+        (found,) = re.findall(r"([\d,]+) steps of \S+ s fit", chain.scripts["30-instruct.sbatch"])
+        return found
+
+    assert steps("te") != steps("local")

@@ -58,7 +58,7 @@ class Counted:
 
 def counted(case: Case) -> list[Counted]:
     """Run in each rank: one step for each length."""
-    with _as_on_a_gpu():
+    with _AsOnAGpu():
         init_process_groups(case.parallel, seed=1)
         return [_step(case, length) for length in case.lengths]
 
@@ -96,17 +96,17 @@ def _step(case: Case, length: int) -> Counted:
 # ------------------------------------------------------------------------------------------------------- what a GPU does
 
 
-class _as_on_a_gpu:  # noqa: N801 (a context manager)
+class _AsOnAGpu:
     def __enter__(self) -> None:
         self.norm, self.scatter = RMSNorm.forward, collectives._REDUCE_SCATTER
         self.megatron = [(module, module.dist_reduce_scatter_func) for module in (layers, mappings)]
-        RMSNorm.forward = lambda norm, x: _FusedNorm.apply(x, norm.weight, norm.eps)  # type: ignore[method-assign]
+        RMSNorm.forward = lambda norm, x: _FusedNorm.apply(x, norm.weight, norm.eps)
         collectives._REDUCE_SCATTER = _reduce_scatter_in_place
         for module, _ in self.megatron:
             module.dist_reduce_scatter_func = _reduce_scatter_in_place
 
     def __exit__(self, *_: object) -> None:
-        RMSNorm.forward, collectives._REDUCE_SCATTER = self.norm, self.scatter  # type: ignore[method-assign]
+        RMSNorm.forward, collectives._REDUCE_SCATTER = self.norm, self.scatter
         for module, function in self.megatron:
             module.dist_reduce_scatter_func = function
 

@@ -63,7 +63,7 @@ def test_logits_of_every_token_cost_more_than_those_of_an_answer() -> None:
 @settings(deadline=None)
 def test_time_grows_faster_than_the_length_and_falls_with_ranks(doublings: int, kind: str, cp: int) -> None:
     """From 1M on, where a rank of 64 still has 16K tokens: below, a ring waits for the network."""
-    parallel = Parallel(context_parallel_size=cp, cp_comm_type=kind)  # type: ignore[arg-type]
+    parallel = Parallel(context_parallel_size=cp, cp_comm_type=kind)
     length = 4096 << doublings
     assert forward(2 * length, parallel) > 2 * forward(length, parallel)
     assert forward(length, replace(parallel, context_parallel_size=2 * cp)) < forward(length, parallel)

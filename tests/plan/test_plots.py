@@ -33,7 +33,7 @@ SETUP = Setup(
 @settings(deadline=None, max_examples=20)
 def test_the_longest_length_fits_and_the_next_does_not(tp: int, cp: int, policy: str) -> None:
     parallel = Parallel(tensor_model_parallel_size=tp, sequence_parallel=tp > 1, context_parallel_size=cp)
-    setup = replace(SETUP, parallel=parallel, recompute=policy)  # type: ignore[arg-type]
+    setup = replace(SETUP, parallel=parallel, recompute=policy)
     longest, step = longest_that_fits(setup), 2 * tp * cp
     room = 0.92 * setup.gpu.memory_bytes
     assert longest % step == 0

@@ -21,7 +21,7 @@ EXTEND, INSTRUCT = FILE.recipe.stages
 
 
 def planned(stage: Stage, cluster: ClusterSection | None = None, **options: str) -> StagePlan:
-    plan = plan_stage(stage, SHAPE, cluster or ClusterSection(), **options)  # type: ignore[arg-type]
+    plan = plan_stage(stage, SHAPE, cluster or ClusterSection(), **options)
     assert plan is not None
     return plan
 

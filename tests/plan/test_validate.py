@@ -85,7 +85,10 @@ def test_the_fitted_constants_come_out_of_the_fit_rows_again(monkeypatch):
     tool = runpy.run_path(str(FIT_TOOL))
     rows = [m for m in read_measurements()[0] if m.point.use == "fit" and m.seconds is not None]
     now = tool["fitted_now"]()
-    loss = lambda constants: sum(tool["log_ratio"](row, constants) ** 2 for row in rows)  # noqa: E731
+
+    def loss(constants: dict[str, float]) -> float:
+        return sum(tool["log_ratio"](row, constants) ** 2 for row in rows)
+
     best = loss(now)
     for name in now:  # a minimum: 3 % either way is worse
         for factor in (0.97, 1.03):

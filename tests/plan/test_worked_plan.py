@@ -59,7 +59,7 @@ def setup_of(row: tuple, **changes: object) -> Setup:
         "mlp_tile": None,  # theirs is not tiled
         **changes,
     }
-    return Setup(**values)  # type: ignore[arg-type]
+    return Setup(**values)
 
 
 @pytest.mark.parametrize(("row", "wanted"), ROWS, ids=lambda value: " ".join(map(str, value)))

@@ -23,12 +23,11 @@ from mcore_longctx.checkpoint_folder import iteration_folder, iteration_of, late
 from mcore_longctx.manifest import write_atomic, write_manifest
 from mcore_longctx.recipe.load import open_recipe
 
-asked = 0
+ASKED: list[int] = []  # signals, in order
 
 
 def remember(number: int, frame: FrameType | None) -> None:
-    global asked  # noqa: PLW0603
-    asked = asked or number
+    ASKED.append(number)
 
 
 def save(checkpoints: Path, iteration: int, stage: str) -> None:
@@ -63,17 +62,17 @@ def train(recipe_path: str, overrides: list[str], stage_name: str) -> str:
         log.flush()
         while done < stage.iterations:
             end = time.monotonic() + how.get("step_seconds", 0.2)
-            while time.monotonic() < end and not asked:
+            while time.monotonic() < end and not ASKED:
                 time.sleep(0.01)
-            if not asked:
+            if not ASKED:
                 done += 1
                 log.write(f"step {done}\n")
                 log.flush()
-            due = asked or done == stage.iterations or done % stage.save_interval == 0
+            due = bool(ASKED) or done == stage.iterations or done % stage.save_interval == 0
             if due and done and how.get("saves", True) and not iteration_folder(checkpoints, done).exists():
                 save(checkpoints, done, stage.name)
-            if asked:
-                return f"stopped 75 {signal.Signals(asked).name} at iteration {done}, checkpoint saved"
+            if ASKED:
+                return f"stopped 75 {signal.Signals(ASKED[0]).name} at iteration {done}, checkpoint saved"
     return f"done 0 {done} iterations"
 
 
@@ -95,7 +94,7 @@ def main() -> int:
         patience = 2.0  # with a rank 0 that has died: real ranks lose their connection to it
         while not stop.exists() and patience > 0:
             time.sleep(0.02)
-            patience -= 0.02 if asked else 0
+            patience -= 0.02 if ASKED else 0
         return int(stop.read_text()) if stop.exists() else 1
     code = 1
     try:

@@ -154,7 +154,7 @@ class Ranks:
         if late:
             self.kill()
             raise AssertionError(f"ranks {late} did not end; rank 0 said:\n{self.output(0)[-2000:]}")
-        return [int(process.exitcode) for process in self.processes]  # type: ignore[arg-type]
+        return [int(process.exitcode) for process in self.processes]
 
     def wait_for(self, text: str) -> None:
         """Until rank 0 has printed `text`."""
@@ -166,7 +166,7 @@ class Ranks:
 
     def send(self, number: int, ranks: range | None = None) -> None:
         for rank in range(self.size) if ranks is None else ranks:
-            os.kill(self.processes[rank].pid, number)  # type: ignore[arg-type]
+            os.kill(self.processes[rank].pid, number)
 
     def kill(self) -> None:
         """kill -9, all of them."""

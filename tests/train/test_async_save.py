@@ -87,7 +87,7 @@ def slow_writing(rank: int, seconds: float) -> None:
         time.sleep(seconds)
         return write(self)
 
-    RankWriter.write = slow  # type: ignore[method-assign]
+    RankWriter.write = slow
 
 
 def children(ranks: Ranks) -> list[int]:
@@ -246,9 +246,9 @@ def fill_disk(rank: int, place: Path, where: str) -> None:
 
         return run
 
-    Outcome.failed = full(Outcome.failed)  # type: ignore[method-assign]
+    Outcome.failed = full(Outcome.failed)
     if where == "tensors":
-        RankWriter.write = full(RankWriter.write)  # type: ignore[method-assign]
+        RankWriter.write = full(RankWriter.write)
     else:
         checkpoint.write_manifest = full(checkpoint.write_manifest)
 

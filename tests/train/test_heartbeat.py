@@ -204,7 +204,7 @@ def stand_still(rank: int, who: int, how: str) -> None:
                 torch.distributed.recv(torch.zeros(1), src=1 - rank)
         step(self)
 
-    Trainer._step = until_the_fourth  # type: ignore[method-assign]
+    Trainer._step = until_the_fourth
 
 
 @pytest.mark.multiproc

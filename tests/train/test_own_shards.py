@@ -45,7 +45,7 @@ def gather_as_megatron_does(rank: int) -> None:
         assert mine.keys() == state.keys()
         beside = [{k: v for k, v in one.items() if k != "param_state"} for one in (mine, state)]
         assert repr(beside[0]) == repr(beside[1])
-        return state  # type: ignore[no-any-return]
+        return state
 
     checkpoint.own_shards = gathered
 

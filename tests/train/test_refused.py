@@ -305,7 +305,7 @@ def spoil(rank: int, sample: int, what: str) -> None:
         current[:] = [rows.sample_ids]
         return as_tensors(self, rows)
 
-    StepData._as_tensors = noted  # type: ignore[method-assign]
+    StepData._as_tensors = noted
     build = loop.build_gpt_model
 
     def built(*args: Any, **kwargs: Any) -> Any:

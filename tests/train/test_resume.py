@@ -128,7 +128,7 @@ def stop_inside_step(rank: int, sample: int) -> None:
             os.kill(os.getpid(), signal.SIGTERM)
         return as_tensors(self, rows)
 
-    StepData._as_tensors = stop_before  # type: ignore[method-assign]
+    StepData._as_tensors = stop_before
 
 
 def test_a_signal_inside_a_step_drops_the_step(world: Path, straight: TrainJob) -> None:

@@ -33,7 +33,7 @@ def slow_micro_batches(rank: int) -> None:
         time.sleep(SLOW)
         return as_tensors(self, rows)
 
-    StepData._as_tensors = slow  # type: ignore[method-assign]
+    StepData._as_tensors = slow
 
 
 def status(job: TrainJob) -> str:
@@ -86,7 +86,7 @@ def stop_in(rank: int, what: str) -> None:
     if what == "loading":
         loop.load_model_weights = signalled(loop.load_model_weights)
     else:
-        RankWriter.write = signalled(RankWriter.write)  # type: ignore[method-assign]
+        RankWriter.write = signalled(RankWriter.write)
 
 
 def test_a_stop_while_loading_takes_no_step(world: Path) -> None:

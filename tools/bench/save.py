@@ -116,7 +116,7 @@ def save(checkpointer: Checkpointer, iteration: int, *, beside: bool) -> Measure
         collecting += time.perf_counter()
         return found
 
-    checkpointer._state = timed  # type: ignore[method-assign, assignment]
+    checkpointer._state = timed
     began = time.perf_counter()
     checkpointer.begin(iteration, beside=beside)
     begin, end = time.perf_counter() - began, 0.0
@@ -127,7 +127,7 @@ def save(checkpointer: Checkpointer, iteration: int, *, beside: bool) -> Measure
         now = time.perf_counter()
         checkpointer.advance()
         end += time.perf_counter() - now
-    checkpointer._state = state  # type: ignore[method-assign]
+    checkpointer._state = state
     return Measured(collecting, begin, end, time.perf_counter() - began)
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 from mcore_longctx.errors import ConfigError, LayoutError
 from mcore_longctx.families import ModelShape
 from mcore_longctx.plan.stages import plan_stage
-from mcore_longctx.recipe import ClusterSection, RopeSection, Stage
+from mcore_longctx.recipe import ClusterSection, Recipe, RopeSection, Stage
 from mcore_longctx.recipe.load import RecipeFile
 from mcore_longctx.recipe.resolve import Resolved
 from mcore_longctx.rope import RopeScaling
@@ -103,15 +103,15 @@ def stage_run(file: RecipeFile, resolved: Resolved, stage_name: str | None) -> S
         tokenizer=recipe.tokenizer_folder,
         folder=recipe.run_folder,
         separator_loss=recipe.data[stage.data].separator_loss,
-        timeout_minutes=_timeout_minutes(stage, resolved.shape, cluster),
+        timeout_minutes=_timeout_minutes(stage, resolved.shape, recipe),
         nodes=nodes,
         ranks_per_node=ranks_per_node,
     )
 
 
-def _timeout_minutes(stage: Stage, shape: ModelShape, cluster: ClusterSection) -> int:
+def _timeout_minutes(stage: Stage, shape: ModelShape, recipe: Recipe) -> int:
     """Whole minutes, as Megatron counts them: those of the recipe, else those that follow from the planned step time."""
     if stage.distributed_timeout_minutes is not None:
         return math.ceil(stage.distributed_timeout_minutes)
-    plan = plan_stage(stage, shape, cluster)
+    plan = plan_stage(stage, shape, recipe.cluster, backend=recipe.model.backend)
     return _MINUTES_WITHOUT_PLAN if plan is None else math.ceil(plan.intervals.distributed_timeout.value / 60)
