@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
@@ -161,13 +162,13 @@ def test_a_job_that_was_suspended_as_a_whole_is_not_late_and_is_watched_again(tm
     try:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGSTOP)
-        time.sleep(3)  # the limit is a second, of faulthandler two
+        time.sleep(6)  # the limit is a second, of faulthandler two
         process.send_signal(signal.SIGCONT)
         assert process.stdout.readline() == "went on\n"
-        began = time.monotonic()
         assert process.wait(20) == 1
-        assert "no micro-batch for 1" in process.stdout.readline()
-        assert 0.1 < time.monotonic() - began < 10
+        said = re.search(r"no micro-batch for ([\d.]+) s", process.stdout.readline())
+        assert said is not None
+        assert 1 < float(said[1]) < 5, "the six seconds count"
     finally:
         process.kill()
         process.stdout.close()
