@@ -145,7 +145,7 @@ SUSPENDED = """
 import sys, time
 from pathlib import Path
 from mcore_longctx.train.heartbeat import Heartbeat
-with Heartbeat(Path(sys.argv[1]), 0, timeout_seconds=60, hung=print) as pulse:
+with Heartbeat(Path(sys.argv[1]), 0, timeout_seconds=60, hung=lambda line: print(line, flush=True)) as pulse:
     for number in range(6):
         pulse.passed("update" if number % 2 else "micro-batch", f"iteration {number}")
     pulse.passed("micro-batch", "suspended here")
