@@ -64,6 +64,8 @@ def test_what_is_not_ours_is_what_a_cluster_has() -> None:
         "hf",
         "srun",
         "squeue",
+        "scancel",
+        "touch",
         "tail",
         "cat",
         "vllm",
