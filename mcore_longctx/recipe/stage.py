@@ -1,0 +1,132 @@
+"""One training stage of a recipe: what it trains on, how long, on which layout, with which optimizer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mcore_longctx.layout import check_seq_length
+from mcore_longctx.recipe.parallel import Parallel
+from mcore_longctx.recipe.values import TokenCount, check_name
+
+__all__ = ["Activations", "OptimizerSection", "Stage"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Activations:
+    """What a stage keeps for the backward pass, and how much of a layer or of the loss it computes at once.
+
+    These decide memory and speed. Losses change by rounding only.
+    """
+
+    recompute: Literal["none", "full", "attention_kept"] = "attention_kept"
+    offload_fraction: float = 0.0  # share of the layers whose kept activations wait in host memory
+    mlp_tile: TokenCount | None = TokenCount(8192)  # tokens of the MLP at once; None: all
+    loss_chunk: TokenCount | None = None  # tokens of logits at once; None: as many as 256 MiB of float32 hold
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.offload_fraction <= 1.0:
+            raise ValueError(f"offload_fraction is {self.offload_fraction}, expected 0 to 1")
+        if self.offload_fraction and self.recompute == "none":
+            raise ValueError(
+                "offload_fraction needs recompute attention_kept or full: with none there is nothing that is kept by us"
+            )
+        for name in ("mlp_tile", "loss_chunk"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}, expected 1 or more tokens")
+
+    def describe(self) -> str:
+        """For example `recompute attention_kept, MLP 8,192 tokens at a time, loss as many as 256 MiB of logits hold`."""
+        tile = "whole" if self.mlp_tile is None else f"{self.mlp_tile:,} tokens at a time"
+        chunk = "as many tokens at a time as 256 MiB of logits hold" if self.loss_chunk is None else f"{self.loss_chunk:,}"
+        kept = f", {self.offload_fraction:.0%} of the layers' kept activations on the host" if self.offload_fraction else ""
+        return f"recompute {self.recompute}{kept}, MLP {tile}, loss {chunk}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerSection:
+    """AdamW and its learning-rate schedule."""
+
+    lr: float
+    min_lr: float = 0.0
+    lr_decay_style: Literal["cosine", "constant"] = "cosine"
+    lr_warmup_iters: int = 0
+    weight_decay: float = 0.1
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    adam_eps: float = 1e-8
+    clip_grad: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ValueError(f"lr is {self.lr}, expected more than 0")
+        if not 0 <= self.min_lr <= self.lr:
+            raise ValueError(f"min_lr is {self.min_lr}, expected 0 to lr ({self.lr})")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One training stage: continued pretraining on long documents, or instruction tuning on chats."""
+
+    name: str
+    kind: Literal["pretrain", "sft"]
+    data: str
+    seq_length: TokenCount
+    global_batch_size: int
+    optimizer: OptimizerSection
+    train_iters: int | None = None
+    train_tokens: TokenCount | None = None
+    micro_batch_size: int = 1
+    cross_document_mask: bool = False  # documents of one sample do not see each other (UltraLong: they do)
+    parallel: Parallel = field(default_factory=Parallel)
+    activations: Activations = field(default_factory=Activations)
+    precision: Literal["fp32", "bf16"] = "bf16"
+    save_interval: int = 50
+    keep_checkpoints: int = 2
+    async_save: bool = False  # checkpoints are written beside the training, by megatron-core's own strategy
+    distributed_timeout_minutes: float | None = None  # of NCCL and gloo; None: derived from the planned step time
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
+        if (self.train_iters is None) == (self.train_tokens is None):
+            raise ValueError("give either train_iters or train_tokens")
+        if self.iterations < 1:
+            raise ValueError("train_iters or train_tokens gives no step at all")
+        replicas = self.micro_batch_size * self.parallel.data_parallel_size
+        if self.global_batch_size < 1 or self.global_batch_size % replicas:
+            raise ValueError(
+                f"global_batch_size {self.global_batch_size} is not a multiple of micro_batch_size x data_parallel_size ({replicas})"
+            )
+        if self.cross_document_mask and self.micro_batch_size != 1:
+            raise ValueError(
+                f"cross_document_mask needs micro_batch_size 1, it is {self.micro_batch_size}: a sample is a batch itself"
+            )
+        if not 0 <= self.optimizer.lr_warmup_iters < self.iterations:
+            raise ValueError(
+                f"optimizer.lr_warmup_iters is {self.optimizer.lr_warmup_iters}, expected less than the {self.iterations} iterations"
+            )
+        if self.save_interval < 1 or self.keep_checkpoints < 1:
+            raise ValueError("save_interval and keep_checkpoints must be 1 or more")
+        if self.distributed_timeout_minutes is not None and not 0 < self.distributed_timeout_minutes < math.inf:
+            raise ValueError(f"distributed_timeout_minutes is {self.distributed_timeout_minutes}, expected more than 0")
+        check_seq_length(self.seq_length, self.parallel.context_parallel_size)
+        cp, tp = self.parallel.context_parallel_size, self.parallel.tensor_model_parallel_size
+        if self.parallel.sequence_parallel and self.seq_length // cp % tp:
+            raise ValueError(
+                f"seq_length / context_parallel_size ({self.seq_length // cp:,}) is not a multiple of TP {tp} (sequence parallel)"
+            )
+
+    @property
+    def iterations(self) -> int:
+        """Optimizer steps: `train_iters`, or as many as reach `train_tokens`."""
+        if self.train_iters is not None:
+            return self.train_iters
+        assert self.train_tokens is not None
+        return -(-self.train_tokens // (self.global_batch_size * self.seq_length))
+
+    @property
+    def num_microbatches(self) -> int:
+        """Micro-batches per step and data-parallel rank."""
+        return self.global_batch_size // (self.micro_batch_size * self.parallel.data_parallel_size)
