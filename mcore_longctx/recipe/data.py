@@ -9,7 +9,7 @@ from typing import Literal
 
 from mcore_longctx.recipe.values import TokenCount
 
-__all__ = ["ChunkSet", "DataSection", "DocumentSource", "LengthSampling"]
+__all__ = ["AugmentSection", "ChunkSet", "DataSection", "DocumentSource", "LengthSampling", "SentenceSection"]
 
 _MOST_COPIES = 1_000_000  # of a document: each is drawn by itself, in memory
 
@@ -70,6 +70,55 @@ class LengthSampling:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AugmentSection:
+    """Documents of a sample cut into pieces that are spread over the sample.
+
+    cip: chunk-interleaved (LongSkywork, arXiv 2406.00605): D1.1 D2.1 ... D1.2 D2.2 ..., every token kept.
+    utk: Untie the Knots (arXiv 2409.04774): pieces shuffled, each document's in order; labels, knots and a backtrace of the labels.
+    """
+
+    type: Literal["cip", "utk"]
+    chunks: tuple[int, ...] = (2,)  # pieces of a document; utk draws one of these for each document, cip takes one number
+    probability: float = 1.0  # share of the samples that are changed (utk: 0.8 was best)
+    documents_per_group: int | None = None  # cip: documents that are interleaved with each other; None: all of the sample
+    keep_order: bool = True  # utk: pieces of a document keep their order
+    backtrace: bool = True  # utk: after its last piece, the labels of a document in order, learned
+
+    def __post_init__(self) -> None:
+        if not self.chunks or min(self.chunks) < 1 or max(self.chunks) < 2:
+            raise ValueError(f"chunks is {list(self.chunks)}, expected numbers of pieces, one of them 2 or more")
+        if self.type == "cip" and len(self.chunks) != 1:
+            raise ValueError(f"chunks is {list(self.chunks)}, cip takes one number")
+        if not 0.0 < self.probability <= 1.0:
+            raise ValueError(f"probability is {self.probability}, expected more than 0, at most 1")
+        if self.documents_per_group is not None and self.documents_per_group < 2:
+            raise ValueError(f"documents_per_group is {self.documents_per_group}, expected 2 or more")
+        if self.type == "cip" and not (self.keep_order and self.backtrace):
+            raise ValueError("keep_order and backtrace belong to utk")
+        if self.type == "utk" and self.documents_per_group is not None:
+            raise ValueError("documents_per_group belongs to cip")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SentenceSection:
+    """Of each document only sentences that hold impactful tokens, until a share of its tokens is left (LongRecipe, arXiv 2409.00509).
+
+    digits: sentences with a digit, as the released code. logit_offset: sentences with the tokens whose logits a long training moved
+    most, by the table that `data token-offsets` wrote from two models, as the paper.
+    """
+
+    rule: Literal["digits", "logit_offset"]
+    keep: float = 0.3  # share of a document's tokens
+    offsets: Path | None = None  # logit_offset: the table
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.keep <= 1.0:
+            raise ValueError(f"keep is {self.keep}, expected more than 0, at most 1")
+        if (self.rule == "logit_offset") != (self.offsets is not None):
+            raise ValueError("offsets names the table of rule logit_offset, and of no other")
+
+
+@dataclass(frozen=True, kw_only=True)
 class DataSection:
     """A data set: documents for `pretrain` stages, chats for `sft` stages.
 
@@ -87,6 +136,12 @@ class DataSection:
     packing: Literal["concatenate", "single", "best_fit", "intact"] = "concatenate"
     repeat_to_fill: bool = False  # take documents again where a source is too small for its share; else that is an error
     max_bad: int = 0  # records that cannot be read and are left out
+    augment: AugmentSection | None = None  # what is done with the documents of a sample
+    sentences: SentenceSection | None = None  # which sentences of a document are taken
+    prompt_loss: Literal["none", "long_only", "all"] = (
+        "none"  # chats: prompts that are learned too (Llama 2 Long); long_only: the
+    )
+    prompt_loss_from: TokenCount = TokenCount(4096)  # prompts of at least so many tokens
 
     def __post_init__(self) -> None:
         names = [source.name for source in self.sources]

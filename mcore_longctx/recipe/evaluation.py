@@ -9,7 +9,9 @@ from typing import Literal
 from mcore_longctx.recipe.parallel import Parallel
 from mcore_longctx.recipe.values import TokenCount
 
-__all__ = ["EvaluateSection", "LossByPositionSection", "NeedleSection"]
+__all__ = ["EvaluateSection", "Level", "LossByPositionSection", "NeedleSection", "RulerSection", "ShortSuiteSection"]
+
+Level = Literal["quick", "standard", "publish"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +23,34 @@ class NeedleSection:
     depths: int = 6  # equally spaced from 0 (start) to 1 (just before the question)
     samples: int = 10  # per cell
     digits: int = 7
+    kind: Literal["passkey", "sentence"] = "passkey"  # a number, or a fact about an invented person
+    shared: bool = False  # one haystack holds the needles of all depths, read once and asked once for each (`needles_shared`)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RulerSection:
+    """The 13 RULER-like tasks, in our own words: results are shown as `ruler-like`, and are not RULER's."""
+
+    haystack: Path  # text that was not trained on: a file or a folder
+    lengths: tuple[TokenCount, ...]
+    tasks: tuple[str, ...] = ()  # none named: all of `mcore_longctx.tasks.RULER_TASKS`
+    samples: int = 25  # of each task and length
+    code: Path | None = None  # source code as haystack of the tasks whose haystack is text: odd samples take it
+    scoring: Literal["teacher_forced", "greedy"] = "teacher_forced"  # greedy: decoded with a key/value cache over all ranks
+
+    def __post_init__(self) -> None:
+        if not self.lengths or self.samples < 1:
+            raise ValueError("give at least one length and one sample")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShortSuiteSection:
+    """Short-context skills before and after: multiple choice (a file, or made offline) and perplexity on short texts."""
+
+    choices: Path | None = (
+        None  # JSONL: {"question", "choices": [...], "answer": index}; None: made from a seed (arithmetic, copying, ...)
+    )
+    questions: int = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +69,11 @@ class EvaluateSection:
     """What is measured before and after each stage."""
 
     needle: NeedleSection | None = None
+    ruler: RulerSection | None = None
     loss_by_position: LossByPositionSection | None = None
+    short_suite: ShortSuiteSection | None = None
+    level: Level = "standard"  # quick: a look at the longest length; publish: at least 100 samples a cell, decoded
+    max_budget_share: float | None = None  # refuse to start when measuring costs more than this share of the training
     parallel: Parallel = field(default_factory=Parallel)
     precision: Literal["fp32", "bf16"] = "bf16"
 

@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from mcore_longctx.recipe.cluster import ClusterSection
-from mcore_longctx.recipe.data import ChunkSet, DataSection, DocumentSource, LengthSampling
-from mcore_longctx.recipe.evaluation import EvaluateSection, LossByPositionSection, NeedleSection
+from mcore_longctx.recipe.data import AugmentSection, ChunkSet, DataSection, DocumentSource, LengthSampling, SentenceSection
+from mcore_longctx.recipe.evaluation import EvaluateSection, LossByPositionSection, NeedleSection, RulerSection, ShortSuiteSection
+from mcore_longctx.recipe.model import ModelSection, RopeSection
 from mcore_longctx.recipe.parallel import CpCommType, Parallel
-from mcore_longctx.recipe.stage import Activations, OptimizerSection, Stage
+from mcore_longctx.recipe.stage import Activations, MergeSection, OptimizerSection, PositionsSection, SparsitySection, Stage
 from mcore_longctx.recipe.values import TokenCount, check_name
-from mcore_longctx.rope import RopeScaling, RopeType
 
 __all__ = [
     "Activations",
+    "AugmentSection",
     "ChunkSet",
     "ClusterSection",
     "CpCommType",
@@ -28,75 +28,21 @@ __all__ = [
     "EvaluateSection",
     "LengthSampling",
     "LossByPositionSection",
+    "MergeSection",
     "ModelSection",
     "NeedleSection",
     "OptimizerSection",
     "Parallel",
+    "PositionsSection",
     "Recipe",
     "RopeSection",
+    "RulerSection",
+    "SentenceSection",
+    "ShortSuiteSection",
+    "SparsitySection",
     "Stage",
     "TokenCount",
 ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelSection:
-    """The model that is extended: a Hugging Face folder of the Llama family."""
-
-    path: Path
-    backend: Literal["local", "te"] = "local"  # layers: ours on Megatron's local ones, or Megatron's TransformerEngine layers
-    num_layers: int | None = None  # where given, the sizes must agree with the folder's config.json;
-    hidden_size: int | None = None  # they let a plan or a dry run work before the model is at hand
-    ffn_hidden_size: int | None = None
-    num_attention_heads: int | None = None
-    num_query_groups: int | None = None
-    kv_channels: int | None = None
-    vocab_size: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class RopeSection:
-    """The rope that the model is trained with. Fields as in `mcore_longctx.rope.RopeScaling`."""
-
-    type: RopeType
-    factor: float = 1.0
-    rope_theta: float | None = None  # None: the model's own base
-    original_max_position_embeddings: TokenCount | None = None
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    ramp: Literal["index", "rotations"] = "index"
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    alpha: float = 1.0
-    beta: float = 32.0
-    truncate: bool = True
-    attention_factor: float | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    max_position_embeddings: TokenCount | None = None  # None: follows from factor and the original length
-    phase_dtype: Literal["float32", "float64"] = "float32"
-
-    def scaling(self, model_rope: RopeScaling) -> RopeScaling:
-        """This rope for a model whose own rope is `model_rope` (it gives head_dim and, if not set here, the base)."""
-        return RopeScaling(
-            type=self.type,
-            head_dim=model_rope.head_dim,
-            rope_theta=self.rope_theta if self.rope_theta is not None else model_rope.rope_theta,
-            max_position_embeddings=self.max_position_embeddings,
-            factor=self.factor,
-            original_max_position_embeddings=self.original_max_position_embeddings,
-            low_freq_factor=self.low_freq_factor,
-            high_freq_factor=self.high_freq_factor,
-            ramp=self.ramp,
-            beta_fast=self.beta_fast,
-            beta_slow=self.beta_slow,
-            alpha=self.alpha,
-            beta=self.beta,
-            truncate=self.truncate,
-            attention_factor=self.attention_factor,
-            mscale=self.mscale,
-            mscale_all_dim=self.mscale_all_dim,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +71,7 @@ class Recipe:
         masked = [stage.name for stage in self.stages if stage.cross_document_mask]
         if masked and self.model.backend == "te":
             raise ValueError(f"stage {masked[0]}: cross_document_mask is computed by backend local only, model.backend is te")
+        _refuse_combinations(self)
         reserved = {"base", "before", "scaled"} & set(names)
         if reserved:
             raise ValueError(f"no stage may be called {reserved.pop()!r}: the run folder uses this name")
@@ -138,3 +85,26 @@ class Recipe:
     def tokenizer_folder(self) -> Path:
         """Folder that holds tokenizer.json."""
         return self.tokenizer if self.tokenizer is not None else self.model.path
+
+
+def _refuse_combinations(recipe: Recipe) -> None:
+    """What two published methods ask for and one training cannot give. A stage whose data set is missing is somebody else's error."""
+    for number, stage in enumerate(recipe.stages):
+        data = recipe.data.get(stage.data)
+        augment = data.augment if data is not None else None
+        if augment is not None and stage.kind == "sft":
+            raise ValueError(f"stage {stage.name}: augment {augment.type} is for documents, data set {stage.data!r} holds chats")
+        if augment is not None and stage.cross_document_mask:
+            raise ValueError(
+                f"stage {stage.name}: augment {augment.type} spreads a document over the sample, and cross_document_mask hides its "
+                "pieces from each other; use one of them"
+            )
+        if stage.loss_reduction == "sequence_mean" and stage.kind != "sft":
+            raise ValueError(f"stage {stage.name}: loss_reduction sequence_mean weighs conversations; kind is {stage.kind}")
+        if stage.optimizer_from == "previous" and (number == 0 or recipe.stages[number - 1].merge is not None):
+            what = (
+                "there is no stage before it" if number == 0 else "the stage before it is merged, which leaves no optimizer state"
+            )
+            raise ValueError(f"stage {stage.name}: optimizer_from is previous, and {what}")
+        if stage.merge is not None and stage.merge.other not in ("base", *(other.name for other in recipe.stages[:number])):
+            raise ValueError(f"stage {stage.name}: merge.other is {stage.merge.other!r}, expected base or an earlier stage")

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mcore_longctx.layout import check_seq_length
+from mcore_longctx.recipe.model import RopeSection
 from mcore_longctx.recipe.parallel import Parallel
 from mcore_longctx.recipe.values import TokenCount, check_name
 
-__all__ = ["Activations", "OptimizerSection", "Stage"]
+__all__ = ["Activations", "MergeSection", "OptimizerSection", "PositionsSection", "SparsitySection", "Stage"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +68,47 @@ class OptimizerSection:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PositionsSection:
+    """Positions with jumps: a sample trains positions up to `target` with fewer tokens (PoSE, RPES, LongRecipe).
+
+    pose: two stretches with one jump between them; rpes: increasing positions drawn at random; segments: a jump before every sentence.
+    """
+
+    type: Literal["pose", "rpes", "segments"]
+    target: TokenCount  # positions are below it
+
+    def __post_init__(self) -> None:
+        if self.target < 1:
+            raise ValueError(f"target is {self.target}, expected 1 or more tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeSection:
+    """After training, weights = (1 - other_weight) x this stage + other_weight x another checkpoint, tensor by tensor."""
+
+    other: str  # `base`, or the name of an earlier stage
+    other_weight: float = 0.5
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.other_weight < 1.0:
+            raise ValueError(f"other_weight is {self.other_weight}, expected more than 0 and less than 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparsitySection:
+    """Sparse to dense: the smallest weights of every linear layer are held at 0 for the first steps. A study, it saves no time."""
+
+    sparsity: float  # share of the weights that are held at 0 in the beginning
+    dense_from: int  # iteration from which all weights train
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.sparsity < 1.0:
+            raise ValueError(f"sparsity is {self.sparsity}, expected more than 0 and less than 1")
+        if self.dense_from < 1:
+            raise ValueError(f"dense_from is {self.dense_from}, expected 1 or more iterations")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Stage:
     """One training stage: continued pretraining on long documents, or instruction tuning on chats."""
 
@@ -80,6 +122,15 @@ class Stage:
     train_tokens: TokenCount | None = None
     micro_batch_size: int = 1
     cross_document_mask: bool = False  # documents of one sample do not see each other (UltraLong: they do)
+    rope: RopeSection | None = None  # None: the recipe's; ProLong raises the base from stage to stage
+    optimizer_from: Literal["none", "previous"] = (
+        "none"  # previous: the moments of the stage before, with this stage's own schedule
+    )
+    loss_reduction: Literal["token_mean", "sequence_mean"] = "token_mean"  # sequence_mean: every conversation weighs the same
+    balance: Literal["none", "sum_sq"] = "none"  # sum_sq: steps of samples whose documents cost attention alike
+    positions: PositionsSection | None = None  # None: 0, 1, 2, ...
+    merge: MergeSection | None = None
+    sparsity: SparsitySection | None = None
     parallel: Parallel = field(default_factory=Parallel)
     activations: Activations = field(default_factory=Activations)
     precision: Literal["fp32", "bf16"] = "bf16"
@@ -103,6 +154,10 @@ class Stage:
             raise ValueError(
                 f"cross_document_mask needs micro_batch_size 1, it is {self.micro_batch_size}: a sample is a batch itself"
             )
+        if self.positions is not None and self.positions.target < self.seq_length:
+            raise ValueError(f"positions.target {self.positions.target:,} is below seq_length {self.seq_length:,}")
+        if self.sparsity is not None and self.sparsity.dense_from > self.iterations:
+            raise ValueError(f"sparsity.dense_from is {self.sparsity.dense_from}, the stage has {self.iterations} iterations")
         if not 0 <= self.optimizer.lr_warmup_iters < self.iterations:
             raise ValueError(
                 f"optimizer.lr_warmup_iters is {self.optimizer.lr_warmup_iters}, expected less than the {self.iterations} iterations"
