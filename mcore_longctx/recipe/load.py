@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import io
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ class RecipeFile:
 class _Override:
     keys: tuple[str, ...]  # what is left of the dotted path
     node: yaml.Node | None
-    text: str
+    place: str  # where it was given: `override 'a.b=c'`, or file:line of a recipe that extends another
 
 
 def preset_names() -> list[str]:
@@ -71,13 +72,20 @@ def open_recipe(source: str | Path, overrides: Sequence[str] = ()) -> RecipeFile
         source: path of a YAML file, or the name of a preset.
         overrides: for example `stages.extend.optimizer.lr=1e-5`; a stage or source is addressed by its name or number.
 
+    A recipe may be another one with changes:
+
+        extends: tiny-cpu                          # a preset, or a file beside this one
+        changes:
+          name: tiny-masked
+          stages.extend.cross_document_mask: true  # as on the command line
+
     Raises:
         ConfigError: no such file, not YAML, an unknown or missing name, a wrong type or an impossible value. One line with
             file, line, dotted path and, for a name, the nearest valid one.
     """
-    file, text = _read(source)
+    file, node, changes = _compose_recipe(source)
     builder = _Builder(file)
-    recipe = builder.dataclass_value(Recipe, _compose(text, file), "", [_parse_override(text) for text in overrides])
+    recipe = builder.dataclass_value(Recipe, node, "", [*changes, *(_parse_override(text) for text in overrides)])
     read = RecipeFile(recipe, file, builder.lines)
     for stage in recipe.stages:
         if stage.data not in recipe.data:
@@ -126,9 +134,43 @@ def _read(source: str | Path) -> tuple[str, str]:
         raise ConfigError(f"cannot be read: {error.strerror}", where=path) from None
 
 
+def _compose_recipe(source: str | Path) -> tuple[str, yaml.Node | None, list[_Override]]:
+    """File, root node and changes of a recipe; of one that extends others, the root of the first and the changes of all, in order."""
+    seen: list[str] = []
+    chain: list[list[_Override]] = []
+    while True:
+        file, text = _read(source)
+        if file in seen:
+            raise ConfigError(f"extends itself by way of {', '.join(seen)}", where=file)
+        seen.append(file)
+        node = _compose(text, file)
+        given = {str(key.value): value for key, value in node.value} if isinstance(node, yaml.MappingNode) else {}
+        if "extends" not in given:
+            return file, node, [change for changes in reversed(chain) for change in changes]
+        chain.append(_changes(given, file))
+        base = given["extends"].value
+        beside = Path(file).parent / base
+        source = beside if beside.suffix in (".yaml", ".yml") else base
+
+
+def _changes(given: Mapping[str, yaml.Node], file: str) -> list[_Override]:
+    """What a recipe that extends another changes."""
+    if not isinstance(given["extends"], yaml.ScalarNode) or not given["extends"].value:
+        raise ConfigError("extends: expected a preset or a file", where=f"{file}:{given['extends'].start_mark.line + 1}")
+    unknown = [name for name in given if name not in ("extends", "changes")]
+    if unknown:
+        fix = "a recipe that extends another has only extends and changes"
+        raise ConfigError(f"{unknown[0]}: unknown name", where=f"{file}:{given[unknown[0]].start_mark.line + 1}", fix=fix)
+    changes = given.get("changes")
+    if changes is not None and not isinstance(changes, yaml.MappingNode):
+        raise ConfigError("changes: expected section.name: value", where=f"{file}:{changes.start_mark.line + 1}")
+    pairs = changes.value if changes is not None else []
+    return [_Override(tuple(str(key.value).split(".")), value, f"{file}:{key.start_mark.line + 1}") for key, value in pairs]
+
+
 def _compose(text: str, file: str) -> yaml.Node | None:
     try:
-        return yaml.compose(text, Loader=_LOADER)
+        return _composed(text, file)
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise ConfigError(f"not valid YAML: {error.problem}", where=f"{file}:{line}") from None
@@ -140,11 +182,30 @@ def _parse_override(text: str) -> _Override:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise ConfigError(f"override {text!r} is not of the form section.name=value")
+    place = f"override {text!r}"
     try:
-        node = yaml.compose(value or '""', Loader=_LOADER)
+        node = _composed(value or '""', place)
     except yaml.YAMLError:
-        raise ConfigError(f"override {text!r}: the value is not valid YAML") from None
-    return _Override(tuple(key.split(".")), node, text)
+        raise ConfigError(f"{place}: the value is not valid YAML") from None
+    return _Override(tuple(key.split(".")), node, place)
+
+
+class _Named(io.StringIO):
+    """A text whose YAML nodes know where they come from: PyYAML asks a stream for its name."""
+
+    def __init__(self, text: str, name: str) -> None:
+        super().__init__(text)
+        self.name = name
+
+
+def _composed(text: str, name: str) -> yaml.Node | None:
+    return yaml.compose(_Named(text, name), Loader=_LOADER)
+
+
+def _place(node: yaml.Node) -> str:
+    """`file:line`, or the override."""
+    name = str(node.start_mark.name)
+    return name if name.startswith("override ") else f"{name}:{node.start_mark.line + 1}"
 
 
 class _Builder:
@@ -155,7 +216,7 @@ class _Builder:
         self.lines: dict[str, str] = {}
 
     def place(self, node: yaml.Node | None) -> str:
-        return self.file if node is None else f"{self.file}:{node.start_mark.line + 1}"
+        return self.file if node is None else _place(node)
 
     def value(self, kind: Any, node: yaml.Node | None, at: str, overrides: list[_Override], place: str) -> Any:
         """Build one value of type `kind` at the dotted path `at`."""
@@ -177,8 +238,8 @@ class _Builder:
         if overrides:  # the last override of a leaf wins
             last = overrides[-1]
             if last.keys:
-                raise ConfigError(f"{at} is {_show(kind)}, it has no {'.'.join(last.keys)!r}", where=f"override {last.text!r}")
-            node, place = last.node, f"override {last.text!r}"
+                raise ConfigError(f"{at} is {_show(kind)}, it has no {'.'.join(last.keys)!r}", where=last.place)
+            node, place = last.node, last.place
             self.lines[at] = place
         if origin is tuple:
             if not isinstance(node, yaml.SequenceNode):
@@ -197,9 +258,7 @@ class _Builder:
         for override in overrides:
             name = override.keys[0]
             if name not in fields:
-                raise ConfigError(
-                    f"{_join(at, name)}: unknown name", where=f"override {override.text!r}", fix=_nearest(name, list(fields))
-                )
+                raise ConfigError(f"{_join(at, name)}: unknown name", where=override.place, fix=_nearest(name, list(fields)))
             wanted.setdefault(name, []).append(dataclasses.replace(override, keys=override.keys[1:]))
         values, hints = {}, _hints(kind)
         for name, field in fields.items():
@@ -223,12 +282,11 @@ class _Builder:
         given: dict[str, tuple[yaml.Node | None, yaml.Node | None]] = dict(self.mapping(node, at, None))
         for override in overrides:
             name = override.keys[0]
-            if name not in given and not dataclasses.is_dataclass(kind):  # a plain value: an override may bring a new one
+            is_whole = len(override.keys) == 1 and isinstance(override.node, yaml.MappingNode)
+            if name not in given and (is_whole or not dataclasses.is_dataclass(kind)):  # an override may bring a new one
                 given[name] = (None, None)
             elif name not in given:
-                raise ConfigError(
-                    f"{_join(at, name)}: unknown name", where=f"override {override.text!r}", fix=_nearest(name, list(given))
-                )
+                raise ConfigError(f"{_join(at, name)}: unknown name", where=override.place, fix=_nearest(name, list(given)))
         built = {}
         for name, (key_node, value_node) in given.items():
             inner = [dataclasses.replace(o, keys=o.keys[1:]) for o in overrides if o.keys[0] == name]
@@ -236,16 +294,17 @@ class _Builder:
         return built
 
     def items(self, kind: Any, node: yaml.Node | None, at: str, overrides: list[_Override], place: str) -> tuple[Any, ...]:
-        """A list of sections; an override addresses one by its `name`, or by its number."""
+        """A list of sections; an override addresses one by its `name`, or by its number, or replaces the list."""
+        for number, override in enumerate(overrides):
+            if not override.keys:
+                return self.items(kind, override.node, at, overrides[number + 1 :], override.place)
         if not isinstance(node, yaml.SequenceNode):
             raise _mismatch(tuple, node, at, place)
         labels = [_label(item, i) for i, item in enumerate(node.value)]
         for override in overrides:
-            name = override.keys[0] if override.keys else ""
+            name = override.keys[0]
             if name not in labels and not (name.isdigit() and int(name) < len(labels)):
-                raise ConfigError(
-                    f"{_join(at, name)}: unknown name", where=f"override {override.text!r}", fix=_nearest(name, labels)
-                )
+                raise ConfigError(f"{_join(at, name)}: unknown name", where=override.place, fix=_nearest(name, labels))
         built = []
         for i, (label, item) in enumerate(zip(labels, node.value, strict=True)):
             inner = [dataclasses.replace(o, keys=o.keys[1:]) for o in overrides if o.keys[0] in (label, str(i))]
@@ -269,7 +328,7 @@ def _replaced(node: yaml.Node | None, overrides: list[_Override], kind: Any) -> 
     for i, override in enumerate(overrides):
         if not override.keys:
             if not isinstance(override.node, yaml.MappingNode):
-                raise ConfigError(f"a {_show(kind)} is wanted", where=f"override {override.text!r}")
+                raise ConfigError(f"a {_show(kind)} is wanted", where=override.place)
             return _replaced(override.node, overrides[i + 1 :], kind)
     return node, overrides
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mcore_longctx.recipe import cluster, schema
+from mcore_longctx.recipe import cluster, data, evaluation, model, parallel, schema, stage
 from mcore_longctx.recipe.load import load_recipe
 from tests.recipe.test_load import GOOD
 
@@ -14,7 +14,7 @@ MEMORY = (Path(__file__).parents[2] / "docs" / "memory.md").read_text()
 DOCS = (Path(__file__).parents[2] / "docs" / "recipe.md").read_text()
 SECTIONS = [
     kind
-    for module in (schema, cluster)
+    for module in (cluster, data, evaluation, model, parallel, schema, stage)
     for kind in vars(module).values()
     if dataclasses.is_dataclass(kind) and kind.__module__ == module.__name__
 ]
