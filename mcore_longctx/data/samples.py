@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from mcore_longctx.data.files.indexed import IndexedReader
 from mcore_longctx.data.files.sidecar import LITERAL, PADDING, check_index, read_runs
+from mcore_longctx.data.methods.weights import loss_weights
 from mcore_longctx.errors import DataError
 from mcore_longctx.layout import check_seq_length, zigzag_chunks, zigzag_positions
 
@@ -141,6 +142,17 @@ class PackedSamples:
         begins[1:] |= begin_tokens[1:]
         begins[:1] = False  # what comes first needs no border
         return [int(part.sum()) for part in np.split(length, np.flatnonzero(begins))]
+
+    def sequence_weights(
+        self, index: int, places: IntArray, loss_mask: BoolArray, *, apart: bool
+    ) -> tuple[npt.NDArray[np.float32], int]:
+        """Weight 1/N of each learned label at some places of a sample, N the learned tokens of its conversation, and how many
+        conversations the sample teaches (`data/methods/weights.py`).
+
+        places: from 0 to seq_length - 1, or -1 for a filler, as in `gather` and, as positions, `cp_slice`; loss_mask: theirs.
+        apart: conversations do not see each other.
+        """
+        return loss_weights(self.runs, index, self.document_lengths(index), places, loss_mask, apart=apart)
 
     def _ranges(self, index: int, ranges: list[tuple[int, int]]) -> tuple[IntArray, IntArray, BoolArray]:
         count = sum(stop - start for start, stop in ranges)

@@ -156,6 +156,9 @@ class Stage:
             )
         if self.positions is not None and self.positions.target < self.seq_length:
             raise ValueError(f"positions.target {self.positions.target:,} is below seq_length {self.seq_length:,}")
+        if self.loss_reduction == "sequence_mean" and (self.kind != "sft" or self.positions is not None):
+            what = "positions" if self.kind == "sft" else f"kind {self.kind}"
+            raise ValueError(f"loss_reduction sequence_mean weighs the conversations of sft stages; it does not go with {what}")
         if self.sparsity is not None and self.sparsity.dense_from > self.iterations:
             raise ValueError(f"sparsity.dense_from is {self.sparsity.dense_from}, the stage has {self.iterations} iterations")
         if not 0 <= self.optimizer.lr_warmup_iters < self.iterations:

@@ -6,7 +6,7 @@ data has its own permutation; data-parallel ranks take disjoint micro-batches, c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
@@ -24,6 +24,7 @@ from mcore_longctx.recipe import Stage
 __all__ = ["MicroBatch", "SampleOrder", "Samples", "StepData"]
 
 IntArray = npt.NDArray[np.int64]
+_Share = tuple[IntArray, IntArray, npt.NDArray[np.bool_], IntArray]  # tokens, labels, loss mask, positions
 
 _PASSES = 4  # whose order is kept: the end of one and the beginning of the next, for a step and the one that is read ahead
 
@@ -47,6 +48,12 @@ class Samples(Protocol):
 
     def cp_slice(self, index: int, cp_size: int, cp_rank: int) -> tuple[IntArray, IntArray, npt.NDArray[np.bool_], IntArray]:
         """Tokens, labels, loss mask and positions of one context-parallel rank, each [seq_length / cp_size]."""
+        ...
+
+    def sequence_weights(
+        self, index: int, places: IntArray, loss_mask: npt.NDArray[np.bool_], *, apart: bool
+    ) -> tuple[npt.NDArray[np.float32], int]:
+        """1/N for each learned label at some places, N the learned tokens of its conversation, and the sample's conversations."""
         ...
 
 
@@ -87,6 +94,10 @@ class MicroBatch:
     loss_mask: Tensor  # bool
     positions: Tensor  # int64, global; with a cross-document mask inside the document
     layout: PackLayout | None = None  # where the documents of the sample lie; None: they see each other
+    weights: Tensor | None = None  # float32, of each label's loss; None: 1 where the loss mask is set
+    weight: int | None = (
+        None  # this rank's part of the sum of the weights of the step, by which the losses are divided; None: tokens
+    )
 
 
 @dataclass(frozen=True)
@@ -96,6 +107,8 @@ class _Rows:
     sample_ids: tuple[int, ...]
     columns: tuple[npt.NDArray[Any], ...]  # tokens, labels, loss mask, positions: each [samples, tokens]
     layout: PackLayout | None
+    weights: npt.NDArray[np.float32] | None = None  # [samples, tokens]
+    weight: int | None = None
 
 
 class StepData:
@@ -174,7 +187,8 @@ class StepData:
         tokens, labels, loss_mask, positions = (
             torch.from_numpy(column).to(self.device, non_blocking=True) for column in rows.columns
         )
-        return MicroBatch(rows.sample_ids, tokens, labels, loss_mask, positions, rows.layout)
+        weights = None if rows.weights is None else torch.from_numpy(rows.weights).to(self.device, non_blocking=True)
+        return MicroBatch(rows.sample_ids, tokens, labels, loss_mask, positions, rows.layout, weights, rows.weight)
 
     def _read(self, place: tuple[int, int]) -> _Rows:
         """The rows of one micro-batch: step, number in it. Runs in a thread: numpy only."""
@@ -198,7 +212,26 @@ class StepData:
                     where=self.where,
                     fix="build the data again with the model's tokenizer",
                 )
-        return _Rows(ids, tuple(np.stack(column) for column in zip(*rows, strict=True)), layout)
+        weights, weight = self._weights(ids, rows, layout)
+        return _Rows(ids, tuple(np.stack(column) for column in zip(*rows, strict=True)), layout, weights, weight)
+
+    def _weights(
+        self, ids: tuple[int, ...], rows: Sequence[_Share], layout: PackLayout | None
+    ) -> tuple[npt.NDArray[np.float32] | None, int | None]:
+        """Weights of this rank's labels and its part of their sum over the step; None where every token counts the same.
+
+        The weights of a conversation add up to 1 over the context-parallel ranks that share it. Megatron adds up whole numbers:
+        the first of these ranks counts the conversation, the others count none.
+        """
+        if self.stage.loss_reduction == "token_mean":
+            return None, None
+        weights, total = [], 0
+        for index, (_, _, loss_mask, positions) in zip(ids, rows, strict=True):
+            places = positions if layout is None else layout.source(self.cp_rank)
+            of_labels, conversations = self.samples.sequence_weights(index, places, loss_mask, apart=layout is not None)
+            weights.append(of_labels)
+            total += conversations
+        return np.stack(weights), total if self.cp_rank == 0 else 0
 
     def _layout(self, index: int) -> PackLayout:
         """How the documents of a sample are split over the context-parallel ranks: the same on all of them."""

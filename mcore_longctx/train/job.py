@@ -66,6 +66,7 @@ class TrainJob:
             **{f"optimizer.{name}": value for name, value in asdict(stage.optimizer).items()},
             "rope.phase_dtype": self.phase_dtype,
             **({"cross_document_mask": True} if stage.cross_document_mask else {}),  # checkpoints of before do not name it
+            **({"loss_reduction": stage.loss_reduction} if stage.loss_reduction != "token_mean" else {}),
             "data": data,
             "start_checkpoint": _manifest_hash(self.start_checkpoint),
         }

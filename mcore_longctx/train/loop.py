@@ -245,8 +245,8 @@ class Trainer:
         losses = self._forward_backward(iteration)
         self._begin("update", f"iteration {iteration + 1}")
         facts = self.control.gather([*self._own_sums(losses), float(_memory_bytes())])
-        loss_sum, loss_tokens = (float(total) for total in facts[:, :2].sum(dim=0))
-        self._check_loss(loss_sum, loss_tokens, losses, ids)
+        loss_sum, loss_weight, loss_tokens = (float(total) for total in facts[:, :3].sum(dim=0))
+        self._check_loss(loss_sum, loss_weight, losses, ids)
         self.optimizer.prepare_grads()
         self._check_grad_norm(float(self.optimizer.get_grad_norm()), ids)
         lr = learning_rate(self.optimizer)
@@ -260,11 +260,11 @@ class Trainer:
                 self.metrics,
                 StepMetrics(
                     step=self.finished,
-                    loss=loss_sum / loss_tokens,
+                    loss=loss_sum / loss_weight,
                     lr=lr,
                     grad_norm=float(grad_norm),
                     tokens_per_second=tokens / self.seconds[-1],
-                    memory_bytes=int(facts[:, 2].max()),
+                    memory_bytes=int(facts[:, 3].max()),
                     seconds=self.seconds[-1],
                     consumed_samples=self.finished * self.stage.global_batch_size,
                     loss_tokens=int(loss_tokens),
@@ -300,7 +300,11 @@ class Trainer:
         self.pulse.passed(phase, where, work=work)
 
     def _forward_backward(self, iteration: int) -> list[tuple[tuple[int, ...], torch.Tensor]]:
-        """Gradients of a step in the main gradient buffers. Returns (sample ids, [loss sum, tokens]) of each own micro-batch."""
+        """Gradients of a step in the main gradient buffers.
+
+        Returns (sample ids, [sum of weight x loss, sum of weights, tokens]) of each own micro-batch. Megatron divides the gradients
+        by the sum of weights of all micro-batches and ranks, which it adds up in whole numbers.
+        """
         self.wrapped.zero_grad_buffer()
         self.optimizer.zero_grad()
         losses: list[tuple[tuple[int, ...], torch.Tensor]] = []
@@ -311,14 +315,15 @@ class Trainer:
             if losses and may_stop_inside:
                 self._pass_border(len(losses) + 1)
             packed = {} if batch.layout is None else {"packed_seq_params": self._packed(batch.layout)}
-            weights = batch.loss_mask.float()
+            weights = batch.loss_mask.float() if batch.weights is None else batch.weights
             output = model(batch.tokens, batch.positions, None, labels=batch.labels, loss_weights=weights, **packed)
 
             def loss_function(loss_sum: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
                 tokens = batch.loss_mask.sum()
-                report = torch.stack([loss_sum.detach().double(), tokens.double()])
+                weight = tokens if batch.weight is None else torch.full_like(tokens, batch.weight)
+                report = torch.stack([loss_sum.detach().double(), weight.double(), tokens.double()])
                 losses.append((batch.sample_ids, report))
-                return loss_sum, tokens.to(torch.int), {"lm loss": report}
+                return loss_sum, weight.to(torch.int), {"lm loss": report}
 
             return output, loss_function
 
@@ -341,23 +346,23 @@ class Trainer:
 
     def _own_sums(self, losses: list[tuple[tuple[int, ...], torch.Tensor]]) -> list[float]:
         if not self.counts_losses:
-            return [0.0, 0.0]
+            return [0.0, 0.0, 0.0]
         sums: list[float] = torch.stack([report for _, report in losses]).sum(dim=0).tolist()
         return sums
 
     # ------------------------------------------------------------------ checks
 
     def _check_loss(
-        self, loss_sum: float, loss_tokens: float, losses: list[tuple[tuple[int, ...], torch.Tensor]], ids: list[int]
+        self, loss_sum: float, loss_weight: float, losses: list[tuple[tuple[int, ...], torch.Tensor]], ids: list[int]
     ) -> None:
         """Raise TrainingError on every rank alike, before the weights are touched."""
-        if loss_tokens == 0:
+        if loss_weight == 0:
             raise self._broken(f"no token of the step carries loss ({_listed(ids)})")
         if math.isfinite(loss_sum):
             return
         mine = [ids for ids, report in losses if not math.isfinite(report[0].item())]
         found = {number for rank in self.control.gather_objects(mine) for ids in rank for number in ids}
-        raise self._broken(f"loss is {loss_sum / loss_tokens} ({_listed(sorted(found))})")
+        raise self._broken(f"loss is {loss_sum / loss_weight} ({_listed(sorted(found))})")
 
     def _check_grad_norm(self, grad_norm: float, ids: list[int]) -> None:
         if not math.isfinite(grad_norm):
