@@ -53,19 +53,20 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("nothing to measure: neither needle nor loss_by_position is given", where=file.where("evaluate"))
     resolved = resolve(file)
     folder = recipe.run_folder / "checkpoints" / args.checkpoint
-    own = resolved.own_rope if args.checkpoint == "base" else resolved.rope
+    # the recipe's rope for a stage is that stage's; for `base`, the one that the run ends with
+    own = resolved.rope_of(args.checkpoint)
 
     from mcore_longctx.evaluate import EvaluateJob, evaluate_column
 
     job = EvaluateJob(
         evaluate=recipe.evaluate,
         shape=resolved.shape,
-        rope=resolved.rope if args.rope == "recipe" else own,
+        rope=resolved.rope if args.rope == "recipe" and args.checkpoint == "base" else own,
         checkpoint=folder if args.checkpoint == "base" else newest_checkpoint(folder),
         checkpoint_rope=own,
         tokenizer=recipe.tokenizer_folder,
         out=recipe.run_folder / "evaluate" / args.column,
-        phase_dtype=recipe.rope.phase_dtype,
+        phase_dtype=recipe.rope_section(None if args.checkpoint == "base" else args.checkpoint).phase_dtype,
         backend=recipe.model.backend,
         seed=recipe.seed,
     )

@@ -1,14 +1,16 @@
-"""What a recipe means for the model at hand: its sizes, its own rope, the rope that it is trained with."""
+"""What a recipe means for the model at hand: its sizes, its own rope, the rope that each stage trains with."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from mcore_longctx.errors import ConfigError, LongctxError
 from mcore_longctx.families import ModelShape, read_shape
 from mcore_longctx.recipe.load import RecipeFile
+from mcore_longctx.recipe.model import RopeSection
 from mcore_longctx.rope import RopeScaling, read_hf_rope
 from mcore_longctx.rope.spec import MissingField, usable_rope
 
@@ -23,8 +25,17 @@ class Resolved:
 
     shape: ModelShape
     own_rope: RopeScaling
-    rope: RopeScaling
+    stage_ropes: Mapping[str, RopeScaling]  # by stage, in the order of the recipe
     model_found: bool
+
+    @property
+    def rope(self) -> RopeScaling:
+        """The rope that the run ends with: the last stage's."""
+        return list(self.stage_ropes.values())[-1]
+
+    def rope_of(self, checkpoint: str) -> RopeScaling:
+        """The rope that a checkpoint of the run carries: `base`, or a stage's name."""
+        return self.own_rope if checkpoint == "base" else self.stage_ropes[checkpoint]
 
 
 def resolve(file: RecipeFile, *, need_model: bool = True) -> Resolved:
@@ -56,25 +67,28 @@ def resolve(file: RecipeFile, *, need_model: bool = True) -> Resolved:
                 "missing; without the model's config.json the base must stand in the recipe", where=file.where("rope.rope_theta")
             )
         own_rope = RopeScaling(type="none", head_dim=shape.kv_channels, rope_theta=recipe.rope.rope_theta)
-    rope = _rope(file, own_rope)
+    rope = _rope(file, recipe.rope, "rope", own_rope)
+    ropes = {
+        stage.name: rope if stage.rope is None else _rope(file, stage.rope, f"stages.{stage.name}.rope", own_rope)
+        for stage in recipe.stages
+    }
     _check_layouts(file, shape)
-    _check_lengths(file, rope)
-    return Resolved(shape, own_rope, rope, found)
+    _check_lengths(file, ropes)
+    return Resolved(shape, own_rope, ropes, found)
 
 
-def _rope(file: RecipeFile, own_rope: RopeScaling) -> RopeScaling:
-    """The recipe's rope. What cannot be trained with or written for others is refused before anything is spent on it."""
-    section = file.recipe.rope
+def _rope(file: RecipeFile, section: RopeSection, at: str, own_rope: RopeScaling) -> RopeScaling:
+    """The rope of a section. What cannot be trained with or written for others is refused before anything is spent on it."""
     try:
         if section.type == "abf" and section.rope_theta is None:
             raise MissingField("rope_theta", "type abf is a changed base")
         return usable_rope(section.scaling(own_rope), own_rope)
     except ValueError as error:
-        raise ConfigError(str(error), where=file.where("rope")) from None
+        raise ConfigError(str(error), where=file.where(at)) from None
     except MissingField as error:
-        raise ConfigError(error.what, where=file.where(f"rope.{error.field}")) from None
+        raise ConfigError(error.what, where=file.where(f"{at}.{error.field}")) from None
     except LongctxError as error:
-        where = error.where if error.where is not None else file.where("rope")
+        where = error.where if error.where is not None else file.where(at)
         raise ConfigError(error.what, where=where, fix=error.fix) from None
 
 
@@ -123,18 +137,27 @@ def _check_layouts(file: RecipeFile, shape: ModelShape) -> None:
         )
 
 
-def _check_lengths(file: RecipeFile, rope: RopeScaling) -> None:
-    limit = rope.resolved_max_position_embeddings
-    lengths = [(f"stages.{stage.name}.seq_length", stage.seq_length) for stage in file.recipe.stages]
-    evaluate = file.recipe.evaluate
+def _check_lengths(file: RecipeFile, ropes: Mapping[str, RopeScaling]) -> None:
+    """Each stage within its own rope; what is measured within the rope that the run ends with."""
+    recipe = file.recipe
+    lengths = []
+    for stage in recipe.stages:
+        lengths.append((f"stages.{stage.name}.seq_length", stage.seq_length, stage.name))
+        if stage.positions is not None:
+            lengths.append((f"stages.{stage.name}.positions.target", stage.positions.target, stage.name))
+    evaluate, last = recipe.evaluate, recipe.stages[-1].name
     if evaluate.needle is not None:
-        lengths += [("evaluate.needle.lengths", length) for length in evaluate.needle.lengths]
+        lengths += [("evaluate.needle.lengths", length, last) for length in evaluate.needle.lengths]
+    if evaluate.ruler is not None:
+        lengths += [("evaluate.ruler.lengths", length, last) for length in evaluate.ruler.lengths]
     if evaluate.loss_by_position is not None:
-        lengths.append(("evaluate.loss_by_position.seq_length", evaluate.loss_by_position.seq_length))
-    for name, length in lengths:
+        lengths.append(("evaluate.loss_by_position.seq_length", evaluate.loss_by_position.seq_length, last))
+    for name, length, stage_name in lengths:
+        limit = ropes[stage_name].resolved_max_position_embeddings
         if limit is not None and length > limit:
+            own = any(stage.name == stage_name and stage.rope is not None for stage in recipe.stages)
             raise ConfigError(
                 f"{length:,} tokens, but the rope reaches {limit:,}",
                 where=file.where(name),
-                fix="raise rope.factor or shorten it",
+                fix=f"raise {f'stages.{stage_name}.' if own else ''}rope.factor or shorten it",
             )

@@ -81,6 +81,11 @@ class Recipe:
         """Where everything that comes of this recipe goes."""
         return self.output if self.output is not None else Path("runs") / self.name
 
+    def rope_section(self, stage_name: str | None = None) -> RopeSection:
+        """What a stage is trained with: its own `rope`, else the recipe's; without a name, of the last stage."""
+        stage = next(stage for stage in reversed(self.stages) if stage_name in (None, stage.name))
+        return stage.rope if stage.rope is not None else self.rope
+
     @property
     def tokenizer_folder(self) -> Path:
         """Folder that holds tokenizer.json."""

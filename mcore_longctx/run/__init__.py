@@ -74,7 +74,7 @@ def run_recipe(file: RecipeFile, *, until: str | None = None, only: Sequence[str
             _check_needs(every, steps, journal, recipe)
         stamps = {step.name: journal.stamp(step, recipe) for step in steps}
         for step in steps:
-            journal.refuse_changes(step, stamps[step.name])
+            journal.refuse_changes(step, stamps[step.name], recipe)
         write_atomic(folder / "recipe.yaml", dump_recipe(recipe))
         print(f"{recipe.name}: {len(steps)} steps into {folder}")
         for number, step in enumerate(steps, 1):
@@ -121,10 +121,13 @@ def _describe_model(recipe: Recipe, resolved: Resolved) -> Iterator[tuple[str, s
     yield "tokenizer", str(recipe.tokenizer_folder)
     for i, line in enumerate(explain(resolved.rope).splitlines()):
         yield "rope" if i == 0 else "", line
+    for stage in recipe.stages:
+        if (rope := resolved.rope_of(stage.name)) != resolved.rope:
+            yield "", f"stage {stage.name} has its own: {rope.describe()}"
     warning = dropped_scaling(resolved.own_rope, resolved.rope) if resolved.model_found else None
     if warning is not None:
         yield "WARNING", warning
-    yield "phases", f"{recipe.rope.phase_dtype}"
+    yield "phases", ", ".join(dict.fromkeys(recipe.rope_section(stage.name).phase_dtype for stage in recipe.stages))
     yield "seed", str(recipe.seed)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import yaml
 
@@ -46,12 +47,12 @@ class Journal:
             "files": {str(path): _file_stamp(path, known.get(str(path))) for path in _all_files(step.files)},
         }
 
-    def refuse_changes(self, step: Step, stamp: dict[str, Any]) -> None:
+    def refuse_changes(self, step: Step, stamp: dict[str, Any], recipe: Recipe) -> None:
         """Raise ConfigError when a finished or interrupted step was made from other inputs."""
         past = self.steps.get(step.name, {}).get("inputs")
         if past is None:
             return
-        self._compare_values(step, past["recipe"], stamp["recipe"])
+        self._compare_values(step, past["recipe"], stamp["recipe"], recipe)
         old_files = {name: row["sha256"] for name, row in past["files"].items()}
         new_files = {name: row["sha256"] for name, row in stamp["files"].items()}
         for name in sorted(old_files.keys() | new_files.keys()):
@@ -65,10 +66,11 @@ class Journal:
         """The same for the values of the recipe alone: input files are not looked at, they may be elsewhere."""
         past = self.steps.get(step.name, {}).get("inputs")
         if past is not None:
-            self._compare_values(step, past["recipe"], _values(step, recipe))
+            self._compare_values(step, past["recipe"], _values(step, recipe), recipe)
 
-    def _compare_values(self, step: Step, past: dict[str, Any], now: dict[str, Any]) -> None:
-        for key in sorted(past.keys() | now.keys()):
+    def _compare_values(self, step: Step, past: dict[str, Any], now: dict[str, Any], recipe: Recipe) -> None:
+        later = {key for key in now.keys() - past.keys() if _is_default_of_known(key, past, recipe)}
+        for key in sorted(past.keys() | now.keys() - later):
             if past.get(key) != now.get(key):
                 raise ConfigError(
                     f"{key} was {past.get(key)!r} when step {step.name} ran, it is {now.get(key)!r} now",
@@ -119,6 +121,28 @@ def _decides(key: str, step: Step) -> bool:
         and key.rsplit(".", maxsplit=1)[-1] not in _SAFETY
         and any(key == k or key.startswith(f"{k}.") for k in step.keys)
     )
+
+
+def _is_default_of_known(key: str, past: dict[str, Any], recipe: Recipe) -> bool:
+    """Whether a step that does not name `key` was made by a version that had no such key, and so did what its default does.
+
+    Its section must have been there, and a key that may be null is none: null is not written down.
+    """
+    section, _, name = key.rpartition(".")
+    if not any(other.startswith(f"{section}.") for other in past):
+        return False
+    owner: Any = recipe
+    for part in section.split(".") if section else ():
+        if isinstance(owner, tuple):
+            owner = next((item for i, item in enumerate(owner) if getattr(item, "name", str(i)) == part), None)
+        elif isinstance(owner, dict):
+            owner = owner.get(part)
+        else:
+            owner = getattr(owner, part, None)
+    if not is_dataclass(owner) or isinstance(owner, type):
+        return False
+    may_be_null = type(None) in get_args(get_type_hints(type(owner))[name])
+    return not may_be_null and any(field.name == name and field.default == getattr(owner, name) for field in fields(owner))
 
 
 def _flatten(value: Any, at: str) -> Iterator[tuple[str, Any]]:

@@ -68,6 +68,11 @@ def plan_steps(file: RecipeFile, resolved: Resolved) -> list[Step]:
     return steps
 
 
+def _rope_keys(stage: Stage) -> tuple[str, ...]:
+    """The recipe values that make the rope which a stage trains with."""
+    return ("rope",) if stage.rope is None else (f"stages.{stage.name}.rope",)
+
+
 def _own_rope(resolved: Resolved) -> str:
     return resolved.own_rope.describe() if resolved.model_found else "read from its config.json when it is there"
 
@@ -121,7 +126,8 @@ def _evaluate_step(
             nproc_per_node=recipe.cluster.nproc_per_node,
         )
 
-    keys = ("model", "tokenizer", "evaluate", "seed") + (("rope",) if rope == "recipe" else ())
+    measured = next(one for one in reversed(recipe.stages) if stage in (None, one.name))
+    keys = ("model", "tokenizer", "evaluate", "seed") + (_rope_keys(measured) if rope == "recipe" else ())
     needs = ("import",) if stage is None else (f"train-{stage}",)
     return Step(f"evaluate-{column}", stage, tuple(lines), keys, tuple(dict.fromkeys(files)), (out,), needs, action)
 
@@ -184,6 +190,8 @@ def _train_step(file: RecipeFile, resolved: Resolved, folder: Path, stage: Stage
         f"weight decay {o.weight_decay:g}, clip {o.clip_grad:g}",
         f"a checkpoint every {stage.save_interval} iterations, the newest {stage.keep_checkpoints} are kept",
     )
+    if stage.rope is not None:
+        lines += (f"rope of this stage: {resolved.rope_of(stage.name).describe()}",)
     out = folder / "checkpoints" / stage.name
 
     def action() -> dict[str, Any]:
@@ -202,7 +210,8 @@ def _train_step(file: RecipeFile, resolved: Resolved, folder: Path, stage: Stage
         return {}
 
     needs = (f"data-{stage.name}", "import" if before is None else f"train-{before.name}")
-    return Step(f"train-{stage.name}", stage.name, lines, (f"stages.{stage.name}", "rope", "seed"), (), (out,), needs, action)
+    keys = (f"stages.{stage.name}", "seed", *_rope_keys(stage))
+    return Step(f"train-{stage.name}", stage.name, lines, keys, (), (out,), needs, action)
 
 
 def _export_step(recipe: Recipe, folder: Path, stage: Stage) -> Step:
@@ -217,7 +226,7 @@ def _export_step(recipe: Recipe, folder: Path, stage: Stage) -> Step:
         "export",
         None,
         (f"checkpoints/{stage.name} -> {out} (Hugging Face safetensors, both rope spellings)",),
-        ("rope",),
+        _rope_keys(stage),
         (),
         (out,),
         (f"train-{stage.name}",),

@@ -38,7 +38,7 @@ def train_job(file: RecipeFile, resolved: Resolved, stage_name: str | None) -> T
         newest, start, start_rope = (
             latest_checkpoint(checkpoints),
             iteration_folder(checkpoints, before.iterations),
-            resolved.rope,
+            resolved.rope_of(before.name),
         )
         if newest != start:
             state = f"is at {newest.name}" if newest is not None else "has no checkpoint"
@@ -49,7 +49,7 @@ def train_job(file: RecipeFile, resolved: Resolved, stage_name: str | None) -> T
             )
     return TrainJob(
         shape=resolved.shape,
-        rope=resolved.rope,
+        rope=resolved.rope_of(stage.name),
         start_rope=start_rope,
         stage=stage,
         data_prefix=folder / "data" / stage.name / stage.data,
@@ -58,7 +58,7 @@ def train_job(file: RecipeFile, resolved: Resolved, stage_name: str | None) -> T
         metrics_path=folder / "metrics" / f"{stage.name}.jsonl",
         tensorboard=folder / "tensorboard" / stage.name,
         log_folder=folder / "logs" / stage.name,
-        phase_dtype=recipe.rope.phase_dtype,
+        phase_dtype=recipe.rope_section(stage.name).phase_dtype,
         backend=recipe.model.backend,
         tokenizer_sha256=tokenizer_sha256(recipe.tokenizer_folder),
         seed=recipe.seed,

@@ -14,10 +14,10 @@ from mcore_longctx.launch.args.megatron_lm import (
     checkpoint_differences,
     distributed_flags,
     environment,
-    refuse_masked_documents,
     title,
     vocabulary_rows,
 )
+from mcore_longctx.launch.args.refusals import refuse_methods
 from mcore_longctx.launch.args.rope import ROPE_KEYS, why_no_rope_flags
 from mcore_longctx.launch.args.source import StageRun
 from mcore_longctx.launch.args.stock import refuse_what_is_lost, stock_recompute
@@ -34,7 +34,7 @@ def bridge_command(run: StageRun) -> Command:
     Raises:
         ConfigError: it would train something else, or cannot be told.
     """
-    refuse_masked_documents(run)
+    refuse_methods(run)
     refuse_what_is_lost(run, "Megatron-Bridge")
     if run.stage.precision != "bf16":
         raise ConfigError(

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from mcore_longctx.errors import ConfigError
 from mcore_longctx.launch.args.flags import Command, Difference, Expansion, Flag, flag
+from mcore_longctx.launch.args.refusals import refuse_methods
 from mcore_longctx.launch.args.rope import ROPE_KEYS, rope_as_json, rope_flags, why_no_rope_flags
 from mcore_longctx.launch.args.source import StageRun
 
@@ -23,7 +24,6 @@ __all__ = [
     "our_command",
     "parallel_flags",
     "preparation",
-    "refuse_masked_documents",
     "schedule_flags",
     "title",
     "tokenizer_flags",
@@ -39,7 +39,7 @@ def our_command(run: StageRun) -> Command:
     Raises:
         ConfigError: the stage cannot be trained by this program.
     """
-    refuse_masked_documents(run)
+    refuse_methods(run)
     activations = run.stage.activations
     if run.stage.async_save and run.cluster.gpu == "none":
         raise ConfigError(
@@ -88,17 +88,6 @@ def title(run: StageRun, program: str) -> str:
         f"Stage {stage.name} of {run.name} for {program}: {stage.iterations:,} steps x {stage.global_batch_size:,} sequences x"
         f" {stage.seq_length:,} tokens, {stage.parallel.describe()}."
     )
-
-
-def refuse_masked_documents(run: StageRun) -> None:
-    """Raise ConfigError for a stage whose documents must not see each other."""
-    if run.stage.cross_document_mask:
-        raise ConfigError(
-            "documents of a sample would see each other: Megatron's batches know no documents inside a sample of our files, and"
-            " --dataloader-inter-document-masking under context parallelism gives wrong losses without an error",
-            where=run.where("stage.cross_document_mask"),
-            fix=f"use mcore-longctx train, or stages.{run.stage.name}.cross_document_mask=false if that is what you want",
-        )
 
 
 def environment(run: StageRun) -> tuple[tuple[str, str, str], ...]:

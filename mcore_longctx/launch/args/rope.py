@@ -21,8 +21,9 @@ from mcore_longctx.rope import RopeScaling, read_hf_rope, write_hf_rope
 __all__ = ["LLAMA3", "ROPE_KEYS", "rope_as_json", "rope_flags", "why_no_rope_flags", "yarn_temperature"]
 
 # all fields together make the rope, which is what the flags say; phase_dtype is how it is computed
-ROPE_KEYS = tuple(
-    f"rope.{field.name}" for field in fields(RopeSection) if field.name not in ("phase_dtype", "max_position_embeddings")
+ROPE_KEYS = (
+    "stage.rope",
+    *(f"rope.{field.name}" for field in fields(RopeSection) if field.name not in ("phase_dtype", "max_position_embeddings")),
 )
 
 LLAMA3 = {"original_max_position_embeddings": 8192, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

@@ -43,7 +43,10 @@ class StageRun:
 
     def where(self, key: str) -> str:
         """File, line and dotted path of a key as `Flag.keys` names it."""
-        return self.file.where(key.replace("stage.", f"stages.{self.stage.name}.", 1) if key.startswith("stage.") else key)
+        own_rope = self.stage.rope is not None and key.partition(".")[0] == "rope"
+        return self.file.where(
+            f"stages.{self.stage.name}.{key.removeprefix('stage.')}" if own_rope or key.startswith("stage.") else key
+        )
 
     @property
     def data_prefix(self) -> Path:
@@ -95,8 +98,8 @@ def stage_run(file: RecipeFile, resolved: Resolved, stage_name: str | None) -> S
         stage=stage,
         previous=names[at - 1] if at else None,
         shape=resolved.shape,
-        rope=resolved.rope,
-        section=recipe.rope,
+        rope=resolved.rope_of(stage.name),
+        section=recipe.rope_section(stage.name),
         backend=recipe.model.backend,
         cluster=cluster,
         seed=recipe.seed,

@@ -18,11 +18,11 @@ from mcore_longctx.launch.args.megatron_lm import (
     model_flags,
     parallel_flags,
     preparation,
-    refuse_masked_documents,
     schedule_flags,
     title,
     tokenizer_flags,
 )
+from mcore_longctx.launch.args.refusals import refuse_methods
 from mcore_longctx.launch.args.rope import ROPE_KEYS, rope_flags, why_no_rope_flags
 from mcore_longctx.launch.args.source import StageRun
 from mcore_longctx.plan.hardware import find_gpu
@@ -43,7 +43,7 @@ def stock_command(run: StageRun) -> Command:
     Raises:
         ConfigError: the program would drop or change something that decides what is trained.
     """
-    refuse_masked_documents(run)
+    refuse_methods(run)
     refuse_what_is_lost(run, "pretrain_gpt.py")
     _refuse_dropped_rope(run)
     recompute, why = stock_recompute(run)

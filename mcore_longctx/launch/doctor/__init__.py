@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 
 from mcore_longctx.launch.doctor import environment, libraries, machine, rope, stages, storage
 from mcore_longctx.launch.doctor.findings import Finding
@@ -53,12 +54,14 @@ def examine_recipe(file: RecipeFile) -> tuple[list[Finding], Resolved | None]:
     heads = [[precision, resolved.shape.kv_channels] for precision in _precisions(recipe)] if resolved else []
     with ExitStack() as probes:
         torch = probes.enter_context(Probe("-c", TORCH, question={"heads": heads}))
-        built = None
-        if resolved is not None:
-            built = probes.enter_context(Probe("-m", "mcore_longctx.model.as_built", question=rope.question(recipe, resolved)))
+        built = {}
+        for stage in rope.stages_to_build(recipe, resolved) if resolved is not None else ():
+            question = rope.question(recipe, resolved, stage)
+            built[stage] = probes.enter_context(Probe("-m", "mcore_longctx.model.as_built", question=question))
         planned, of_plan = stages.plans(recipe, resolved) if resolved else ({}, [])
         about_torch = torch.answer()
-        about_model = {"error": ""} if built is None else built.answer()
+        about_models = {stage: probe.answer() for stage, probe in built.items()}
+        about_model = next(iter(about_models.values()), {"error": ""})
         findings = [
             *libraries.installed(),
             *libraries.torch_found(about_torch),
@@ -80,10 +83,17 @@ def examine_recipe(file: RecipeFile) -> tuple[list[Finding], Resolved | None]:
             *of_jobs,
             *stages.launch(file, [*layouts, *of_jobs]),
             stages.dense_mask(recipe),
-            *rope.as_built(about_model, recipe, resolved.rope),
+            *_ropes(about_models, recipe, resolved),
             *rope.of_checkpoints(recipe, resolved),
         ]
     return findings, resolved
+
+
+def _ropes(about_models: Mapping[str, Mapping[str, object]], recipe: Recipe, resolved: Resolved) -> Iterator[Finding]:
+    """Each rope as it is built; where stages have several, with the name of a stage."""
+    for stage, about in about_models.items():
+        for finding in rope.as_built(about, recipe, resolved.rope_of(stage), stage):
+            yield finding if len(about_models) == 1 else replace(finding, text=f"stage {stage}: {finding.text}")
 
 
 def _why_not() -> Mapping[str, object]:

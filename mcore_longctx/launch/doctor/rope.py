@@ -17,33 +17,40 @@ from mcore_longctx.recipe.resolve import Resolved
 from mcore_longctx.rope import RopeScaling
 from mcore_longctx.rope.frequencies import FloatArray, plain_frequencies
 
-__all__ = ["as_built", "of_checkpoints", "question"]
+__all__ = ["as_built", "of_checkpoints", "question", "stages_to_build"]
 
 _FLOAT32_STEPS = 8 * 2.0**-24  # of a handful of float32 operations, each rounded by at most 2^-24
 _REINSTALL = "reinstall mcore-longctx and megatron-core in one environment, with nothing that patches them"
 
 
-def question(recipe: Recipe, resolved: Resolved) -> dict[str, Any]:
-    """What `python -m mcore_longctx.model.as_built` is asked."""
+def stages_to_build(recipe: Recipe, resolved: Resolved) -> list[str]:
+    """One stage of each rope that the recipe trains with, the last of those that share it, in order."""
+    found = {(rope.fingerprint(), recipe.rope_section(name).phase_dtype): name for name, rope in resolved.stage_ropes.items()}
+    return [stage.name for stage in recipe.stages if stage.name in found.values()]
+
+
+def question(recipe: Recipe, resolved: Resolved, stage: str | None = None) -> dict[str, Any]:
+    """What `python -m mcore_longctx.model.as_built` is asked about the rope of a stage (None: the last one)."""
     return {
         "shape": resolved.shape.as_dict(),
-        "rope": resolved.rope.as_dict(),
-        "phase_dtype": recipe.rope.phase_dtype,
+        "rope": (resolved.rope if stage is None else resolved.rope_of(stage)).as_dict(),
+        "phase_dtype": recipe.rope_section(stage).phase_dtype,
         "backend": recipe.model.backend,
     }
 
 
-def as_built(found: Mapping[str, Any], recipe: Recipe, rope: RopeScaling) -> Iterator[Finding]:
-    """The built module's frequencies, softmax scale and angles against the recipe's.
+def as_built(found: Mapping[str, Any], recipe: Recipe, rope: RopeScaling, stage: str | None = None) -> Iterator[Finding]:
+    """The built module's frequencies, softmax scale and angles against those of a stage (None: the last one).
 
     float64 phases: the same fingerprint. float32 phases: within the rounding of float32, and where transformers is installed its bits.
     """
+    phase_dtype = recipe.rope_section(stage).phase_dtype
     if "error" in found:
         yield wrong("rope as built", f"the model cannot be built: {found['error']}", "see megatron-core above, or model.backend")
         return
     wanted, temperature = rope.frequencies()
     built = np.array(found["inv_freq"], dtype=np.float64)
-    yield from _frequencies(built, wanted, found, recipe, rope)
+    yield from _frequencies(built, wanted, found, phase_dtype, rope)
     scale = temperature**2 * rope.head_dim**-0.5
     context = rope.resolved_max_position_embeddings
     text = (
@@ -53,8 +60,8 @@ def as_built(found: Mapping[str, Any], recipe: Recipe, rope: RopeScaling) -> Ite
         yield wrong("rope as built", f"{text}: the recipe's scale is {scale:.8g}", _REINSTALL)
     else:
         yield ok("rope as built", text)
-    bound = 1e-5 if recipe.rope.phase_dtype == "float64" else 1e-5 + (context or 0) * 4 * 2.0**-24
-    text = f"{recipe.rope.phase_dtype} angles at the end of the context are right to {found['angle_error']:.1e} rad"
+    bound = 1e-5 if phase_dtype == "float64" else 1e-5 + (context or 0) * 4 * 2.0**-24
+    text = f"{phase_dtype} angles at the end of the context are right to {found['angle_error']:.1e} rad"
     if found["angle_error"] > bound:
         yield wrong("rope as built", text, _REINSTALL)
     else:
@@ -64,14 +71,14 @@ def as_built(found: Mapping[str, Any], recipe: Recipe, rope: RopeScaling) -> Ite
 
 
 def _frequencies(
-    built: FloatArray, wanted: FloatArray, found: Mapping[str, Any], recipe: Recipe, rope: RopeScaling
+    built: FloatArray, wanted: FloatArray, found: Mapping[str, Any], phase_dtype: str, rope: RopeScaling
 ) -> Iterator[Finding]:
     like = {True: "; the same bits as transformers", False: "", None: ""}[found["transformers"]]
     text = f"{len(built)} inverse frequencies of {found['module']} on {found['device']}"
     if built.shape != wanted.shape:
         yield wrong("rope as built", f"{text}, the recipe has {len(wanted)}", _REINSTALL)
         return
-    allowed = np.full(len(wanted), 1e-12) if recipe.rope.phase_dtype == "float64" else _rounding_of_float32(wanted, rope)
+    allowed = np.full(len(wanted), 1e-12) if phase_dtype == "float64" else _rounding_of_float32(wanted, rope)
     difference = np.abs(built / wanted - 1)
     # hashes compare tables, not roundings: what is the wanted value but for rounding counts as the wanted value
     digest, expected = _digest(np.where(difference <= allowed, wanted, built)), _digest(wanted)
@@ -117,9 +124,9 @@ def _stock(stock: FloatArray, wanted: FloatArray, version: str, rope: RopeScalin
 
 
 def of_checkpoints(recipe: Recipe, resolved: Resolved) -> Iterator[Finding]:
-    """Checkpoints that are in the run folder already carry the rope that they were made with: it must be the recipe's."""
+    """Checkpoints that are in the run folder already carry the rope that they were made with: it must be that of their stage."""
     checkpoints = recipe.run_folder / "checkpoints"
-    wanted = {stage.name: resolved.rope for stage in recipe.stages} | {"base": resolved.own_rope}
+    wanted = {**resolved.stage_ropes, "base": resolved.own_rope}
     if not resolved.model_found:
         wanted.pop("base")
     for stage, rope in wanted.items():
