@@ -182,7 +182,7 @@ def _data_step(recipe: Recipe, resolved: Resolved, folder: Path, stage: Stage) -
 def _train_step(file: RecipeFile, resolved: Resolved, folder: Path, stage: Stage, before: Stage | None) -> Step:
     o, tokens = stage.optimizer, stage.iterations * stage.global_batch_size * stage.seq_length
     decay = f", cosine to {o.min_lr:g}" if o.lr_decay_style == "cosine" else ", constant"
-    lines = (
+    lines: tuple[str, ...] = (
         f"{stage.kind}: {stage.iterations:,} iterations x {stage.global_batch_size:,} sequences x {stage.seq_length:,} tokens = {tokens:,} tokens",
         f"{stage.parallel.describe()}; micro-batch {stage.micro_batch_size}, {stage.num_microbatches} micro-batches a step; {stage.precision}",
         stage.activations.describe() + (", documents of a sample do not see each other" if stage.cross_document_mask else ""),

@@ -141,10 +141,6 @@ def test_steps_are_made_of_the_rope_of_their_stage_alone(folder: Path, monkeypat
         runner.run_recipe(recipe_of(folder, "rope.rope_theta=4000000"))
     with pytest.raises(ConfigError, match=r"stages.second.rope.rope_theta was 128000000.0 when step train-second ran"):
         runner.run_recipe(recipe_of(folder, "stages.second.rope.rope_theta=64000000"), only=["train-second"])
-    with pytest.raises(
-        ConfigError, match=r"stages.second.rope.type was 'abf' when step (evaluate-scaled|train-second) ran, it is None"
-    ):
-        runner.run_recipe(recipe_of(folder, "stages.second.rope=null", "rope.max_position_embeddings=8k"), only=["train-second"])
 
 
 def _touching(step: Step) -> Step:

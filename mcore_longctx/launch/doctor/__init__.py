@@ -55,9 +55,10 @@ def examine_recipe(file: RecipeFile) -> tuple[list[Finding], Resolved | None]:
     with ExitStack() as probes:
         torch = probes.enter_context(Probe("-c", TORCH, question={"heads": heads}))
         built = {}
-        for stage in rope.stages_to_build(recipe, resolved) if resolved is not None else ():
-            question = rope.question(recipe, resolved, stage)
-            built[stage] = probes.enter_context(Probe("-m", "mcore_longctx.model.as_built", question=question))
+        if resolved is not None:
+            for stage in rope.stages_to_build(recipe, resolved):
+                question = rope.question(recipe, resolved, stage)
+                built[stage] = probes.enter_context(Probe("-m", "mcore_longctx.model.as_built", question=question))
         planned, of_plan = stages.plans(recipe, resolved) if resolved else ({}, [])
         about_torch = torch.answer()
         about_models = {stage: probe.answer() for stage, probe in built.items()}
