@@ -146,8 +146,9 @@ class PackedSamples:
     def sequence_weights(
         self, index: int, places: IntArray, loss_mask: BoolArray, *, apart: bool
     ) -> tuple[npt.NDArray[np.float32], int]:
-        """Weight 1/N of each learned label at some places of a sample, N the learned tokens of its conversation, and how many
-        conversations the sample teaches (`data/methods/weights.py`).
+        """Weights of the learned labels at some places of a sample, and how many conversations the sample teaches.
+
+        A weight is 1/N, N the learned tokens of the label's conversation (`data/methods/weights.py`).
 
         places: from 0 to seq_length - 1, or -1 for a filler, as in `gather` and, as positions, `cp_slice`; loss_mask: theirs.
         apart: conversations do not see each other.
