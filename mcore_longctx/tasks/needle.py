@@ -1,102 +1,52 @@
-"""Needle (passkey) samples on token level: a made-up name's number hidden in held-out text, asked for at the end.
+"""Needle samples on token level: a sentence hidden in held-out text and asked for at the end.
 
-    haystack ... The pass key for dolu is 4829137.\\n ... haystack The pass key for dolu is| 4829137
-                 ^ at the line start nearest to the depth                                  ^ teacher-forced answer
+    passkey   ... The pass key for dolu is 4829137.\\n ... haystack The pass key for dolu is| 4829137
+                  ^ at the line start nearest to the depth                                  ^ teacher-forced answer
+    sentence  ... end. Mira Dolusek keeps the lighthouse of Tarobi. Next ... Mira Dolusek keeps the lighthouse of| Tarobi
 
-A sample is a pure function of (haystack, tokenizer, seed, length, depth, index, digits). The haystack is tokenized once; a
+A sample is a pure function of (haystack, tokenizer, kind, seed, length, depth, index, digits). The haystack is tokenized once; a
 sample costs one copy of its tokens, also at 4M. The start of the haystack differs from sample to sample, so that no two samples
 share their text, and the share of it that is not repeated is reported.
+
+`make_shared_needles` hides one needle at every depth of one haystack: read once, asked once for each. The other needles distract
+then, so it is another task, and shown under another name (`needles_shared`).
 """
 
 from __future__ import annotations
 
-import hashlib
 import random
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from mcore_longctx.errors import ConfigError, DataError
+from mcore_longctx.errors import ConfigError
+from mcore_longctx.tasks.haystack import Haystack
+from mcore_longctx.tasks.placing import Insert, place_sentences
+from mcore_longctx.tasks.tokens import TextTokenizer, Tokens, encode_after, seeded
 
 __all__ = [
-    "Haystack",
+    "NeedleKind",
     "NeedleSample",
-    "TextTokenizer",
+    "SharedNeedle",
+    "SharedNeedles",
     "make_needle_sample",
+    "make_shared_needles",
     "needle_depths",
     "needle_grid",
     "solve_needle",
 ]
 
-STEM = "The pass key for"
-QUESTION = STEM + " {key} is"
-ANSWER = " {value}"  # the space belongs to the answer: tokenizers glue it to what follows
-NEEDLE = QUESTION + ANSWER + ".\n"
+NeedleKind = Literal["passkey", "sentence"]
+
 CONSONANTS, VOWELS = "bcdfghjklmnprstvw", "aeiou"
-
-
-class TextTokenizer(Protocol):
-    """What the tasks need of a tokenizer. Neither direction adds or drops special tokens."""
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of `text`."""
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of token ids."""
-
-
-@dataclass(frozen=True)
-class Haystack:
-    """Held-out text as a ring of tokens.
-
-    Attributes:
-        tokens: int64 [n].
-        ends_line: bool [n]; True where a token's text ends in a newline, so that a line starts after it.
-    """
-
-    tokens: npt.NDArray[np.int64]
-    ends_line: npt.NDArray[np.bool_]
-
-    @classmethod
-    def from_documents(cls, documents: Sequence[str], tokenizer: TextTokenizer, *, where: object = None) -> Haystack:
-        """Tokenize documents once and find the line starts. A document that does not end its last line gets a newline.
-
-        Raises:
-            DataError: no text, or the text holds pass key sentences already.
-        """
-        parts: list[npt.NDArray[np.int64]] = []
-        for text in documents:
-            if STEM in text:
-                raise DataError(f"the haystack holds the words {STEM!r}: its answers would not be unique", where=where)
-            whole = text if text.endswith("\n") else text + "\n"
-            parts.append(np.array(tokenizer.encode(whole), dtype=np.int64))
-        tokens = np.concatenate(parts) if parts else np.empty(0, np.int64)
-        if not "".join(documents).strip() or not len(tokens):
-            raise DataError("the haystack holds no text", where=where)
-        ids = np.unique(tokens)
-        newline = np.array([tokenizer.decode([int(token)]).endswith("\n") for token in ids])
-        ends_line = newline[np.searchsorted(ids, tokens)]
-        if not ends_line.any():
-            raise DataError("no token of this tokenizer ends in a newline: needles need line starts", where=where)
-        return cls(tokens, ends_line)
-
-    def cut(self, start: int, count: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """`count` tokens that end where a line ends, from the ring at `start` or as little after it as that needs.
-
-        Returns:
-            the tokens, int64 [count], and where in them lines start, ascending int64 (0 and `count` included).
-        """
-        n = len(self.tokens)
-        last = (start + count - 1) % n
-        ends = np.flatnonzero(self.ends_line)
-        at = np.searchsorted(ends, last)
-        shift = int(ends[at] if at < len(ends) else ends[0] + n) - last
-        ring = (start + shift + np.arange(count)) % n
-        return self.tokens[ring], np.union1d([0], np.flatnonzero(self.ends_line[ring]) + 1)
+PASSKEY = "The pass key for {key} is"
+FACTS = ("{key} keeps the lighthouse of", "{key} repairs the clocks of", "{key} rings the bells of", "{key} paints the doors of")
+ANSWER = " {value}"  # the space belongs to the answer: tokenizers glue it to what follows
+WHERE = "evaluate.needle.lengths"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +77,47 @@ class NeedleSample:
         return self.tokens[self.answer_start :]
 
 
+@dataclass(frozen=True, kw_only=True)
+class SharedNeedle:
+    """One of the needles of a haystack, with its question.
+
+    Attributes:
+        suffix: int64 [m], question and answer, to follow the haystack.
+        answer_start: position of the answer's first token in the suffix.
+        needle_start: position of the needle's first token in the haystack.
+        depth: where the needle really is, 0 to 1.
+    """
+
+    suffix: npt.NDArray[np.int64]
+    answer_start: int
+    key: str
+    value: str
+    needle_start: int
+    depth: float
+
+    @property
+    def answer(self) -> npt.NDArray[np.int64]:
+        """Answer tokens, int64."""
+        return self.suffix[self.answer_start :]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharedNeedles:
+    """One haystack with a needle at every depth: `tokens` followed by any needle's `suffix` is a sample.
+
+    Attributes:
+        tokens: int64 [n]; n + the longest suffix is the length asked for.
+        needles: in the order of the depths asked for.
+        haystack_start: where in the haystack's ring the text was wanted to begin.
+        unique_share: share of the text that is not a repetition of itself.
+    """
+
+    tokens: npt.NDArray[np.int64]
+    needles: tuple[SharedNeedle, ...]
+    haystack_start: int
+    unique_share: float
+
+
 def needle_depths(count: int) -> list[float]:
     """`count` equally spaced depths from 0 (start) to 1 (just before the question); a single one is the middle.
 
@@ -155,6 +146,7 @@ def make_needle_sample(
     depth: float,
     index: int,
     digits: int,
+    kind: NeedleKind = "passkey",
     prefix: Sequence[int] = (),
 ) -> NeedleSample:
     """Build a sample of exactly `length` tokens, the answer included.
@@ -166,43 +158,84 @@ def make_needle_sample(
         length: tokens of the sample.
         depth: wanted place of the needle, 0 (start) to 1 (just before the question).
         index: number of the sample in its cell.
-        digits: digits of the value; up to ten they differ from each other, so that digits in a wrong order are not right by chance.
+        digits: digits of a passkey; up to ten they differ from each other, so that digits in a wrong order are not right by chance.
+        kind: a pass key, or where an invented person works.
         prefix: ids with which the model's tokenizer begins a text (begin token), if any.
 
     Raises:
         ConfigError: the sample does not fit in `length`.
         DataError: the tokenizer does not tokenize question + answer as the question followed by the answer.
     """
-    rng = _rng(int(seed), int(length), float(depth), int(index))
-    key = "".join(rng.choice(CONSONANTS) + rng.choice(VOWELS) for _ in range(rng.choice((2, 3))))
-    value = "".join(rng.sample("0123456789", digits) if digits <= 10 else rng.choices("0123456789", k=digits))
-    needle = tokenizer.encode(NEEDLE.format(key=key, value=value))
-    question = tokenizer.encode(QUESTION.format(key=key))
-    answer = _answer_ids(tokenizer, question, QUESTION.format(key=key) + ANSWER.format(value=value))
-
-    room = length - len(prefix) - len(needle) - len(question) - len(answer)
-    if room < 1:
-        raise ConfigError(
-            f"a needle sample of {digits} digits needs more than {length - room:,} tokens, the length is {length:,}",
-            where="evaluate.needle.lengths",
-            fix="use longer lengths or fewer digits",
-        )
+    key: tuple[object, ...] = (int(seed), int(length), float(depth), int(index))
+    rng = seeded(*key) if kind == "passkey" else seeded(kind, *key)
+    fact = _draw(rng, kind, digits)
+    asked = _Asked.of(tokenizer, fact)
+    insert = _insert(tokenizer, fact, kind)
+    room = length - len(prefix) - len(asked.suffix)
+    if room <= insert.most:
+        needed = length - room + insert.most
+        raise ConfigError(_too_short("a needle sample", kind, digits, needed, length), where=WHERE, fix=_fix(kind))
     start = rng.randrange(len(haystack.tokens))
-    text, line_starts = haystack.cut(start, room)
-    place = int(line_starts[np.argmin(np.abs(line_starts - depth * room))])
-    tokens = np.concatenate(
-        [np.array(part, dtype=np.int64) for part in (prefix, text[:place], needle, text[place:], question, answer)]
-    )
+    placed = place_sentences(haystack, tokenizer, [insert], [depth], start=start, room=room)
+    tokens = np.concatenate([np.array(prefix, dtype=np.int64), placed.tokens, asked.suffix])
     assert len(tokens) == length
     return NeedleSample(
         tokens=tokens,
-        answer_start=length - len(answer),
-        key=key,
-        value=value,
-        needle_start=len(prefix) + place,
+        answer_start=length - len(asked.suffix) + asked.answer_start,
+        key=fact.key,
+        value=fact.value,
+        needle_start=len(prefix) + placed.starts[0],
         haystack_start=start,
-        depth=place / room,
-        unique_share=min(1.0, len(haystack.tokens) / room),
+        depth=placed.depths[0],
+        unique_share=haystack.unique_share(placed.text_tokens),
+    )
+
+
+def make_shared_needles(
+    haystack: Haystack,
+    tokenizer: TextTokenizer,
+    *,
+    seed: int,
+    length: int,
+    depths: Sequence[float],
+    index: int,
+    digits: int,
+    kind: NeedleKind = "passkey",
+    prefix: Sequence[int] = (),
+) -> SharedNeedles:
+    """One haystack with a needle at every depth; with the longest suffix it has exactly `length` tokens.
+
+    Arguments and errors are those of `make_needle_sample`. No two needles share key or value.
+    """
+    rng = seeded("shared", kind, int(seed), int(length), tuple(float(depth) for depth in depths), int(index))
+    facts: list[_Fact] = []
+    while len(facts) < len(depths):
+        fact = _draw(rng, kind, digits, known=facts)
+        facts.append(fact)
+    asked = [_Asked.of(tokenizer, fact) for fact in facts]
+    inserts = [_insert(tokenizer, fact, kind) for fact in facts]
+    room = length - len(prefix) - max(len(each.suffix) for each in asked)
+    most = sum(insert.most for insert in inserts)
+    if room <= most:
+        what = _too_short(f"one text with {len(depths)} needles", kind, digits, length - room + most, length)
+        raise ConfigError(what, where=WHERE, fix=f"{_fix(kind)}, or fewer depths")
+    start = rng.randrange(len(haystack.tokens))
+    placed = place_sentences(haystack, tokenizer, inserts, depths, start=start, room=room)
+    return SharedNeedles(
+        tokens=np.concatenate([np.array(prefix, dtype=np.int64), placed.tokens]),
+        needles=tuple(
+            SharedNeedle(
+                suffix=each.suffix,
+                answer_start=each.answer_start,
+                key=fact.key,
+                value=fact.value,
+                needle_start=len(prefix) + at,
+                depth=depth,
+            )
+            for fact, each, at, depth in zip(facts, asked, placed.starts, placed.depths, strict=True)
+        ),
+        haystack_start=start,
+        unique_share=haystack.unique_share(placed.text_tokens),
     )
 
 
@@ -212,26 +245,73 @@ def solve_needle(prompt: str) -> str:
     Raises:
         ValueError: the prompt asks nothing, or does not answer its question exactly once.
     """
-    asked = re.search(re.escape(STEM) + r" (\w+) is$", prompt)
+    asked = re.search(re.escape(PASSKEY).replace(r"\{key\}", r"(\w+)") + "$", prompt)
+    value = r"(\d+)"
+    if asked is None:
+        asked = re.search("(?:" + "|".join(fact.format(key=r"([A-Z]\w+ [A-Z]\w+)") for fact in FACTS) + ")$", prompt)
+        value = r"([A-Z]\w+)"
     if asked is None:
         raise ValueError("the prompt does not end in a question")
-    found = re.findall(re.escape(STEM) + rf" {asked[1]} is (\d+)\.", prompt)
+    found = re.findall(rf"\b{re.escape(asked[0])} {value}\.", prompt)
     if len(found) != 1:
-        raise ValueError(f"{len(found)} answers for {asked[1]!r} in the prompt")
+        raise ValueError(f"{len(found)} answers for {next(key for key in asked.groups() if key)!r} in the prompt")
     return str(found[0])
 
 
-def _rng(*key: float) -> random.Random:
-    """A generator that depends on the key alone: not on the process, the order of samples or earlier draws."""
-    return random.Random(hashlib.sha256(repr(key).encode()).digest())
+@dataclass(frozen=True)
+class _Fact:
+    key: str
+    value: str
+    question: str
+
+    @property
+    def sentence(self) -> str:
+        return self.question + ANSWER.format(value=self.value) + "."
 
 
-def _answer_ids(tokenizer: TextTokenizer, question: list[int], whole: str) -> list[int]:
-    """Ids of question + answer without the question's: what a model that was trained on plain text predicts."""
-    ids = tokenizer.encode(whole)
-    if ids[: len(question)] != question or len(ids) == len(question):
-        raise DataError(
-            f"the tokenizer joins the end of the question with the answer in {whole!r}: the answer cannot be scored",
-            where="tokenizer",
-        )
-    return ids[len(question) :]
+@dataclass(frozen=True)
+class _Asked:
+    """Tokens of question and answer."""
+
+    suffix: Tokens
+    answer_start: int
+
+    @classmethod
+    def of(cls, tokenizer: TextTokenizer, fact: _Fact) -> _Asked:
+        question = np.array(tokenizer.encode(fact.question), dtype=np.int64)
+        answer = encode_after(tokenizer, fact.question, ANSWER.format(value=fact.value))
+        return cls(np.concatenate([question, answer]), len(question))
+
+
+def _draw(rng: random.Random, kind: NeedleKind, digits: int, known: Sequence[_Fact] = ()) -> _Fact:
+    """A fact whose key and value no known one has."""
+    while True:
+        if kind == "passkey":
+            key = "".join(rng.choice(CONSONANTS) + rng.choice(VOWELS) for _ in range(rng.choice((2, 3))))
+            value = "".join(rng.sample("0123456789", digits) if digits <= 10 else rng.choices("0123456789", k=digits))
+            question = PASSKEY
+        else:
+            key, value = f"{_name(rng)} {_name(rng)}", _name(rng)
+            question = rng.choice(FACTS)
+        if all(fact.key != key and fact.value != value for fact in known):
+            return _Fact(key, value, question.format(key=key))
+
+
+def _name(rng: random.Random) -> str:
+    return "".join(rng.choice(CONSONANTS) + rng.choice(VOWELS) for _ in range(3)).capitalize()
+
+
+def _insert(tokenizer: TextTokenizer, fact: _Fact, kind: NeedleKind) -> Insert:
+    """Pass keys stand on lines of their own, encoded by themselves."""
+    if kind == "sentence":
+        return Insert.of(tokenizer, fact.sentence)
+    return Insert(fact.sentence, np.array(tokenizer.encode(fact.sentence + "\n"), dtype=np.int64))
+
+
+def _too_short(what: str, kind: NeedleKind, digits: int, needed: int, length: int) -> str:
+    size = f" of {digits} digits" if kind == "passkey" else ""
+    return f"{what}{size} needs more than {needed:,} tokens, the length is {length:,}"
+
+
+def _fix(kind: NeedleKind) -> str:
+    return "use longer lengths or fewer digits" if kind == "passkey" else "use longer lengths"

@@ -53,7 +53,7 @@ HAYSTACKS = {
     name: Haystack.from_documents(["\n".join(LINES[:150]), "\n".join(LINES[150:])], tokenizer)
     for name, tokenizer in TOKENIZERS.items()
 }
-LONGEST_LINE = {name: int(np.diff(np.flatnonzero(h.ends_line)).max()) for name, h in HAYSTACKS.items()}
+LONGEST_LINE = {name: int(np.diff(h.line_starts).max()) for name, h in HAYSTACKS.items()}
 
 
 def sample_of(name, **changes):
@@ -178,7 +178,7 @@ def test_a_tokenizer_that_joins_question_and_answer_is_refused():
         def encode(self, text):
             return [1] if re.search(r" is \d+$", text) else super().encode(text)
 
-    with pytest.raises(DataError, match="joins the end of the question with the answer"):
+    with pytest.raises(DataError, match=r"joins the end of .* with the beginning of"):
         make_needle_sample(HAYSTACKS["bytes"], Joins(), seed=1, length=512, depth=0.5, index=0, digits=3)
 
 
