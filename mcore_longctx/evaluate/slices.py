@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -11,7 +14,19 @@ from torch import Tensor
 from mcore_longctx.layout import zigzag_owner, zigzag_positions
 from mcore_longctx.megatron_compat import training_device
 
-__all__ = ["local_rows", "local_slice", "sum_over_ranks"]
+__all__ = ["from_first_rank", "local_rows", "local_slice", "padded", "sum_over_ranks"]
+
+
+def padded(tokens: npt.NDArray[np.int64], config: Any) -> npt.NDArray[np.int64]:
+    """Tokens of any length with as many behind them as the layout of a TransformerConfig needs.
+
+    They are right of everything real, so causal attention never sees them. What they are is of no meaning.
+    """
+    cp_size = parallel_state.get_context_parallel_world_size()
+    multiple = 2 * cp_size if cp_size > 1 else 1
+    if config.sequence_parallel:  # each rank splits its slice over the tensor-parallel group
+        multiple = math.lcm(multiple, cp_size * config.tensor_model_parallel_size)
+    return np.pad(tokens, (0, -len(tokens) % multiple))
 
 
 def local_slice(tokens: npt.NDArray[np.int64]) -> tuple[Tensor, Tensor]:
@@ -38,3 +53,11 @@ def sum_over_ranks(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     total = torch.from_numpy(values).to(training_device())
     torch.distributed.all_reduce(total, group=parallel_state.get_context_parallel_group())
     return np.asarray(total.cpu().numpy())
+
+
+def from_first_rank(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """The array of the first context-parallel rank, on each: for results that ranks compute alike, up to the last bits."""
+    group = parallel_state.get_context_parallel_group()
+    shared = torch.from_numpy(values).to(training_device())
+    torch.distributed.broadcast(shared, torch.distributed.get_process_group_ranks(group)[0], group=group)
+    return np.asarray(shared.cpu().numpy())

@@ -17,6 +17,7 @@ from mcore_longctx.layout.packed import PackLayout, plain_layout
 from mcore_longctx.megatron_compat import training_device
 from mcore_longctx.model.packed import agreed_layout
 from mcore_longctx.parallel.exchange import CP_COMM_TYPES, attention, make_exchange, replayed_attention
+from mcore_longctx.parallel.past import KeysAndValues, past_attention
 
 __all__ = ["LongContextAttention"]
 
@@ -41,6 +42,8 @@ class LongContextAttention(torch.nn.Module):
     A layer that is computed again in the backward pass need not compute its attention again: run the layer inside `recording`,
     keep what it yields beside the layer's input, and run the layer again inside `replaying`. `forward_calls` counts the attentions
     that were really computed.
+
+    A prompt can be kept and continued (`mcore_longctx.model.kv_cache`): run it inside `capturing`, then new tokens inside `continuing`.
 
     Raises:
         ConfigError: anything that this attention does not compute: dropout, another exchange, a window, cross attention; a kernel that
@@ -77,13 +80,15 @@ class LongContextAttention(torch.nn.Module):
         backend = getattr(config, "attention_backend", AttnBackend.auto)
         if backend not in _KERNELS_OF_BACKEND:
             raise ConfigError(f"attention_backend is {backend.name!r}", where=where, fix="use auto, flash or fused")
-        kernels = _KERNELS_OF_BACKEND[backend]
+        self.kernels = kernels = _KERNELS_OF_BACKEND[backend]
         _, reason = kernel_and_reason(training_device(), config.params_dtype, config.kv_channels, kernels)
         hierarchical_groups = getattr(pg_collection, "hcp", None)
         self.exchange = make_exchange(self.cp_comm_type, self.cp_group, hierarchical_groups, kernels)
         self.forward_calls = 0
         self._recorded: list[Tensor] | None = None
         self._replayed: tuple[Tensor, Tensor] | None = None
+        self._captured: tuple[list[Tensor], int] | None = None
+        self._past: tuple[KeysAndValues, ...] | None = None
         if layer_number == 1:  # megatron-core 0.19 trains on with its own layer when --spec cannot be imported: be seen
             ranks = self.cp_group.size()
             neighbours = f" ({self.exchange.inner} x {ranks // self.exchange.inner})" if self.cp_comm_type == "a2a+p2p" else ""
@@ -130,6 +135,11 @@ class LongContextAttention(torch.nn.Module):
             raise ConfigError(f"a {attn_mask_type.name} mask is asked for, only causal is computed", where=where)
         if attention_bias is not None:
             raise ConfigError("an attention bias is given, which is not supported", where=where)
+        if self._captured is not None:
+            kept, rows = self._captured
+            kept += [tensor[:rows].clone() for tensor in (key, value)]  # the value is a view of a layer's whole projection
+        if self._past is not None:
+            return self._continue(query, key, value, self._past)
         if query.dim() == 3:  # thd
             query, key, value = (tensor.unsqueeze(1) for tensor in (query, key, value))
             return self._attend(query, key, value, self._layout(query, packed_seq_params, where)).squeeze(1)
@@ -161,6 +171,37 @@ class LongContextAttention(torch.nn.Module):
         out = _as_megatron(out)
         self._recorded += [out, lse]
         return out
+
+    def _continue(self, query: Tensor, key: Tensor, value: Tensor, past: tuple[KeysAndValues, ...]) -> Tensor:
+        q, k, v = (tensor.permute(1, 2, 0, 3) for tensor in (query, key, value))
+        return _as_megatron(past_attention(q, k, v, past, self.cp_group, self.softmax_scale, self.kernels))
+
+    @contextlib.contextmanager
+    def capturing(self, rows: int) -> Iterator[list[Tensor]]:
+        """Yield a list to which a forward inside appends copies of its key and value, [rows, b, g/tp, d]: the first rows given.
+
+        They are this rank's own rows after the rope, whatever the exchange makes of them later.
+        """
+        kept: list[Tensor] = []
+        self._captured = (kept, rows)
+        try:
+            yield kept
+        finally:
+            self._captured = None
+
+    @contextlib.contextmanager
+    def continuing(self, past: tuple[KeysAndValues, ...], rows: int) -> Iterator[list[Tensor]]:
+        """A forward inside is given new tokens, the same on every context-parallel rank, that come after all tokens of `past`.
+
+        Yields the list of `capturing`: keys and values of the first `rows` new tokens. `past` holds what this rank keeps, see
+        `past_attention`.
+        """
+        self._past = past
+        try:
+            with self.capturing(rows) as kept:
+                yield kept
+        finally:
+            self._past = None
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[list[Tensor]]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mcore_longctx.errors import ConfigError, LayoutError
+from mcore_longctx.kernels.interface import accumulator_dtype
 from mcore_longctx.layout import check_seq_length
 from mcore_longctx.megatron_compat import NO_CUDA_GRAPHS, device_context, of_layers
 from mcore_longctx.model.initial_weights import fill_with_nan, set_initial_weights
@@ -292,8 +293,9 @@ class LongContextGPTModel(GPTModel):
             dist.all_reduce(hidden, group=group)
         tied = self.share_embeddings_and_output_weights
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
-        # a few rows: in float32, so that bf16 ties do not decide the most probable token
-        logits = F.linear(hidden.float(), weight.float())  # [rows, v/tp]
+        # a few rows: in float32 (float64 for float64), so that bf16 ties do not decide the most probable token
+        dtype = accumulator_dtype(hidden.dtype)
+        logits = F.linear(hidden.to(dtype), weight.to(dtype))  # [rows, v/tp]
         return all_gather(logits, group).permute(1, 0, 2).flatten(1)[:, : self.real_vocab_size]
 
 
