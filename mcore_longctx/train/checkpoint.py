@@ -40,11 +40,11 @@ from mcore_longctx.recipe import CARD, CheckpointCard, ModelShape, read_card, wr
 from mcore_longctx.rope import RopeScaling
 from mcore_longctx.train.control import Control
 from mcore_longctx.train.job import TrainJob
-from mcore_longctx.train.optimizer import load_optimizer_state, prepare_optimizer_state
+from mcore_longctx.train.optimizer import keep_settings, load_optimizer_state, prepare_optimizer_state
 from mcore_longctx.train.own_shards import own_shards
 from mcore_longctx.train.writing import BesideTraining, SaveStrategy, Share
 
-__all__ = ["Checkpointer", "verify_checkpoint"]
+__all__ = ["Checkpointer", "check_moments", "verify_checkpoint"]
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +87,16 @@ def verify_checkpoint(folder: Path, *, shape: ModelShape, rope: RopeScaling, has
             f"{min(unlisted)} is used but not in the manifest", where=folder, fix="use another copy of the checkpoint"
         )
     return manifest
+
+
+def check_moments(folder: Path, stage: str) -> None:
+    """Raise CheckpointError unless a checkpoint, which has been verified, holds the state of an optimizer. Reads no tensor."""
+    if not any(name.startswith("optimizer.state.exp_avg.") for name in read_torch_dist(folder).tensors):
+        raise CheckpointError(
+            f"holds no optimizer state, and stage {stage} has optimizer_from: previous",
+            where=folder,
+            fix="train the stage before it again, or begin with moments of 0: optimizer_from: none",
+        )
 
 
 @dataclass
@@ -269,6 +279,24 @@ class Checkpointer:
 
         The model's own weights must have been loaded before it was wrapped (`load_model_weights`).
         """
+        loaded = self._read(folder)
+        load_optimizer_state(self.optimizer, loaded["optimizer"])
+        self.schedule.load_state_dict(loaded["opt_param_scheduler"])
+        iteration = int(loaded["iteration"])
+        if iteration != store.iteration_of(folder):
+            raise CheckpointError(f"holds iteration {iteration:,}", where=folder, fix="give the folder its own name back")
+        return iteration
+
+    def load_moments(self, folder: Path) -> None:
+        """Fill the optimizer from a verified checkpoint of the stage before, at any layout: main weights, moments, Adam's step count.
+
+        Learning rate, weight decay and betas stay this stage's, and so does the schedule.
+        """
+        keep_settings(self.optimizer, state := self._read(folder)["optimizer"])
+        load_optimizer_state(self.optimizer, state)
+
+    def _read(self, folder: Path) -> dict[str, Any]:
+        """What a checkpoint holds besides the model's own weights, for this layout."""
         prepare_optimizer_state(self.optimizer)
         model = self.wrapped.module.sharded_state_dict(metadata=self._metadata())
         wanted = {"optimizer": self.optimizer.sharded_state_dict(model, is_loading=True, metadata=self._metadata())}
@@ -280,12 +308,7 @@ class Checkpointer:
             ) from error
         if absent:
             raise CheckpointError(f"holds no {min(absent)}", where=folder, fix="use a checkpoint of this model")
-        load_optimizer_state(self.optimizer, loaded["optimizer"])
-        self.schedule.load_state_dict(loaded["opt_param_scheduler"])
-        iteration = int(loaded["iteration"])
-        if iteration != store.iteration_of(folder):
-            raise CheckpointError(f"holds iteration {iteration:,}", where=folder, fix="give the folder its own name back")
-        return iteration
+        return dict(loaded)
 
     # ------------------------------------------------------------------ the parts of a save
 

@@ -65,7 +65,9 @@ class TrainJob:
             "precision": stage.precision,
             **{f"optimizer.{name}": value for name, value in asdict(stage.optimizer).items()},
             "rope.phase_dtype": self.phase_dtype,
-            **({"cross_document_mask": True} if stage.cross_document_mask else {}),  # checkpoints of before do not name it
+            # what checkpoints of before do not name, they were made without
+            **({"cross_document_mask": True} if stage.cross_document_mask else {}),
+            **({"optimizer_from": stage.optimizer_from} if stage.optimizer_from != "none" else {}),
             **({"loss_reduction": stage.loss_reduction} if stage.loss_reduction != "token_mean" else {}),
             "data": data,
             "start_checkpoint": _manifest_hash(self.start_checkpoint),

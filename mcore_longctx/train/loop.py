@@ -39,7 +39,7 @@ from mcore_longctx.model.process_groups import rank_info
 from mcore_longctx.model.te import check_backend
 from mcore_longctx.model.weights import load_model_weights
 from mcore_longctx.recipe import read_card
-from mcore_longctx.train.checkpoint import Checkpointer, verify_checkpoint
+from mcore_longctx.train.checkpoint import Checkpointer, check_moments, verify_checkpoint
 from mcore_longctx.train.control import Control
 from mcore_longctx.train.dataset import MicroBatch, StepData
 from mcore_longctx.train.heartbeat import Heartbeat, Phase
@@ -131,6 +131,8 @@ def _find_start(job: TrainJob) -> Start:
     if newest is None:
         folder = job.start_checkpoint
         verify_checkpoint(folder, shape=job.shape, rope=job.start_rope, hashes=False)
+        if job.stage.optimizer_from == "previous":
+            check_moments(folder, job.stage.name)
     else:
         folder = newest
         manifest = verify_checkpoint(folder, shape=job.shape, rope=job.rope, hashes=False)
@@ -190,6 +192,8 @@ class Trainer:
             control=control,
         )
         self.finished = self.checkpointer.load(start.folder) if start.resumes else 0  # steps
+        if not start.resumes and stage.optimizer_from == "previous":
+            self.checkpointer.load_moments(start.folder)
         self.saved = self.finished  # the save of this step is done or under way
         self.seconds: list[float] = []  # of the steps of this start
         # losses are counted once: by one tensor-parallel rank of the last pipeline stage

@@ -25,7 +25,15 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from mcore_longctx.errors import ConfigError
 from mcore_longctx.recipe import OptimizerSection, Stage
 
-__all__ = ["build_optimizer", "build_schedule", "learning_rate", "load_optimizer_state", "prepare_optimizer_state", "wrap_model"]
+__all__ = [
+    "build_optimizer",
+    "build_schedule",
+    "keep_settings",
+    "learning_rate",
+    "load_optimizer_state",
+    "prepare_optimizer_state",
+    "wrap_model",
+]
 
 
 def wrap_model(model: Any) -> DistributedDataParallel:
@@ -92,6 +100,18 @@ def prepare_optimizer_state(optimizer: Any) -> None:
                 inner.state[parameter].update(
                     step=torch.tensor(0.0), exp_avg=torch.zeros_like(parameter), exp_avg_sq=torch.zeros_like(parameter)
                 )
+
+
+def keep_settings(optimizer: Any, state: dict[str, Any]) -> None:
+    """Put the settings of `optimizer`, prepared, in place of those in `state`, another stage's: of that one only Adam's step count is left.
+
+    Its moments are averages since that count began: with a count from 0, bias correction would make the first updates several times
+    too large. megatron-core finds groups again by their settings, so they must be these before anything is loaded.
+    """
+    (distributed,) = optimizer.chained_optimizers
+    groups = distributed.state_dict()["optimizer"]["param_groups"]
+    (count,) = {group["step"] for group in state["optimizer"]["param_groups"]}
+    state["optimizer"] = {**state["optimizer"], "param_groups": [{**group, "step": count} for group in groups]}
 
 
 def load_optimizer_state(optimizer: Any, state: dict[str, Any]) -> None:
