@@ -106,7 +106,14 @@ def build(
     check_output(out)
     tools = load_tokenizer(tokenizer)
     with lock_folder(out):
-        job = prepare_job(out, section.sources, tools, vocab_size=model_vocab_size, chats=chats)
+        job = prepare_job(
+            out,
+            section.sources,
+            tools,
+            vocab_size=model_vocab_size,
+            chats=chats,
+            prompt_loss_from=section.prompt_loss_tokens,
+        )
         progress("to tokenize", job.size_missing, 0)
         tokens = run_job(
             job,

@@ -138,10 +138,8 @@ class DataSection:
     max_bad: int = 0  # records that cannot be read and are left out
     augment: AugmentSection | None = None  # what is done with the documents of a sample
     sentences: SentenceSection | None = None  # which sentences of a document are taken
-    prompt_loss: Literal["none", "long_only", "all"] = (
-        "none"  # chats: prompts that are learned too (Llama 2 Long); long_only: the
-    )
-    prompt_loss_from: TokenCount = TokenCount(4096)  # prompts of at least so many tokens
+    prompt_loss: Literal["none", "long_only", "all"] = "none"  # chats: prompts that are learned too (Llama 2 Long)
+    prompt_loss_from: TokenCount = TokenCount(4096)  # long_only: prompts of at least so many tokens
 
     def __post_init__(self) -> None:
         names = [source.name for source in self.sources]
@@ -158,6 +156,15 @@ class DataSection:
             raise ValueError("separator is empty; for nothing between documents use separator_kind none")
         if self.max_bad < 0:
             raise ValueError(f"max_bad is {self.max_bad}, expected 0 or more")
+        if self.prompt_loss_from < 1:
+            raise ValueError(f"prompt_loss_from is {self.prompt_loss_from}, expected 1 or more tokens")
+        if self.prompt_loss != "long_only" and self.prompt_loss_from != 4096:
+            raise ValueError(f"prompt_loss_from belongs to prompt_loss long_only, it is {self.prompt_loss}")
+
+    @property
+    def prompt_loss_tokens(self) -> int | None:
+        """Prompts of at least so many tokens are learned; None: none are."""
+        return {"none": None, "long_only": int(self.prompt_loss_from), "all": 1}[self.prompt_loss]
 
     @property
     def separator_text(self) -> str:

@@ -149,7 +149,14 @@ def _prepared(arguments: Mapping[str, Any]) -> Iterator[tuple[TokenJob, Tokenize
     check_output(out)
     tokenizer = load_tokenizer(arguments["tokenizer"])
     with lock_folder(out):
-        job = prepare_job(out, section.sources, tokenizer, vocab_size=arguments["model_vocab_size"], chats=chats)
+        job = prepare_job(
+            out,
+            section.sources,
+            tokenizer,
+            vocab_size=arguments["model_vocab_size"],
+            chats=chats,
+            prompt_loss_from=section.prompt_loss_tokens,
+        )
         if not chats:
             make_separator(section, job)
         yield job, tokenizer

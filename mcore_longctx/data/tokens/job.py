@@ -45,6 +45,7 @@ class TokenJob:
     tokenizer_sha256: str
     template_sha256: str  # of the chat template
     ids: Mapping[str, Sequence[int]]  # of the default separator and of bos, eos and pad: a plan with them needs no tokenizer
+    prompt_loss_from: int | None = None  # of chats: tokens of the prompts that are learned too, at least; None: none is
 
     def is_done(self, task: int) -> bool:
         """Whether a task's shard is there."""
@@ -69,6 +70,7 @@ def prepare_job(
     *,
     vocab_size: int | None = None,
     chats: bool = False,
+    prompt_loss_from: int | None = None,
     range_bytes: int | None = None,
     write: bool = True,
 ) -> TokenJob:
@@ -80,13 +82,16 @@ def prepare_job(
         tokenizer: read with `load_tokenizer`.
         vocab_size: entries of the model's embedding; None: of the tokenizer.
         chats: the sources hold chats.
+        prompt_loss_from: of chats: prompts of at least so many tokens are learned too (None: no prompt).
         range_bytes: of input a task (None: 64 MiB). It does not change which tokens come, nor their order.
         write: False leaves the folder as it is (a dry run).
 
     Raises:
         DataError: an input is missing or has changed since the job was begun, or the vocabulary does not fit.
-        ConfigError: the job was begun with other settings.
+        ConfigError: the job was begun with other settings, or documents are to have a prompt_loss.
     """
+    if prompt_loss_from is not None and not chats:
+        raise ConfigError("prompt_loss has no meaning for documents, which have no prompts", where=out, fix="leave it out")
     from mcore_longctx.data.tokenizers import check_vocabulary
 
     vocab_size = tokenizer.vocab_size if vocab_size is None else vocab_size
@@ -103,6 +108,7 @@ def prepare_job(
         tokenizer_sha256=tokenizer.sha256,
         template_sha256=hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest(),
         ids=_known_ids(tokenizer),
+        prompt_loss_from=prompt_loss_from,
     )
     path = job.folder / _SETTINGS
     if write:
@@ -137,6 +143,7 @@ def open_job(out: Path) -> TokenJob:
             tokenizer_sha256=str(settings["tokenizer"]["sha256"]),
             template_sha256=str(settings["tokenizer"]["template_sha256"]),
             ids={str(name): [int(token) for token in ids] for name, ids in settings["ids"].items()},
+            prompt_loss_from=None if settings.get("prompt_loss_from") is None else int(settings["prompt_loss_from"]),
         )
     except (KeyError, TypeError, ValueError, AttributeError):
         raise DataError("damaged", where=path, fix="tokenize into another folder") from None
@@ -174,6 +181,7 @@ def _as_settings(job: TokenJob) -> dict[str, Any]:
     return {
         "format": 1,
         "chats": job.chats,
+        **({} if job.prompt_loss_from is None else {"prompt_loss_from": job.prompt_loss_from}),
         "dtype": job.dtype.name,
         "vocab_size": job.vocab_size,
         "tokenizer": {"path": str(job.tokenizer), "sha256": job.tokenizer_sha256, "template_sha256": job.template_sha256},
@@ -205,10 +213,10 @@ def _refuse_changes(old: dict[str, Any], job: TokenJob, path: Path) -> None:
         raise ConfigError("BOS, EOS or pad of the tokenizer are others than when this folder was begun", where=path, fix=fix)
     if job.chats and old["tokenizer"].get("template_sha256") != job.template_sha256:
         raise ConfigError("the chat template is another one than when this folder was begun", where=path, fix=fix)
-    for name in ("chats", "dtype", "vocab_size"):
-        if old.get(name) != new[name]:
+    for name in ("chats", "dtype", "vocab_size", "prompt_loss_from"):
+        if old.get(name) != new.get(name):
             raise ConfigError(
-                f"{name} was {old.get(name)!r} when this folder was begun, it is {new[name]!r} now", where=path, fix=fix
+                f"{name} was {old.get(name)!r} when this folder was begun, it is {new.get(name)!r} now", where=path, fix=fix
             )
     if old.get("sources") != new["sources"]:
         names = [row.get("name") for row in old.get("sources", [])]

@@ -42,12 +42,18 @@ class _Generation(jinja2.ext.Extension):
 class ChatEncoder:
     """Chats to tokens with a loss flag, through the tokenizer's chat template.
 
+    Args:
+        tokenizer: with a chat template.
+        prompt_loss_from: prompts of at least so many tokens are learned too (Llama 2 Long, arXiv 2309.16039, section 4.2: with a long
+            prompt the answer alone is too little to learn from). A prompt is what stands before an answer, from the answer before
+            it on, the template's own text included. None: no prompt is learned; 1: all are.
+
     Raises:
         DataError: the tokenizer has no chat template, or it is no Jinja.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Tokenizer, *, prompt_loss_from: int | None = None) -> None:
+        self._tokenizer, self._prompt_loss_from = tokenizer, prompt_loss_from
         self._control_ids = np.array(sorted(tokenizer.control_ids()), np.int32)
         self._name = f"chat template of {tokenizer.path.parent}"
         if tokenizer.chat_template is None:
@@ -84,10 +90,11 @@ class ChatEncoder:
             raise DataError(f"the {self._name} fails on this conversation: {error}", where=where) from None
 
     def encode(self, chat: Chat) -> list[Segment]:
-        """Token ids in stretches of equal loss flag: True for answers with their end-of-turn token, False for all else.
+        """Token ids in stretches of equal loss flag: True for answers with their end-of-turn token, and for prompts that are learned.
 
         A token counts as answer when it ends inside one. White space that a template puts behind the end-of-turn token is not
-        learned: the model stops before it.
+        learned: the model stops before it. Nor is the first token of a conversation, before which nothing of it stands, and what comes
+        behind the last answer, which is no prompt.
 
         Raises:
             DataError: no answer in the conversation, or a template that does not append.
@@ -102,6 +109,8 @@ class ChatEncoder:
             if len(stops) and not text[int(stops[-1]) : stop].strip():
                 inside &= ends <= stops[-1]
             loss |= inside
+        if self._prompt_loss_from is not None:
+            _learn_prompts(loss, self._prompt_loss_from)
         borders = np.flatnonzero(np.diff(loss)) + 1
         return [(part, bool(flag[0])) for part, flag in zip(np.split(tokens, borders), np.split(loss, borders), strict=True)]
 
@@ -124,6 +133,14 @@ class ChatEncoder:
         if not answers:
             raise DataError("no message of role 'assistant': nothing to learn", where=chat.place, fix="remove the conversation")
         return text, answers
+
+
+def _learn_prompts(loss: npt.NDArray[np.bool_], at_least: int) -> None:
+    """Set the flags of the stretches of at least so many tokens that stand before an answer, but for the very first token."""
+    borders = np.flatnonzero(np.diff(loss)) + 1
+    for start, stop in zip([0, *borders.tolist()], borders.tolist(), strict=False):
+        if not loss[start] and stop - start >= at_least:
+            loss[max(start, 1) : stop] = True
 
 
 def _tojson(

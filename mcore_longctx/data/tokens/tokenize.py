@@ -142,7 +142,7 @@ class _Result:
 
 
 def _encoder(job: TokenJob, tokenizer: Tokenizer) -> Encode:
-    chats = ChatEncoder(tokenizer) if job.chats else None
+    chats = ChatEncoder(tokenizer, prompt_loss_from=job.prompt_loss_from) if job.chats else None
 
     def encode(record: Document | Chat) -> list[tuple[npt.NDArray[Any], bool]]:
         if isinstance(record, Document):
