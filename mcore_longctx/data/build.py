@@ -21,7 +21,7 @@ from mcore_longctx.data.documents.readers import BadRecord, Chat, Document, read
 from mcore_longctx.data.files.indexed import token_dtype
 from mcore_longctx.data.pack import PackReport, check_name, pack
 from mcore_longctx.data.planning.plan import make_chat_plan, make_plan, plan_text
-from mcore_longctx.data.planning.separator import make_separator
+from mcore_longctx.data.planning.separator import job_tokenizer, make_separator
 from mcore_longctx.data.tokenizers import Tokenizer, check_vocabulary, load_tokenizer
 from mcore_longctx.data.tokens.job import RANGE_BYTES, prepare_job, read_documents_table
 from mcore_longctx.data.tokens.sft import ChatEncoder
@@ -139,6 +139,7 @@ def build(
                 separator=make_separator(section, job),
                 token_budget=None if max_samples is None else max_samples * seq_length,
                 max_samples=max_samples,
+                tokenizer=lambda: job_tokenizer(job),
             )
         facts = {"method": "sft" if chats else "pretrain", "samples_needed": num_samples}
         packed = pack(out, name, workers=workers, facts=facts, on_block=lambda count: progress("pack", 0, count))
@@ -158,7 +159,8 @@ def check_output(out: Path) -> None:
 
 def _refuse_unused(section: DataSection, name: str) -> None:
     plain = DataSection(sources=section.sources)
-    for field in ("mode", "length_sampling", "separator", "separator_kind", "separator_loss", "packing", "repeat_to_fill"):
+    fields = ("mode", "length_sampling", "separator", "separator_kind", "separator_loss", "packing", "repeat_to_fill")
+    for field in (*fields, "augment", "sentences"):
         if getattr(section, field) != getattr(plain, field):
             raise ConfigError("has no meaning for chats, which are taken whole", where=f"data.{name}.{field}", fix="remove it")
     if any(source.share is not None for source in section.sources):

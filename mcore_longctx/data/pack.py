@@ -113,6 +113,8 @@ def pack(
         "begin_tokens": plan["begin_tokens"],
         "versions": versions(),
     }
+    if "augment" in plan:
+        sidecar_facts["augment"] = plan["augment"]
     _write_sidecar(work / "samples.runs", runs, table, crc32, sidecar_facts)
     _publish(out, name, work)
     for picture in ("lengths.json", "lengths.png"):
@@ -125,7 +127,7 @@ def pack(
         name=name,
         seq_length=runs.seq_length,
         samples=len(runs),
-        **{count: plan[count] for count in ("tokens", "tokens_with_loss", "tokens_of_separators", "tokens_of_padding")},
+        **{count: plan[count] for count in plan if count.startswith("tokens")},
         tokenizer={"sha256": job.tokenizer_sha256, "vocab_size": job.vocab_size},
         plan_sha256=plan["plan_sha256"],
         seed=plan["seed"],

@@ -154,6 +154,9 @@ class DataSection:
             raise ValueError("chunks belong to mode prolong")
         if self.separator_kind in ("text", "token") and not self.separator:
             raise ValueError("separator is empty; for nothing between documents use separator_kind none")
+        if self.augment is not None and (self.packing == "single" or any(source.chunks for source in self.sources)):
+            what = "packing single fills" if self.packing == "single" else "chunks fill"
+            raise ValueError(f"augment {self.augment.type} mixes the documents of a sample, {what} samples with one document")
         if self.max_bad < 0:
             raise ValueError(f"max_bad is {self.max_bad}, expected 0 or more")
         if self.prompt_loss_from < 1:

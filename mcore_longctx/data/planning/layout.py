@@ -22,7 +22,7 @@ from mcore_longctx.data.files.shards import DocumentTable
 from mcore_longctx.data.files.sidecar import LITERAL, PADDING, RUN_COLUMNS, Runs
 from mcore_longctx.data.planning.bins import best_fit, first_fit, next_fit
 
-__all__ = ["Pieces", "Separator", "Stream", "fit", "lay_out", "run_blocks", "stream_of"]
+__all__ = ["Pieces", "Separator", "Stream", "fit", "lay_out", "release", "run_blocks", "stream_of"]
 
 IntArray = npt.NDArray[np.int64]
 Columns = tuple[npt.NDArray[Any], ...]  # document, start, length, loss
@@ -305,8 +305,8 @@ def lay_out(
                 sample += len(begins)
                 blocks += 1
                 if not blocks % _RELEASE:
-                    _release(out)
-        _release(out)
+                    release(out)
+        release(out)
 
 
 def run_blocks(runs: Runs) -> Iterator[slice]:
@@ -314,9 +314,9 @@ def run_blocks(runs: Runs) -> Iterator[slice]:
     columns = [getattr(runs, name) for name in RUN_COLUMNS]
     for number, low in enumerate(range(0, len(runs.document), _ROWS)):
         if not number % _RELEASE:
-            _release(columns)
+            release(columns)
         yield slice(low, low + _ROWS)
-    _release(columns)
+    release(columns)
 
 
 def _copy(out: Columns, runs: Columns, at: IntArray, rows: IntArray, is_kept: npt.NDArray[np.bool_]) -> None:
@@ -339,7 +339,7 @@ def _copy(out: Columns, runs: Columns, at: IntArray, rows: IntArray, is_kept: np
         column[places] = values[kept]
 
 
-def _release(columns: Sequence[npt.NDArray[Any]]) -> None:
+def release(columns: Sequence[npt.NDArray[Any]]) -> None:
     """Hand pages of mapped columns back to the page cache; the kernel writes changed ones when it likes."""
     for column in columns:
         base: Any = column.base

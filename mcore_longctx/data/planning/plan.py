@@ -5,7 +5,8 @@
     OUT/plan/lengths.png    the same as a picture
     OUT/plan/plan.json      settings, shares asked and got, what was left out and why. Written last: the plan is whole
 
-Drawing (`data/planning/draw.py`) says what is taken and in which order, layout (`data/planning/layout.py`) where it stands.
+Drawing (`data/planning/draw.py`) says what is taken and in which order, layout (`data/planning/layout.py`) where it stands, `augment`
+(`data/planning/augmenting.py`) spreads the documents of a sample over it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ import numpy.typing as npt
 
 from mcore_longctx.data.files.shards import DocumentTable, hash64
 from mcore_longctx.data.files.sidecar import LITERAL, PADDING, Runs, open_runs
+from mcore_longctx.data.methods.labels import TextEncoder
+from mcore_longctx.data.planning.augmenting import Augmented, augment_runs
 from mcore_longctx.data.planning.draw import draw, hash_order
 from mcore_longctx.data.planning.layout import Pieces, Separator, Stream, lay_out, run_blocks, stream_of
 from mcore_longctx.data.planning.lengths import SourceLengths, measure_lengths, plot_lengths, tokens_used
@@ -53,6 +56,7 @@ def make_plan(
     separator: Separator,
     token_budget: int | None = None,
     max_samples: int | None = None,
+    tokenizer: Callable[[], TextEncoder] | None = None,
 ) -> dict[str, Any]:
     """Decide and write `folder`/plan.runs, lengths.json, lengths.png and, last, plan.json, whose contents are returned.
 
@@ -67,10 +71,12 @@ def make_plan(
         separator: between or around documents; packing `single` and chunks, which are full of one document, use none.
         token_budget: tokens to draw, separators included and padding not; or None: all there is (as far as the shares allow).
         max_samples: samples that are kept at most.
+        tokenizer: of the documents; asked for only by `augment` of type utk, which adds tokens.
 
     Raises:
         ConfigError: a seq_length that no index can hold, or OUT holds data that was packed by another plan; nothing is touched.
-        DataError: a source too small for its share, chunk lengths that do not divide seq_length, or not a single sample.
+        DataError: a source too small for its share, chunk lengths that do not divide seq_length, not a single sample, or a tokenizer
+            that has no tokens for the labels of `augment`.
     """
     assert table.sources == tuple(source.name for source in section.sources)
     _check_seq_length(seq_length)
@@ -89,7 +95,7 @@ def make_plan(
         return there
     if section.packing == "intact" and separator.wrapping - separator.between >= seq_length:
         raise DataError(f"BOS and EOS leave no room in samples of {seq_length:,} tokens", where=name, fix="raise seq_length")
-    groups, sources, tokens_of_group = _draw_and_lay_out(
+    groups, sources, tokens_of_group, augmented = _draw_and_lay_out(
         folder,
         table,
         section,
@@ -99,25 +105,36 @@ def make_plan(
         separator=separator,
         token_budget=token_budget,
         max_samples=max_samples,
+        tokenizer=tokenizer,
     )
     sampling = section.length_sampling
     borders = [int(sampling.short_below)] if sampling.keep_probability < 1 else []
     borders += [int(sampling.long_above)] if sampling.repetition > 1 else []
     spans = (int(sampling.short_below), int(sampling.long_above) + 1)
-    lengths, found = _measure(folder, table, name, words=("documents read", "in the samples"), borders=borders, spans=spans)
+    lengths, found = _measure(
+        folder,
+        table,
+        name,
+        words=("documents read", "in the samples"),
+        borders=borders,
+        spans=spans,
+        separator_tokens=len(separator.before + separator.after),
+    )
     low, high = spans
     cells = {each.name: [each.between(0, low), each.between(low, high), each.between(high, None)] for each in lengths}
+    cut_tokens = [0] * len(section.sources) if augmented is None else augmented.cut_tokens
     tokens = [tokens_of_group.get(number, lengths[group.source].between(0, None)[3]) for number, group in enumerate(groups)]
     return write_plan_json(
         folder,
         {
             **facts,
             **found,
+            **({} if augmented is None else {"augment": augmented.facts}),
             "length_sampling": {"borders": spans, "sources": cells},
             "shares": shares_got(groups, tokens),
             "left_out": {
-                each.name: _left_out(row, each, cuts=section.packing == "intact" and not source.chunks)
-                for row, each, source in zip(sources, lengths, section.sources, strict=True)
+                each.name: _left_out(row, each, labels, cuts=section.packing == "intact" and not source.chunks)
+                for row, each, source, labels in zip(sources, lengths, section.sources, cut_tokens, strict=True)
             },
         },
     )
@@ -168,8 +185,9 @@ def _draw_and_lay_out(
     separator: Separator,
     token_budget: int | None,
     max_samples: int | None,
-) -> tuple[Sequence[Group], Sequence[dict[str, int]], dict[int, int]]:
-    """Write plan.runs. Groups, what became of each source, and tokens in the samples of each group of chunks.
+    tokenizer: Callable[[], TextEncoder] | None,
+) -> tuple[Sequence[Group], Sequence[dict[str, int]], dict[int, int], Augmented | None]:
+    """Write plan.runs. Groups, what became of each source, tokens in the samples of each group of chunks, and what `augment` did.
 
     A function of its own so that all that was drawn has left the memory when the runs are measured.
     """
@@ -198,11 +216,22 @@ def _draw_and_lay_out(
     samples = None
     if drawn.chunks or section.packing == "best_fit":  # else the order of the samples is already one of hashes
         samples = _shuffled(streams, seed)
-    _write_runs(folder, table, streams, separator, samples, max_samples)
+    if section.augment is None:
+        _write_runs(folder, table, streams, separator, samples, max_samples)
+        augmented = None
+    else:
+        aside = partial_path(folder / "laid-out.runs")
+        try:
+            _write_runs(folder, table, streams, separator, samples, max_samples, aside)
+            augmented = augment_runs(
+                aside, folder / "plan.runs", section.augment, seed=seed, table=table, tokenizer=tokenizer, where=name
+            )
+        finally:
+            aside.unlink(missing_ok=True)
     written = (np.arange(border[-1]) if samples is None else samples)[:max_samples]
     kept = np.bincount(np.searchsorted(border, written, side="right") - 1, minlength=len(streams)).tolist()
     tokens = {chunks.group: kept[number] * seq_length for number, chunks in enumerate(drawn.chunks)}
-    return drawn.groups, drawn.sources, tokens
+    return drawn.groups, drawn.sources, tokens, augmented
 
 
 def _shuffled(streams: Sequence[Stream], seed: int) -> IntArray:
@@ -229,14 +258,23 @@ def _write_runs(
     separator: Separator,
     samples: IntArray | None = None,
     limit: int | None = None,
+    path: Path | None = None,
 ) -> None:
+    """Write the runs to `path` (None: plan.runs) of a folder whose plan is not whole from now on."""
     folder.mkdir(parents=True, exist_ok=True)
     remove_leftovers(folder)
     (folder / "plan.json").unlink(missing_ok=True)
     metadata = {"format": 1, "kind": "plan", "seq_length": streams[0].seq_length, "sources": table.sources}
     metadata |= {"documents": len(table), "begin_tokens": len(separator.before)}
     literals = separator.before + separator.after
-    lay_out(folder / "plan.runs", streams, samples=samples, limit=limit, literals=literals, metadata=metadata)
+    lay_out(
+        folder / "plan.runs" if path is None else path,
+        streams,
+        samples=samples,
+        limit=limit,
+        literals=literals,
+        metadata=metadata,
+    )
 
 
 def _measure(
@@ -247,10 +285,12 @@ def _measure(
     words: tuple[str, str],
     borders: Sequence[int] = (),
     spans: Sequence[int] = (),
+    separator_tokens: int | None = None,
 ) -> tuple[list[SourceLengths], dict[str, Any]]:
     """What the runs that were written hold; writes lengths.json and lengths.png.
 
-    borders: lengths to mark in the picture; spans: lengths at which the result is asked for documents below and above.
+    borders: lengths to mark in the picture; spans: lengths at which the result is asked for documents below and above;
+    separator_tokens: literals that are separators, None: all.
     """
     runs = open_runs(folder / "plan.runs", kind="plan")
     lengths = measure_lengths(table, tokens_used(table, runs), spans)
@@ -258,7 +298,7 @@ def _measure(
         "seq_length": runs.seq_length,
         "samples": len(runs),
         "runs": len(runs.document),
-        **_count(runs),
+        **_count(runs, len(runs.literals) if separator_tokens is None else separator_tokens),
         "begin_tokens": runs.facts["begin_tokens"],
         "documents": len(table),
         "documents_sha256": table.sha256(),
@@ -283,22 +323,27 @@ def _measure(
     return lengths, facts
 
 
-def _count(runs: Runs) -> dict[str, int]:
-    found = {"tokens": len(runs) * runs.seq_length, "tokens_with_loss": 0, "tokens_of_separators": 0, "tokens_of_padding": 0}
+def _count(runs: Runs, separator_tokens: int) -> dict[str, int]:
+    """Tokens by kind. separator_tokens: literals behind these belong to `augment`."""
+    found = {"tokens": len(runs) * runs.seq_length, "tokens_with_loss": 0, "tokens_of_separators": 0, "tokens_of_labels": 0}
+    found |= {"tokens_of_padding": 0}
     for block in run_blocks(runs):
         document, length = runs.document[block], runs.length[block].astype(np.int64)
         found["tokens_with_loss"] += int(length[runs.loss[block]].sum())
-        found["tokens_of_separators"] += int(length[document == LITERAL].sum())
+        literal, is_label = document == LITERAL, runs.start[block] >= separator_tokens
+        found["tokens_of_separators"] += int(length[literal & ~is_label].sum())
+        found["tokens_of_labels"] += int(length[literal & is_label].sum())
         found["tokens_of_padding"] += int(length[document == PADDING].sum())
     return found
 
 
-def _left_out(row: dict[str, int], lengths: SourceLengths, *, cuts: bool) -> dict[str, dict[str, int]]:
+def _left_out(row: dict[str, int], lengths: SourceLengths, labels: int, *, cuts: bool) -> dict[str, dict[str, int]]:
     """Where the tokens of a source went.
 
     read - too_short - too_long - not_drawn, times the copies = drawn;
-    drawn - remainder - cut - over_budget + repeated - tail = in_samples.
+    drawn - remainder - cut - over_budget + repeated - tail - cut_by_labels = in_samples.
 
+    labels: tokens for which labels of `augment` left no room;
     cuts: packing takes the beginning of a document that is longer than a sample, and no pieces.
     """
     used = lengths.between(0, None)[3]
@@ -313,7 +358,8 @@ def _left_out(row: dict[str, int], lengths: SourceLengths, *, cuts: bool) -> dic
         "cut": {"tokens": row["drawn_tokens"] - usable if cuts else 0},  # of documents longer than a sample
         "over_budget": {"tokens": max(0, usable - taken)},
         "repeated": {"tokens": max(0, taken - usable)},  # taken again to fill the share
-        "tail": {"tokens": taken - used},  # drawn, but in no whole sample that was wanted
+        "cut_by_labels": {"tokens": labels},  # at the ends of samples, for which labels and knots of `augment` left no room
+        "tail": {"tokens": taken - used - labels},  # drawn, but in no whole sample that was wanted
         "in_samples": {"tokens": used},
     }
 

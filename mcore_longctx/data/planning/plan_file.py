@@ -112,7 +112,8 @@ def stored_crc32(path: Path) -> int:
 def _deciding(facts: dict[str, Any]) -> dict[str, Any]:
     """Of plan.json what decides, beside the documents, their sample length and the limit."""
     found = {name: facts.get(name) for name in ("method", "seed", "token_budget", "separator")}
-    settings = {name: value for name, value in facts["settings"].items() if name != "max_bad"}
+    # what is not asked for decides nothing: an option that came later than a plan does not make another plan of it
+    settings = {name: value for name, value in facts["settings"].items() if name != "max_bad" and value is not None}
     if "sources" in settings:
         settings["sources"] = [
             {name: value for name, value in source.items() if name not in _DECIDED_BEFORE} for source in settings["sources"]

@@ -15,6 +15,7 @@ _REASONS = {
     "cut": "cut off documents longer than a sample",
     "over_budget": "not needed for the share",
     "tail": "that fill no sample",
+    "cut_by_labels": "cut off at the ends of samples, where labels and knots took their room",
 }
 
 
@@ -31,6 +32,8 @@ def plan_text(facts: dict[str, Any], samples_needed: int | None = None) -> str:
         head += f", {_percent(facts['tokens_of_padding'], facts['tokens'])} padding"
     low, high = facts["length_sampling"]["borders"]
     titles = [f"below {length_name(low)}", "between", f"above {length_name(high - 1)}"]
+    if "augment" in facts:
+        head += f", {_augment_words(facts)}"
     rows = [["source", "documents", "tokens read", "in samples", *titles]]
     for name, cells in facts["length_sampling"]["sources"].items():
         lengths = facts["lengths"][name]
@@ -44,6 +47,15 @@ def plan_text(facts: dict[str, Any], samples_needed: int | None = None) -> str:
 def many(count: int, noun: str) -> str:
     """`1 sample`, `2,000 samples`."""
     return f"{count:,} {noun}{'s' if count != 1 else ''}"
+
+
+def _augment_words(facts: dict[str, Any]) -> str:
+    how = facts["augment"]
+    chunks = " or ".join(map(str, how["chunks"]))
+    words = f"{how['type']}: documents of {100 * how['probability']:.0f} % of the samples in {chunks} pieces"
+    return words + (
+        f", {100 * facts['tokens_of_labels'] / facts['tokens']:.2f} % labels and knots" if how["type"] == "utk" else ""
+    )
 
 
 def _share_lines(facts: dict[str, Any]) -> list[str]:
@@ -61,7 +73,7 @@ def _share_lines(facts: dict[str, Any]) -> list[str]:
 def _dropped_lines(facts: dict[str, Any]) -> list[str]:
     lines = []
     for reason, words in _REASONS.items():
-        tokens = sum(source[reason]["tokens"] for source in facts["left_out"].values())
+        tokens = sum(source.get(reason, {"tokens": 0})["tokens"] for source in facts["left_out"].values())
         if tokens:
             lines.append(f"  left out: {many(tokens, 'token')} {words}")
     return lines
