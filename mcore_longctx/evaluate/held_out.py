@@ -16,12 +16,15 @@ from mcore_longctx.errors import DataError
 
 __all__ = ["EvaluationTokenizer", "Windows", "cut_windows", "read_documents"]
 
+_ENDS = ("<|end_of_text|>", "<|eot_id|>", "<|endoftext|>", "<|im_end|>", "</s>")  # Llama 3, Qwen, Mistral
+
 
 class EvaluationTokenizer:
     """The tokenizer of a model, as the tasks need it: ordinary text to ids and back.
 
     Attributes:
         prefix: ids that the tokenizer puts before a text (a begin token), often none.
+        end_ids: ids that end a text or a turn: what a model writes when it has finished.
         sha256: of tokenizer.json.
 
     Raises:
@@ -34,6 +37,9 @@ class EvaluationTokenizer:
         self.sha256 = self._ordinary.sha256
         self._whole = HFTokenizer.from_file(str(self._ordinary.path))
         self.prefix = self._begin_ids()
+        names = (self._ordinary.special_tokens.get("eos_token"), *_ENDS)
+        ids = [self._ordinary.control_id(name) for name in names if name]
+        self.end_ids = frozenset(token for token in ids if token is not None)
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text` as ordinary characters, without begin or end tokens."""

@@ -43,7 +43,7 @@ class RowFile:
     Args:
         path: the .jsonl file; it may be there already.
         key_fields: fields that name a sample.
-        identity: fields that every row must have with these values (model, rope, seed): a file of another model is refused.
+        identity: fields that every row must have with these values (model, rope, seed, how it is asked): a file of another model is refused.
 
     Raises:
         ConfigError: the file holds rows of another model, rope or seed, or a damaged line.
@@ -92,12 +92,12 @@ class RowFile:
             try:
                 row = json.loads(line)
                 key = self._key(row)
-                wrong = [name for name, value in self.identity.items() if row[name] != value]
-            except (ValueError, KeyError, TypeError):
+                wrong = [name for name, value in self.identity.items() if row.get(name) != value]
+            except (ValueError, KeyError, TypeError, AttributeError):
                 raise ConfigError("damaged line", where=where, fix="remove the file and measure again") from None
             if wrong:
                 raise ConfigError(
-                    f"{wrong[0]} is {row[wrong[0]]!r}, this evaluation has {self.identity[wrong[0]]!r}",
+                    f"{wrong[0]} is {row.get(wrong[0])!r}, this evaluation has {self.identity[wrong[0]]!r}",
                     where=where,
                     fix="remove the file to measure again, or use another column",
                 )
