@@ -207,11 +207,13 @@ def make_shared_needles(
 
     Arguments and errors are those of `make_needle_sample`. No two needles share key or value.
     """
+    if kind == "passkey" and len(depths) > 9**digits // 2:
+        what = f"{digits} digits are too few for {len(depths)} needles with different values"
+        raise ConfigError(what, where="evaluate.needle.digits", fix="use more digits, or fewer depths")
     rng = seeded("shared", kind, int(seed), int(length), tuple(float(depth) for depth in depths), int(index))
     facts: list[_Fact] = []
     while len(facts) < len(depths):
-        fact = _draw(rng, kind, digits, known=facts)
-        facts.append(fact)
+        facts.append(_draw(rng, kind, digits, known=facts))
     asked = [_Asked.of(tokenizer, fact) for fact in facts]
     inserts = [_insert(tokenizer, fact, kind) for fact in facts]
     room = length - len(prefix) - max(len(each.suffix) for each in asked)
@@ -252,7 +254,7 @@ def solve_needle(prompt: str) -> str:
         value = r"([A-Z]\w+)"
     if asked is None:
         raise ValueError("the prompt does not end in a question")
-    found = re.findall(rf"\b{re.escape(asked[0])} {value}\.", prompt)
+    found = re.findall(rf"{re.escape(asked[0])} {value}\.", prompt)
     if len(found) != 1:
         raise ValueError(f"{len(found)} answers for {next(key for key in asked.groups() if key)!r} in the prompt")
     return str(found[0])

@@ -16,9 +16,12 @@ import numpy.typing as npt
 
 from mcore_longctx.errors import ConfigError, DataError
 from mcore_longctx.tasks.haystack import Haystack
+from mcore_longctx.tasks.ruler.counting import draft_coded, draft_common, solve_coded, solve_common
 from mcore_longctx.tasks.ruler.draft import Draft, Match
 from mcore_longctx.tasks.ruler.needles import NeedleTask, draft_needles, solve_needles
+from mcore_longctx.tasks.ruler.questions import draft_question, solve_question
 from mcore_longctx.tasks.ruler.texts import RulerTexts
+from mcore_longctx.tasks.ruler.tracing import draft_tracing, solve_tracing
 from mcore_longctx.tasks.ruler.words import identifier
 from mcore_longctx.tasks.tokens import TextTokenizer, Tokens, encode_after, seeded
 
@@ -58,6 +61,11 @@ _TASKS: Mapping[str, _Task] = {
     "niah_multikey_3": _needles(NeedleTask(context="needles", key=identifier, value=identifier)),
     "niah_multivalue": _needles(NeedleTask(context="text", values=4)),
     "niah_multiquery": _needles(NeedleTask(context="text", keys=4, asked=4)),
+    "vt": _Task(draft_tracing, solve_tracing, 30),
+    "cwe": _Task(draft_common, solve_common, 120),
+    "fwe": _Task(draft_coded, solve_coded, 50),
+    "qa_1": _Task(partial(draft_question, 1), partial(solve_question, 1), 32),
+    "qa_2": _Task(partial(draft_question, 2), partial(solve_question, 2), 32),
 }
 RULER_TASKS: tuple[str, ...] = tuple(_TASKS)
 
