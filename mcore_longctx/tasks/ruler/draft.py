@@ -97,17 +97,27 @@ def fill_with_lines(
 
 
 def _lines_within(tokenizer: TextTokenizer, lines: Iterator[str], room: int) -> Lines:
-    """The first lines that fit in `room` tokens; about 2 % more are tokenized."""
+    """The first lines that fit in `room` tokens, and of the few that were tokenized beside them those that fill the rest best."""
     blocks: list[Lines] = []
-    have = 0
-    count = 32
+    have, count = 0, 32
     while have < room:
         block = encode_lines(tokenizer, list(islice(lines, count)))
         blocks.append(Lines(block.tokens, block.ends + have))
         have += len(block.tokens)
         mean = have / sum(len(each.ends) for each in blocks)
-        count = max(8, int((room - have) / mean * 1.02) + 1)
-    ends = np.concatenate([block.ends for block in blocks]) if blocks else np.empty(0, np.int64)
-    ends = ends[: int(np.searchsorted(ends, room, side="right"))]
-    tokens = np.concatenate([block.tokens for block in blocks]) if blocks else np.empty(0, np.int64)
-    return Lines(tokens[: int(ends[-1]) if len(ends) else 0], ends)
+        count = max(8, int((room - have) / mean * 1.01) + 8)
+    if not blocks:
+        return encode_lines(tokenizer, [])
+    all_ = Lines(np.concatenate([block.tokens for block in blocks]), np.concatenate([block.ends for block in blocks]))
+    fit = int(np.searchsorted(all_.ends, room, side="right"))
+    chosen = list(range(fit))
+    rest = room - (int(all_.ends[fit - 1]) if fit else 0)
+    lengths = np.diff(all_.ends, prepend=0)
+    left = sorted(range(fit, len(lengths)), key=lambda i: -int(lengths[i]))
+    for i in left:
+        if lengths[i] <= rest:
+            chosen.append(i)
+            rest -= int(lengths[i])
+    tail = [all_.tokens[all_.starts[i] : all_.ends[i]] for i in chosen[fit:]]
+    tokens = np.concatenate([all_.tokens[: int(all_.ends[fit - 1]) if fit else 0], *tail])
+    return Lines(tokens, np.cumsum(lengths[chosen]))

@@ -21,6 +21,7 @@ from mcore_longctx.tasks.tokens import TextTokenizer, encode_lines
 __all__ = ["draft_question", "solve_question"]
 
 _LEAST_PARAGRAPHS = 4  # beside those that answer
+_TOLD = 0.8  # of the facts that nobody asks for: paragraphs differ in length
 
 # how a paragraph says it: {who} and {what}
 _HOME = (
@@ -91,10 +92,12 @@ class _Person:
     facts: dict[str, str]
     boss: str
 
-    def paragraph(self, rng: random.Random) -> str:
-        """One line: the person's facts in some order, each said in some way."""
-        said = [rng.choice(_RELATIONS[name].said).format(who=self.name, what=what) for name, what in self.facts.items()]
-        said.append(rng.choice(_BOSS).format(who=self.name, what=self.boss))
+    def paragraph(self, rng: random.Random, *needed: str) -> str:
+        """One line: the needed facts and most of the others in some order, each said in some way."""
+        told = [name for name in self.facts if name in needed or rng.random() < _TOLD]
+        said = [rng.choice(_RELATIONS[name].said).format(who=self.name, what=self.facts[name]) for name in told]
+        if not told or "boss" in needed or rng.random() < _TOLD:
+            said.append(rng.choice(_BOSS).format(who=self.name, what=self.boss))
         rng.shuffle(said)
         return f"About {self.name}: " + " ".join(f"{sentence[0].upper()}{sentence[1:]}." for sentence in said)
 
@@ -110,7 +113,8 @@ def draft_question(hops: int, rng: random.Random, texts: RulerTexts, tokenizer: 
     relation = _RELATIONS[name]
     ask = (relation.asked if hops == 1 else relation.asked_of_boss).format(who=who.name)
     answer = (who if hops == 1 else boss).facts[name]
-    gold = encode_lines(tokenizer, [each.paragraph(rng) for each in ([who] if hops == 1 else [who, boss])])
+    told = [who.paragraph(rng, name)] if hops == 1 else [who.paragraph(rng, "boss"), boss.paragraph(rng, name)]
+    gold = encode_lines(tokenizer, told)
     count = len(gold.ends)
 
     def others() -> Iterator[str]:
@@ -120,7 +124,8 @@ def draft_question(hops: int, rng: random.Random, texts: RulerTexts, tokenizer: 
     def fill(room: int) -> Body:
         return fill_with_lines(tokenizer, gold, others(), lambda lines: [rng.randint(0, lines) for _ in range(count)], room)
 
-    least = len(gold.tokens) // count * (count + _LEAST_PARAGRAPHS + 1)
+    full = encode_lines(tokenizer, [boss.paragraph(rng, "boss", *_RELATIONS)])
+    least = len(gold.tokens) + len(full.tokens) * _LEAST_PARAGRAPHS
     head = "Read the paragraphs about some people. A question about one of them follows.\n"
     return Draft(
         head, f"Answer from the paragraphs alone, in a word. {ask}\nAnswer:", f" {answer}", (answer,), least, fill, "any"
