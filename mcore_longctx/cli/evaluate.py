@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 from mcore_longctx.errors import ConfigError
 
 _DESCRIPTION = """\
-Measure one checkpoint of a run under one rope: pass keys by length and depth, loss by position, short-context loss. `run` does
-this by itself; by hand it is started on as many ranks as evaluate.parallel asks for:
+Measure one checkpoint of a run under one rope: needles by length and depth, RULER-like tasks, loss by position, short-context loss and
+questions. `run` does this by itself; by hand it is started on as many ranks as evaluate.parallel asks for:
 
   torchrun --nproc-per-node 2 -m mcore_longctx evaluate runs/NAME/recipe.yaml --checkpoint base --rope own --column before
   torchrun --nproc-per-node 2 -m mcore_longctx evaluate runs/NAME/recipe.yaml --checkpoint base --rope recipe --column scaled
   torchrun --nproc-per-node 2 -m mcore_longctx evaluate runs/NAME/recipe.yaml --checkpoint extend --rope recipe --column extend
 
 Results go to RUN_FOLDER/evaluate/COLUMN/*.jsonl, one line per sample as soon as it is known; started again, it goes on from there.
+What it costs by the plan is printed first. --level quick is a look at the longest length; docs/evaluate.md has the numbers.
 """
 
 
@@ -23,7 +25,7 @@ def add_parser(subparsers: Any) -> None:
     """Add the verb to the command line."""
     parser = subparsers.add_parser(
         "evaluate",
-        help="measure a checkpoint: pass keys, loss by position, short-context loss",
+        help="measure a checkpoint: needles, RULER-like tasks, loss by position, short-context skills",
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -36,22 +38,28 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--column", required=True, metavar="NAME", help="`before`, `scaled` or the stage: the folder of the results"
     )
+    parser.add_argument("--level", choices=("quick", "standard", "publish"), help="how much is measured; default: evaluate.level")
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure the column."""
     from mcore_longctx.recipe.load import open_recipe
     from mcore_longctx.recipe.resolve import resolve
+    from mcore_longctx.run.measuring import check_evaluation, cost_line
     from mcore_longctx.run.steps import newest_checkpoint
 
-    file = open_recipe(args.recipe, args.overrides)
+    level = [] if args.level is None else [f"evaluate.level={args.level}"]
+    file = open_recipe(args.recipe, [*args.overrides, *level])
     recipe = file.recipe
     stages = [stage.name for stage in recipe.stages]
     _check_name("--checkpoint", args.checkpoint, ["base", *stages])
     _check_name("--column", args.column, ["before", "scaled", *stages])
-    if recipe.evaluate.needle is None and recipe.evaluate.loss_by_position is None:
-        raise ConfigError("nothing to measure: neither needle nor loss_by_position is given", where=file.where("evaluate"))
+    if not recipe.evaluate.measures:
+        raise ConfigError(
+            "nothing to measure: none of needle, ruler, loss_by_position, short_suite is given", where=file.where("evaluate")
+        )
     resolved = resolve(file)
+    check_evaluation(file, resolved.shape)
     folder = recipe.run_folder / "checkpoints" / args.checkpoint
     # the recipe's rope for a stage is that stage's; for `base`, the one that the run ends with
     own = resolved.rope_of(args.checkpoint)
@@ -70,6 +78,8 @@ def run(args: argparse.Namespace) -> int:
         backend=recipe.model.backend,
         seed=recipe.seed,
     )
+    if os.environ.get("RANK", "0") == "0":
+        print(f"  {args.column:<10} {cost_line(recipe, resolved.shape)}", flush=True)
     evaluate_column(job, say=lambda line: print(f"  {line}", flush=True))
     return 0
 

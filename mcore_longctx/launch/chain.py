@@ -151,7 +151,7 @@ def _jobs(recipe: Recipe, file: RecipeFile) -> Iterator[Job]:
     data = tuple(f"data-{stage.name}" for stage in recipe.stages)
     yield Job(name="00-prepare", steps=("import", *data), needs_gpus=False)
     evaluate, nproc = recipe.evaluate, recipe.cluster.nproc_per_node
-    has_tasks = evaluate.needle is not None or evaluate.loss_by_position is not None
+    has_tasks = evaluate.measures
     nodes, ranks = shape_of_job(evaluate.parallel, nproc, where=file.where("evaluate.parallel")) if has_tasks else (1, 1)
     if has_tasks:
         yield Job(name="10-evaluate-before", steps=("evaluate-before", "evaluate-scaled"), nodes=nodes, ranks_per_node=ranks)

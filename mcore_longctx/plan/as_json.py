@@ -59,6 +59,8 @@ def evaluation_json(price: EvaluationPrice | None) -> dict[str, Any] | None:
             "length": row.length,
             "sequences": row.sequences,
             "forward_seconds": row.forward.value,
+            "passes": row.passes,
+            "pass_seconds": row.one_pass.value if row.one_pass is not None else None,
             "seconds": row.seconds,
         }
         for row in price.rows
@@ -68,6 +70,8 @@ def evaluation_json(price: EvaluationPrice | None) -> dict[str, Any] | None:
         "models": price.columns,
         "seconds_per_model": price.seconds,
         "gpu_hours": price.gpu_hours,
+        "level": price.level,
+        "gpu_hours_of_other_levels": dict(price.other_levels),
         "rows": rows,
         "advice": list(price.advice),
     }

@@ -18,7 +18,7 @@ from mcore_longctx.run.steps import Step
 
 __all__ = ["Journal"]
 
-_SAFETY = ("save_interval", "keep_checkpoints", "async_save", "distributed_timeout_minutes")
+_SAFETY = ("save_interval", "keep_checkpoints", "async_save", "distributed_timeout_minutes", "max_budget_share")
 
 _BEFORE_THE_FIRST_STEP = (".lock", "recipe.yaml", "slurm", "logs")  # `launch` writes them
 

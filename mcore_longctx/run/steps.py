@@ -13,6 +13,7 @@ from mcore_longctx.launch.progress import read_slices
 from mcore_longctx.recipe.load import RecipeFile
 from mcore_longctx.recipe.resolve import Resolved
 from mcore_longctx.recipe.schema import Recipe, Stage
+from mcore_longctx.run.measuring import check_evaluation, cost_line, describe_evaluation
 from mcore_longctx.run.training import finished_checkpoint, train_job
 
 __all__ = ["Step", "newest_checkpoint", "plan_steps"]
@@ -41,26 +42,19 @@ def plan_steps(file: RecipeFile, resolved: Resolved) -> list[Step]:
     recipe = file.recipe
     folder = recipe.run_folder
     steps = [_import_step(recipe, resolved, folder)]
-    has_tasks = recipe.evaluate.needle is not None or recipe.evaluate.loss_by_position is not None
+    has_tasks, measured = recipe.evaluate.measures, (*describe_evaluation(recipe.evaluate), cost_line(recipe, resolved.shape))
     if has_tasks:
-        steps.append(_evaluate_step(recipe, folder, "before", "base", "own", f"the model as it is: {_own_rope(resolved)}"))
-        steps.append(
-            _evaluate_step(
-                recipe,
-                folder,
-                "scaled",
-                "base",
-                "recipe",
-                f"the model with the recipe's rope, not yet trained: {resolved.rope.describe()}",
-            )
-        )
+        check_evaluation(file, resolved.shape)
+        about = f"the model as it is: {_own_rope(resolved)}"
+        steps.append(_evaluate_step(recipe, folder, "before", "base", "own", (about, *measured)))
+        about = f"the model with the recipe's rope, not yet trained: {resolved.rope.describe()}"
+        steps.append(_evaluate_step(recipe, folder, "scaled", "base", "recipe", (about, *measured)))
     for before, stage in zip((None, *recipe.stages), recipe.stages, strict=False):
         steps.append(_data_step(recipe, resolved, folder, stage))
         steps.append(_train_step(file, resolved, folder, stage, before))
         if has_tasks:
-            steps.append(
-                _evaluate_step(recipe, folder, stage.name, stage.name, "recipe", f"after stage {stage.name}", stage=stage.name)
-            )
+            about = f"after stage {stage.name}"
+            steps.append(_evaluate_step(recipe, folder, stage.name, stage.name, "recipe", (about, *measured), stage=stage.name))
     last = recipe.stages[-1]
     steps.append(_export_step(recipe, folder, last))
     steps.append(_verify_step(recipe, folder, last))
@@ -98,23 +92,10 @@ def _import_step(recipe: Recipe, resolved: Resolved, folder: Path) -> Step:
 
 
 def _evaluate_step(
-    recipe: Recipe, folder: Path, column: str, checkpoint: str, rope: str, about: str, stage: str | None = None
+    recipe: Recipe, folder: Path, column: str, checkpoint: str, rope: str, about: tuple[str, ...], stage: str | None = None
 ) -> Step:
-    evaluate, parallel = recipe.evaluate, recipe.evaluate.parallel
-    lines, files = [about], []
-    if evaluate.needle is not None:
-        needle = evaluate.needle
-        cells = f"{len(needle.lengths)} lengths ({', '.join(f'{n:,}' for n in needle.lengths)}) x {needle.depths} depths x {needle.samples}"
-        lines.append(f"needle: {cells} samples, {needle.digits}-digit keys, text from {needle.haystack}")
-        files.append(needle.haystack)
-    if evaluate.loss_by_position is not None:
-        loss = evaluate.loss_by_position
-        lines.append(
-            f"loss by position: {loss.windows} windows of {loss.seq_length:,} tokens; short context: {loss.short_windows} windows of "
-            f"{loss.short_length:,}; text from {loss.path}"
-        )
-        files.append(loss.path)
-    lines.append(f"{parallel.describe()}, {evaluate.precision}")
+    parallel = recipe.evaluate.parallel
+    files = tuple(dict.fromkeys(recipe.evaluate.at_level().texts.values()))
     out = folder / "evaluate" / column
 
     def action() -> None:
@@ -129,7 +110,7 @@ def _evaluate_step(
     measured = next(one for one in reversed(recipe.stages) if stage in (None, one.name))
     keys = ("model", "tokenizer", "evaluate", "seed") + (_rope_keys(measured) if rope == "recipe" else ())
     needs = ("import",) if stage is None else (f"train-{stage}",)
-    return Step(f"evaluate-{column}", stage, tuple(lines), keys, tuple(dict.fromkeys(files)), (out,), needs, action)
+    return Step(f"evaluate-{column}", stage, about, keys, files, (out,), needs, action)
 
 
 def _data_step(recipe: Recipe, resolved: Resolved, folder: Path, stage: Stage) -> Step:

@@ -43,7 +43,7 @@ def _nodes(parallel: Parallel, recipe: Recipe) -> int:
 def _layouts(recipe: Recipe) -> Iterator[tuple[str, Parallel]]:
     for stage in recipe.stages:
         yield f"stages.{stage.name}", stage.parallel
-    if recipe.evaluate.needle is not None or recipe.evaluate.loss_by_position is not None:
+    if recipe.evaluate.measures:
         yield "evaluate", recipe.evaluate.parallel
 
 
@@ -106,11 +106,8 @@ def inputs(recipe: Recipe, *, model_found: bool) -> Iterator[Finding]:
     for name in dict.fromkeys(stage.data for stage in recipe.stages):
         for source in recipe.data[name].sources:
             wanted[source.path] = f"data.{name}.sources.{source.name}"
-    evaluate = recipe.evaluate
-    if evaluate.needle is not None:
-        wanted[evaluate.needle.haystack] = "evaluate.needle.haystack"
-    if evaluate.loss_by_position is not None:
-        wanted.setdefault(evaluate.loss_by_position.path, "evaluate.loss_by_position.path")
+    for key, path in recipe.evaluate.at_level().texts.items():
+        wanted.setdefault(path, f"evaluate.{key}")
     for path, key in wanted.items():
         if path.exists():
             continue
