@@ -156,6 +156,12 @@ class Stage:
             )
         if self.positions is not None and self.positions.target < self.seq_length:
             raise ValueError(f"positions.target {self.positions.target:,} is below seq_length {self.seq_length:,}")
+        if self.positions is not None and self.cross_document_mask:
+            raise ValueError(
+                "positions jump over a whole sample, and with cross_document_mask each document begins at position 0; use one of them"
+            )
+        if self.balance == "sum_sq" and not self.cross_document_mask:
+            raise ValueError("balance sum_sq needs cross_document_mask: without it every sample costs attention the same")
         if self.loss_reduction == "sequence_mean" and (self.kind != "sft" or self.positions is not None):
             what = "positions" if self.kind == "sft" else f"kind {self.kind}"
             raise ValueError(f"loss_reduction sequence_mean weighs the conversations of sft stages; it does not go with {what}")

@@ -6,10 +6,13 @@ from pathlib import Path
 
 from mcore_longctx.checkpoint_folder import iteration_folder, iteration_of, latest_checkpoint
 from mcore_longctx.convert.sidecars import tokenizer_sha256
+from mcore_longctx.data.methods.positions import sentence_end_ids
+from mcore_longctx.data.tokenizers import load_tokenizer
 from mcore_longctx.errors import CheckpointError, ConfigError
 from mcore_longctx.manifest import verify_manifest
 from mcore_longctx.recipe.load import RecipeFile
 from mcore_longctx.recipe.resolve import Resolved
+from mcore_longctx.recipe.schema import Stage
 from mcore_longctx.train import TrainJob
 from mcore_longctx.train.job import data_fingerprint, refuse_changed_settings
 
@@ -62,7 +65,14 @@ def train_job(file: RecipeFile, resolved: Resolved, stage_name: str | None) -> T
         backend=recipe.model.backend,
         tokenizer_sha256=tokenizer_sha256(recipe.tokenizer_folder),
         seed=recipe.seed,
+        sentence_ends=_sentence_ends(stage, recipe.tokenizer_folder),
     )
+
+
+def _sentence_ends(stage: Stage, tokenizer: Path) -> tuple[int, ...]:
+    if stage.positions is None or stage.positions.type != "segments":
+        return ()
+    return tuple(sentence_end_ids(load_tokenizer(tokenizer)).tolist())
 
 
 def finished_checkpoint(job: TrainJob) -> Path | None:

@@ -1,14 +1,13 @@
 """Which samples make up which step, and this rank's share of them as tensors.
 
-The samples of step i are a pure function of (seed, i): stopping, resuming and another layout change nothing. Each pass over the
-data has its own permutation; data-parallel ranks take disjoint micro-batches, context-parallel ranks their zigzag slice.
+The samples of step i are a pure function of (seed, i): stopping, resuming and another layout change nothing (`train/order.py`).
+Data-parallel ranks take disjoint micro-batches, context-parallel ranks their zigzag slice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Protocol
 
 import numpy as np
@@ -16,17 +15,17 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from mcore_longctx.data.methods.positions import jumping_positions, segment_lengths
 from mcore_longctx.data.samples import ReadAhead
 from mcore_longctx.errors import DataError
 from mcore_longctx.layout import PackLayout, pack_layout
 from mcore_longctx.recipe import Stage
+from mcore_longctx.train.order import SampleOrder
 
-__all__ = ["MicroBatch", "SampleOrder", "Samples", "StepData"]
+__all__ = ["MicroBatch", "Samples", "StepData"]
 
 IntArray = npt.NDArray[np.int64]
 _Share = tuple[IntArray, IntArray, npt.NDArray[np.bool_], IntArray]  # tokens, labels, loss mask, positions
-
-_PASSES = 4  # whose order is kept: the end of one and the beginning of the next, for a step and the one that is read ahead
 
 
 class Samples(Protocol):
@@ -36,6 +35,10 @@ class Samples(Protocol):
 
     def __len__(self) -> int:
         """Number of samples."""
+        ...
+
+    def tokens(self, index: int) -> npt.NDArray[Any]:
+        """The stored ids of a sample, [seq_length]."""
         ...
 
     def gather(self, index: int, places: IntArray) -> tuple[IntArray, IntArray, npt.NDArray[np.bool_]]:
@@ -57,30 +60,6 @@ class Samples(Protocol):
         ...
 
 
-class SampleOrder:
-    """Sample ids in the order of training, without end: pass after pass, each in an order of its own.
-
-    >>> order = SampleOrder(5, seed=1)
-    >>> sorted(order[i] for i in range(5, 10))
-    [0, 1, 2, 3, 4]
-    """
-
-    def __init__(self, num_samples: int, *, seed: int) -> None:
-        self.num_samples, self.seed = num_samples, seed
-        # asked by the training loop and by the thread that reads ahead: safe in both, and a value is a pure function of its number
-        self._order_of_pass = lru_cache(_PASSES)(self._permutation)
-
-    def __getitem__(self, index: int) -> int:
-        """Id of the sample at a place (0 is the first of the first step)."""
-        number, place = divmod(index, self.num_samples)
-        return int(self._order_of_pass(number)[place])
-
-    def _permutation(self, number: int) -> IntArray:
-        # raw Philox bits are the same in every numpy; Generator.permutation promises no such thing
-        bits = np.random.Philox(np.random.SeedSequence([self.seed, number])).random_raw(self.num_samples)
-        return np.argsort(bits, kind="stable").astype(np.int64)
-
-
 @dataclass(frozen=True)
 class MicroBatch:
     """One micro-batch of one rank. Tensors are [micro_batch_size, seq_length / cp_size] on the training device.
@@ -92,7 +71,7 @@ class MicroBatch:
     tokens: Tensor  # int64
     labels: Tensor  # int64
     loss_mask: Tensor  # bool
-    positions: Tensor  # int64, global; with a cross-document mask inside the document
+    positions: Tensor  # int64, global; with a cross-document mask inside the document; with jumps if the stage asks for them
     layout: PackLayout | None = None  # where the documents of the sample lie; None: they see each other
     weights: Tensor | None = None  # float32, of each label's loss; None: 1 where the loss mask is set
     weight: int | None = (
@@ -123,6 +102,7 @@ class StepData:
         cp_rank: this rank among the context-parallel ones.
         device: where the tensors go.
         where: the data's path, for messages.
+        sentence_ends: token ids that end a sentence; positions of type segments only.
 
     Raises:
         DataError: the samples have another length than the stage, or there are none.
@@ -139,6 +119,7 @@ class StepData:
         cp_rank: int,
         device: torch.device,
         where: object = None,
+        sentence_ends: Sequence[int] = (),
     ) -> None:
         if samples.seq_length != stage.seq_length:
             raise DataError(
@@ -150,7 +131,9 @@ class StepData:
             raise DataError("no samples", where=where, fix="build the data again with more documents")
         self.samples, self.stage, self.vocab_size = samples, stage, vocab_size
         self.dp_rank, self.cp_rank, self.device, self.where = dp_rank, cp_rank, device, where
-        self.order = SampleOrder(len(samples), seed=seed)
+        self.seed, self.sentence_ends = seed, np.array(sentence_ends, np.int64)
+        costs = None if stage.balance == "none" else np.array([self._cost(index) for index in range(len(samples))])
+        self.order = SampleOrder(len(samples), seed=seed, costs=costs, step=stage.global_batch_size)
         self._ahead: ReadAhead[tuple[int, int], _Rows] = ReadAhead(self._read)
 
     def sample_ids(self, iteration: int) -> list[int]:
@@ -167,7 +150,11 @@ class StepData:
             return 1.0
         ids, size = self.sample_ids(iteration), self.stage.micro_batch_size * self.stage.parallel.data_parallel_size
         chosen = (index for number in numbers for index in ids[number * size : (number + 1) * size])
-        return max(1.0, *(float(sum(n * n for n in self.samples.document_lengths(index))) for index in chosen))
+        return max(1.0, *(self._cost(index) for index in chosen))
+
+    def _cost(self, index: int) -> float:
+        """Query-key pairs of a sample whose documents do not see each other, twice."""
+        return float(sum(n * n for n in self.samples.document_lengths(index)))
 
     def passes_begun(self, iteration: int) -> int:
         """How many passes over the data have begun when a step is done."""
@@ -213,7 +200,21 @@ class StepData:
                     fix="build the data again with the model's tokenizer",
                 )
         weights, weight = self._weights(ids, rows, layout)
+        if self.stage.positions is not None:
+            begin = iteration * self.stage.global_batch_size + first
+            rows = [
+                (*row[:3], self._jumping(index, begin + i, row[3])) for i, (index, row) in enumerate(zip(ids, rows, strict=True))
+            ]
         return _Rows(ids, tuple(np.stack(column) for column in zip(*rows, strict=True)), layout, weights, weight)
+
+    def _jumping(self, index: int, place: int, mine: IntArray) -> IntArray:
+        """Positions with jumps at this rank's places `mine` of a sample, which comes at a place of the order."""
+        how, segments = self.stage.positions, None
+        assert how is not None
+        if how.type == "segments":
+            segments = segment_lengths(self.samples.tokens(index), self.sentence_ends)
+        number, length = self.order.pass_of(place), self.samples.seq_length
+        return jumping_positions(how, length, seed=self.seed, sample=index, number=number, segments=segments)[mine]
 
     def _weights(
         self, ids: tuple[int, ...], rows: Sequence[_Share], layout: PackLayout | None

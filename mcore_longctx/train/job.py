@@ -38,6 +38,7 @@ class TrainJob:
     backend: Literal["local", "te"] = "local"
     tokenizer_sha256: str | None = None
     seed: int = 1234
+    sentence_ends: tuple[int, ...] = ()  # token ids, for positions of type segments; they follow from the tokenizer
 
     def __post_init__(self) -> None:
         if self.stage.global_batch_size * self.stage.seq_length >= 2**31:
@@ -68,10 +69,17 @@ class TrainJob:
             # what checkpoints of before do not name, they were made without
             **({"cross_document_mask": True} if stage.cross_document_mask else {}),
             **({"optimizer_from": stage.optimizer_from} if stage.optimizer_from != "none" else {}),
+            **({"balance": stage.balance} if stage.balance != "none" else {}),
+            **_named("positions", stage.positions),
             **({"loss_reduction": stage.loss_reduction} if stage.loss_reduction != "token_mean" else {}),
             "data": data,
             "start_checkpoint": _manifest_hash(self.start_checkpoint),
         }
+
+
+def _named(name: str, section: Any) -> dict[str, Any]:
+    """The values of an optional section by their names in the recipe; nothing where there is none."""
+    return {} if section is None else {f"{name}.{key}": value for key, value in asdict(section).items()}
 
 
 def _manifest_hash(folder: Path) -> str | None:

@@ -164,6 +164,7 @@ class Trainer:
             cp_rank=parallel_state.get_context_parallel_rank(),
             device=training_device(),
             where=job.data_prefix,
+            sentence_ends=job.sentence_ends,
         )
         model = build_gpt_model(
             job.shape,

@@ -168,7 +168,7 @@ def test_a_journal_of_a_version_without_a_key_goes_on_with_its_default_only(
     path.write_text(json.dumps(journal))
     assert runner.run_recipe(recipe_of(folder)) == 0
     with pytest.raises(ConfigError, match=r"stages.first.balance was None when step train-first ran, it is 'sum_sq' now"):
-        runner.run_recipe(recipe_of(folder, "stages.first.balance=sum_sq"))
+        runner.run_recipe(recipe_of(folder, "stages.first.cross_document_mask=true", "stages.first.balance=sum_sq"))
 
 
 def test_a_section_that_was_not_there_is_a_change_though_it_holds_defaults(folder: Path) -> None:

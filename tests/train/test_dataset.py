@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from mcore_longctx.errors import DataError
 from mcore_longctx.recipe import OptimizerSection, Parallel, Stage, TokenCount
-from mcore_longctx.train.dataset import SampleOrder, StepData
+from mcore_longctx.train.dataset import StepData
+from mcore_longctx.train.order import SampleOrder
 from tests.train.jobs import SAMPLES, SEQ_LENGTH, write_data
 
 
@@ -26,7 +27,15 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def step_data(
-    samples: Any, *, dp: int = 1, cp: int = 1, ranks: tuple[int, int] = (0, 0), seed: int = 3, vocab: int = 126, **stage: Any
+    samples: Any,
+    *,
+    dp: int = 1,
+    cp: int = 1,
+    ranks: tuple[int, int] = (0, 0),
+    seed: int = 3,
+    vocab: int = 126,
+    sentence_ends: tuple[int, ...] = (),
+    **stage: Any,
 ):
     fields: dict[str, Any] = {
         "name": "s",
@@ -46,6 +55,7 @@ def step_data(
         cp_rank=ranks[1],
         device=torch.device("cpu"),
         where="here",
+        sentence_ends=sentence_ends,
     )
 
 

@@ -14,7 +14,7 @@ from mcore_longctx.data import PackedSamples
 from mcore_longctx.recipe import read_card
 from mcore_longctx.rope import write_hf_rope
 from mcore_longctx.train import TrainJob
-from mcore_longctx.train.dataset import SampleOrder
+from mcore_longctx.train.order import SampleOrder
 from tests.train.jobs import ROPE, SAMPLES, make_job, make_world, rows, train
 
 pytestmark = pytest.mark.multiproc

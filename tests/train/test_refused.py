@@ -265,7 +265,7 @@ def test_two_at_once_are_refused_and_the_first_goes_on(world: Path) -> None:
 
 
 def test_a_learning_rate_that_destroys_stops_with_the_samples(world: Path) -> None:
-    from mcore_longctx.train.dataset import SampleOrder
+    from mcore_longctx.train.order import SampleOrder
 
     job = make_job(world, "nan", lr=1e30, min_lr=0.0, save_interval=1, context_parallel_size=2)
     line = refused(job, code=1)
@@ -317,7 +317,7 @@ def spoil(rank: int, sample: int, what: str) -> None:
 
 
 def test_nan_of_one_sample_on_one_rank_names_it(world: Path) -> None:
-    from mcore_longctx.train.dataset import SampleOrder
+    from mcore_longctx.train.order import SampleOrder
 
     job = make_job(world, "one-nan", data_parallel_size=2, save_interval=1)
     sample = SampleOrder(20, seed=job.seed)[4 + 3]  # second step, rank 1
@@ -327,7 +327,7 @@ def test_nan_of_one_sample_on_one_rank_names_it(world: Path) -> None:
 
 
 def test_nan_in_the_gradients_alone_stops_before_the_step(world: Path) -> None:
-    from mcore_longctx.train.dataset import SampleOrder
+    from mcore_longctx.train.order import SampleOrder
 
     job = make_job(world, "nan-gradients", save_interval=1)
     line = refused(job, code=1, before=spoil, args=(0, "gradients"))

@@ -132,7 +132,7 @@ def stop_inside_step(rank: int, sample: int) -> None:
 
 
 def test_a_signal_inside_a_step_drops_the_step(world: Path, straight: TrainJob) -> None:
-    from mcore_longctx.train.dataset import SampleOrder
+    from mcore_longctx.train.order import SampleOrder
 
     job = make_job(world, "inside", context_parallel_size=2)
     sample = SampleOrder(20, seed=job.seed)[3 * 4 + 2]

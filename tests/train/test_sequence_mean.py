@@ -18,8 +18,8 @@ from mcore_longctx.manifest import write_manifest
 from mcore_longctx.recipe import OptimizerSection, Stage
 from mcore_longctx.rope import write_hf_rope
 from mcore_longctx.train import TrainJob, iteration_folder
-from mcore_longctx.train.dataset import SampleOrder
 from mcore_longctx.train.job import refuse_changed_settings
+from mcore_longctx.train.order import SampleOrder
 from tests.sidecars import write_runs
 from tests.train.jobs import ROPE, SEQ_LENGTH, make_job, make_world, rows, train
 from tests.train.test_dataset import step_data

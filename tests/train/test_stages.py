@@ -14,7 +14,7 @@ import torch
 from mcore_longctx.data import PackedSamples
 from mcore_longctx.rope import RopeScaling, write_hf_rope
 from mcore_longctx.train import TrainJob, iteration_folder
-from mcore_longctx.train.dataset import SampleOrder
+from mcore_longctx.train.order import SampleOrder
 from tests.train.jobs import ROPE, SAMPLES, make_job, make_world, refused, rows, train
 from tests.train.test_oracle import mean_loss
 
