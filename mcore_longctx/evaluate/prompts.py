@@ -97,10 +97,10 @@ def _write(path: Path, sample: RulerSample) -> None:
 def _read(path: Path) -> RulerSample | None:
     """None where there is no such file, or a damaged one: zip files carry checksums, and numpy is not allowed to unpickle."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as file:
             arrays = {name: file[name].astype(np.int64) for name in _ARRAYS}
             facts = json.loads(file["facts"].tobytes())
         lists = {name: tuple(value) for name, value in facts.items() if isinstance(value, list)}
         return RulerSample(**(facts | lists), **arrays)
-    except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile):
         return None
