@@ -42,6 +42,12 @@ _DOCUMENTS_ONLY = (  # options of `data plan` that say nothing about chats
     "separator_kind",
     "no_separator_loss",
     "packing",
+    "augment",
+    "augment_chunks",
+    "augment_probability",
+    "augment_group",
+    "augment_any_order",
+    "augment_no_backtrace",
 )
 
 
@@ -162,6 +168,16 @@ def _add_plan(verbs: Any) -> None:
     plan.add_argument(
         "--packing", choices=("concatenate", "single", "best_fit", "intact"), default="concatenate", help="(default: concatenate)"
     )
+    plan.add_argument(
+        "--augment",
+        choices=("cip", "utk"),
+        help="cut the documents of a sample and spread the pieces over it: chunk-interleaved, or Untie the Knots",
+    )
+    plan.add_argument("--augment-chunks", metavar="N[,N]", help="pieces of a document; utk draws one of them (default: 2)")
+    plan.add_argument("--augment-probability", type=float, metavar="P", help="share of the samples that are changed (default: 1)")
+    plan.add_argument("--augment-group", type=int, metavar="N", help="cip: documents interleaved with each other (default: all)")
+    plan.add_argument("--augment-any-order", action="store_true", help="utk: pieces of a document need not keep their order")
+    plan.add_argument("--augment-no-backtrace", action="store_true", help="utk: no labels behind the last piece of a document")
     documents_only = {name: plan.get_default(name) for name in _DOCUMENTS_ONLY}
     plan.set_defaults(documents_only=documents_only)
     plan.add_argument("--seed", type=int, default=1234, help="(default: 1234)")

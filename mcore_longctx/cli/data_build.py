@@ -108,7 +108,7 @@ def plan(args: argparse.Namespace) -> int:
     from dataclasses import replace
 
     from mcore_longctx.data.planning.plan import make_chat_plan, make_plan, plan_text
-    from mcore_longctx.data.planning.separator import make_separator
+    from mcore_longctx.data.planning.separator import job_tokenizer, make_separator
     from mcore_longctx.data.tokens.job import open_job, read_documents_table
     from mcore_longctx.data.workspace import lock_folder
     from mcore_longctx.recipe.schema import ChunkSet, DataSection, LengthSampling, TokenCount
@@ -151,6 +151,7 @@ def plan(args: argparse.Namespace) -> int:
             separator_loss=not args.no_separator_loss,
             packing=args.packing,
             repeat_to_fill=args.repeat_to_fill,
+            augment=_augment(args),
         )
     except ValueError as error:
         raise ConfigError(str(error), where="data plan") from None
@@ -168,6 +169,7 @@ def plan(args: argparse.Namespace) -> int:
                 seq_length=seq_length,
                 separator=make_separator(section, job),
                 token_budget=None if args.tokens is None else _count(args.tokens, "--tokens"),
+                tokenizer=lambda: job_tokenizer(job),
             )
     print(json.dumps(facts, indent=1) if args.json else plan_text(facts))
     return 0
@@ -245,6 +247,31 @@ def _separator(args: argparse.Namespace) -> str:
     if not args.separator:
         raise ConfigError("--separator is empty", fix="say --separator-kind none")
     return str(args.separator)
+
+
+def _augment(args: argparse.Namespace) -> Any:
+    from mcore_longctx.recipe.data import AugmentSection
+
+    given = {
+        "chunks": None if args.augment_chunks is None else _numbers(args.augment_chunks, "--augment-chunks"),
+        "probability": args.augment_probability,
+        "documents_per_group": args.augment_group,
+        "keep_order": False if args.augment_any_order else None,
+        "backtrace": False if args.augment_no_backtrace else None,
+    }
+    given = {name: value for name, value in given.items() if value is not None}
+    if args.augment is None:
+        if given:
+            raise ConfigError("options of --augment, and no --augment", where="data plan", fix="say --augment cip or utk")
+        return None
+    return AugmentSection(type=args.augment, **given)
+
+
+def _numbers(text: str, option: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ConfigError(f"{option} {text}: expected numbers, for example 2,3") from None
 
 
 def _check_verify_fraction(fraction: float, chats: bool) -> None:

@@ -123,8 +123,11 @@ class PackedSamples:
         document behind it. Two stretches are of one document when the second goes on where the first ended.
 
         Raises:
-            DataError: padding that is not at the end.
+            DataError: padding that is not at the end, or documents that were cut and spread over the sample (`augment`).
         """
+        if "augment" in self.runs.facts:
+            what = f"augment {self.runs.facts['augment']['type']} has spread the documents of a sample over it: no border is between them"
+            raise DataError(what, where=self.prefix, fix="leave out the mask between documents")
         rows = self.runs.rows(index)
         document, start = self.runs.document[rows], self.runs.start[rows]
         length = self.runs.length[rows].astype(np.int64)

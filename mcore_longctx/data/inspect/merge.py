@@ -194,7 +194,13 @@ def _read_all_runs(inputs: Sequence[_Input]) -> tuple[list[Runs], str | None]:
                     where=given.prefix,
                     fix="merge what was made in one way",
                 )
-        if _first_known(runs, "begin_tokens") and not np.array_equal(part.literals, first.literals):
+        if part.facts.get("augment") != first.facts.get("augment"):
+            raise DataError(
+                f"was made with another augment, or none, than {inputs[0].prefix}",
+                where=given.prefix,
+                fix="merge what was made in one way",
+            )
+        if (_first_known(runs, "begin_tokens") or "augment" in first.facts) and not np.array_equal(part.literals, first.literals):
             raise DataError(
                 f"has other separators than {inputs[0].prefix}", where=given.prefix, fix="merge what was made in one way"
             )

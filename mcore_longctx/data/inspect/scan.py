@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from mcore_longctx.data.files.index_file import Index
 from mcore_longctx.data.files.sidecar import LITERAL, PADDING, Runs
+from mcore_longctx.data.methods.labels import literal_names, separator_tokens
 from mcore_longctx.errors import DataError
 
 __all__ = ["DatasetScan", "Faults", "Locate", "highest_id", "token_blocks"]
@@ -138,7 +139,7 @@ class DatasetScan:
         row = int(np.searchsorted(stops, inside, side="right"))
         run = self.runs.sample(sequence)[row]
         begin = int(stops[row]) - run.length
-        what = "padding" if run.is_padding else "a separator"
+        what = "padding" if run.is_padding else f"a {literal_names(self.runs)(run.start)}"
         if run.document is not None:
             what = f"token {run.start + inside - begin:,} of document {run.document!r} of source {run.source!r}"
         return f"sample {sequence:,}, token {inside:,} ({what})"
@@ -191,9 +192,10 @@ class DatasetScan:
     def _check_separator(self, separator: IntArray, tokens: int) -> None:
         runs, index, count = self.runs, self.index, len(separator)
         if runs is not None:
-            if (runs.document == LITERAL).any() and not np.array_equal(runs.literals, separator):
+            found = runs.literals[: separator_tokens(runs)]
+            if (runs.document == LITERAL).any() and not np.array_equal(found, separator):
                 self.faults.add(
-                    f"{self.path.with_suffix('.runs')}", f"its separators are {runs.literals.tolist()}, not {separator.tolist()}"
+                    f"{self.path.with_suffix('.runs')}", f"its separators are {found.tolist()}, not {separator.tolist()}"
                 )
             return
         stored = np.memmap(self.path, index.dtype, "r", shape=(tokens,)) if tokens else np.zeros(0, index.dtype)

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from mcore_longctx.data.files.indexed import IndexedReader, find_prefix
 from mcore_longctx.data.files.sidecar import LITERAL, PADDING, Runs, check_index, read_runs
+from mcore_longctx.data.methods.labels import literal_names, separator_tokens
 from mcore_longctx.errors import DataError
 
 __all__ = ["Decoder", "sample_in_words", "show_sample", "stats", "stats_in_words"]
@@ -40,8 +41,8 @@ def show_sample(
 
     Returns:
         facts for JSON and `sample_in_words`: prefix, sample, samples, tokens, document, sequences_of_document (first, and one behind
-        the last) and documents by the index, has_runs, and runs, each with begin and stop (positions in the sample), what ("document", "separator", "padding"; without a sidecar
-        "sequence"), source, document, start (in the document), loss, head and tail (text or ids; tail None if head is all).
+        the last) and documents by the index, has_runs, and runs, each with begin and stop (positions in the sample), what ("document", "separator", "padding"; with `augment`
+        "label", "backtrace", "knot ..."; without a sidecar "sequence"), source, document, start (in the document), loss, head and tail (text or ids; tail None if head is all).
 
     Raises:
         DataError: there is no such sample, or the dataset is damaged.
@@ -81,9 +82,9 @@ def _whole_sequence(length: int) -> dict[str, Any]:
 
 
 def _rows_of(runs: Runs, index: int) -> list[dict[str, Any]]:
-    rows, begin = [], 0
+    rows, begin, name_of = [], 0, literal_names(runs)
     for run in runs.sample(index):
-        what = "document" if run.document is not None else "padding" if run.is_padding else "separator"
+        what = "document" if run.document is not None else "padding" if run.is_padding else name_of(run.start)
         place = {"source": run.source, "document": run.document, "start": run.start}
         rows.append({"begin": begin, "stop": begin + run.length, "what": what, **place, "loss": run.loss})
         begin += run.length
@@ -175,7 +176,10 @@ def _rows_of_sources(runs: Runs) -> list[dict[str, Any]]:
             document = runs.document[low : low + _ROWS]
             is_run[low : low + len(document)] = (document >= 0) & mine[np.maximum(document, 0)] if len(mine) else False
         rows.append(_row("runs", source, runs.length[is_run]))
-    rows.append(_row("separators", None, runs.length[runs.document == LITERAL]))
+    literal, separators = runs.document == LITERAL, runs.start < separator_tokens(runs)
+    rows.append(_row("separators", None, runs.length[literal & separators]))
+    if "augment" in runs.facts:
+        rows.append(_row("labels and knots", None, runs.length[literal & ~separators]))
     rows.append(_row("padding", None, runs.length[runs.document == PADDING]))
     return rows
 

@@ -45,7 +45,7 @@ def check_data(
     """Compare packed data, or any indexed dataset, with all that is known of it.
 
     Always: sizes, pointers, lengths, documents. With a sidecar: checksum of every sample, runs that add up, separators and padding
-    that are the tokens they should be. With a manifest: sha256 of every file. With a vocabulary: every id.
+    that are the tokens they should be; pieces of documents that `augment` spread over a sample are there once and in order. With a manifest: sha256 of every file. With a vocabulary: every id.
 
     Args:
         path: a folder with a manifest, a folder with one .idx, or a prefix.
@@ -89,6 +89,9 @@ def check_data(
             runs = _agreeing(prefix, index, runs, faults)
         checked = DatasetScan(prefix, index, runs, faults, _locator(prefix.parent, runs)).check(vocab_size, separator, digest)
         facts["checked"] += checked
+        if runs is not None and "augment" in runs.facts:
+            _check_pieces(prefix, runs, faults)
+            facts["checked"].append("pieces")
     if manifest:
         facts["checked"].append("manifest")
         _check_counts(path, manifest, facts, faults)
@@ -140,6 +143,18 @@ def _agreeing(prefix: Path, index: Index, runs: Runs, faults: Faults) -> Runs | 
         )
         return None
     return runs
+
+
+def _check_pieces(prefix: Path, runs: Runs, faults: Faults) -> None:
+    """Whether every sample that `augment` rearranged can be untied."""
+    from mcore_longctx.data.inspect.untie import untie
+
+    try:
+        for sample in range(len(runs)):
+            for fault in untie(runs, sample):
+                faults.add(f"{prefix}.runs", f"sample {sample:,}: {fault}")
+    except (KeyError, TypeError, ValueError, AttributeError):
+        faults.add(f"{prefix}.runs", "what it says about augment is damaged")
 
 
 def _locator(folder: Path, runs: Runs | None) -> Locate:

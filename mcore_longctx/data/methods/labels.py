@@ -9,7 +9,7 @@ texts in ordinary characters do. An id is six random letters and digits, tokeniz
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -17,9 +17,10 @@ import numpy as np
 import numpy.typing as npt
 
 from mcore_longctx.data.files.shards import hash64
+from mcore_longctx.data.files.sidecar import Runs
 from mcore_longctx.errors import DataError
 
-__all__ = ["LabelLayout", "Marker", "TextEncoder", "make_labels"]
+__all__ = ["LabelLayout", "Marker", "TextEncoder", "literal_names", "make_labels", "separator_tokens"]
 
 IntArray = npt.NDArray[np.int64]
 
@@ -149,6 +150,27 @@ def make_labels(tokenizer: TextEncoder, *, cuts: int, count: int, base: int, whe
     opened, closed, following = (np.tile(np.array(chosen[name][1], np.int64), (count, 1)) for name in ("open", "close", "next"))
     heads = [np.array(chosen[name][1], np.int64) for name in alone]
     return layout, np.concatenate([*heads, np.concatenate([opened, ids, closed, ids, following], axis=1).ravel()])
+
+
+def separator_tokens(runs: Runs) -> int:
+    """Literals of a sidecar that are separators; those behind them were added by `augment`."""
+    return int(runs.facts["augment"]["separator_tokens"]) if "augment" in runs.facts else len(runs.literals)
+
+
+def literal_names(runs: Runs) -> Callable[[int], str]:
+    """Says what the literal run of a sidecar is that begins at a place of the literals."""
+    facts = runs.facts.get("augment")
+    if facts is None or "labels" not in facts:
+        return lambda start: "separator"
+    layout = LabelLayout.from_dict(facts["labels"])
+
+    def name(start: int) -> str:
+        kind, _ = layout.kind(start)
+        if kind in ("ask", "id", "stop"):
+            return "backtrace"
+        return f"knot {kind}" if kind in layout.markers else kind
+
+    return name
 
 
 def _ids(tokenizer: TextEncoder, count: int, where: object) -> IntArray:

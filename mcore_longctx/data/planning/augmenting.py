@@ -73,7 +73,6 @@ def augment_runs(
         "documents_per_group": how.documents_per_group,
         "keep_order": how.keep_order,
         "backtrace": how.backtrace,
-        "seed": seed,
         "separator_tokens": len(literals),
         "documents_learned_whole": not len(table.loss_document),
     }
