@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +34,7 @@ from mcore_longctx.data.synthesis.writing import (
     sibling,
     write_lines,
 )
-from mcore_longctx.data.workspace import lock_folder
-from mcore_longctx.errors import ConfigError
+from mcore_longctx.data.workspace import lock_folder, remove_leftovers
 
 __all__ = ["HierarchicalReport", "HierarchicalSettings", "make_hierarchical_chats"]
 
@@ -48,9 +47,9 @@ class HierarchicalSettings:
 
     seed: int = 1234
     chunk: int = 4096  # tokens
-    counts: QuestionCounts = QuestionCounts()
+    counts: QuestionCounts = field(default_factory=QuestionCounts)
     question_tokens: int = 192  # set aside for a question and its answer
-    writer: Writer = Writer()
+    writer: Writer = field(default_factory=Writer)
     closed_book: Writer | None = None  # None: the rule that needs no model
     max_rejected: float = 0.1  # share of the items of one kind that may stay without a usable answer
 
@@ -119,7 +118,10 @@ def make_hierarchical_chats(
         DataError: inputs, tokenizer, a length that is too small, too many failures of the writer.
         InUseError: another process works on these outputs.
     """
-    paths = output_paths(out, wanted)
+    work = out.with_name(f"{out.stem}.work")
+    evidence, rejected = sibling(out, "evidence"), sibling(out, "rejected")
+    publishing = work / "publishing"  # there while finished files get their names: those that have them are ours
+    paths = output_paths(out, wanted, besides=(evidence, rejected), ours=publishing.exists())
     count = TokenCounter(tokenizer)
     documents, left_out = read_documents(inputs, count.tokenizer, chunk=settings.chunk)
     plans: list[tuple[Wanted, int, ChatPlan]] = []
@@ -134,13 +136,10 @@ def make_hierarchical_chats(
                 question_tokens=settings.question_tokens,
             )
             plans.append((one, len(plans), plan))
-    evidence, rejected = sibling(out, "evidence"), sibling(out, "rejected")
-    for path in (evidence, rejected):
-        if path.exists():
-            raise ConfigError("is already there", where=path, fix="choose another name or remove it")
-    prepare_folder(out, [*paths, evidence, rejected])
-    with lock_folder(out.with_name(f"{out.stem}.work")):
-        answers = Answers(out.with_name(f"{out.stem}.work") / "answers.jsonl")
+    prepare_folder(out)
+    with lock_folder(work):
+        remove_leftovers(work)
+        answers = Answers(work / "answers.jsonl")
         known = len(answers.known)
         asking = _Asking(documents, settings, answers, on_answer)
         items = asking.items([plan for _, _, plan in plans])
@@ -169,10 +168,14 @@ def make_hierarchical_chats(
                     rows.extend({"chat": made["id"], "tokens": chat.tokens, **row} for row in chat.evidence)
                     yield {"id": made["id"], "messages": chat.messages, "tokens": chat.tokens}
 
-            write_lines(path, records())
+            write_lines(work / path.name, records())
             files.append((str(path), one.length, chats, tokens))
-        write_lines(evidence, iter(rows))
-        write_lines(rejected, (one.as_dict() for one in answers.rejected))
+        write_lines(work / evidence.name, iter(rows))
+        write_lines(work / rejected.name, (one.as_dict() for one in answers.rejected))
+        publishing.touch()
+        for path in (evidence, rejected, *paths):
+            (work / path.name).replace(path)
+        publishing.unlink()
     return HierarchicalReport(
         chats=SynthesisReport(files=tuple(files), questions=questions),
         documents=len(documents),
@@ -207,13 +210,24 @@ class _Asking:
         ]
         self._ask([request for _, _, request in slots])
         self._count("without a usable answer", len(self._answers.rejected))
-        good = {request["id"]: item for plan, slot, request in slots if (item := self._checked(plan, slot, request)) is not None}
-        good = self._closed_book(good)
+        requests = {request["id"]: (plan, slot, request) for plan, slot, request in slots}
+        good = {name: item for name, place in requests.items() if (item := self._checked(*place)) is not None}
+        for name in self._known_without(good):
+            self._drop("answerable without the document", requests[name][2], "answerable without the document")
+            del good[name]
         found: list[dict[Slot, dict[str, Any]]] = [{} for _ in plans]
         number_of = {id(plan): number for number, plan in enumerate(plans)}
+        asked: set[tuple[int, int, str]] = set()
         for plan, slot, request in slots:
-            if request["id"] in good:
-                found[number_of[id(plan)]][slot] = good[request["id"]]
+            item, number = good.get(request["id"]), number_of[id(plan)]
+            if item is None:
+                continue
+            question = (number, slot.document, item["question"])
+            if question in asked:
+                self._count("asked before in the same chat", 1)
+                continue
+            asked.add(question)
+            found[number][slot] = item
         return found
 
     def _named(self, request: dict[str, Any], writer: Writer | None = None) -> dict[str, Any]:
@@ -228,8 +242,8 @@ class _Asking:
 
     # ------------------------------------------------------------------ summaries
     def _summarise(self, taken: Sequence[tuple[int, int]]) -> None:
-        chunks = {(number, at) for number, chunks in taken for at in range(chunks)}
-        of_chunk = self._summaries_of({key: self._documents[key[0]].chunk(key[1]) for key in sorted(chunks)}, "chunk")
+        texts = {(number, at): self._documents[number].chunk(at) for number, chunks in taken for at in range(chunks)}
+        of_chunk = self._summaries_of(texts, "chunk")
         sections = {
             (number, chunks, first): "\n".join(of_chunk[number, at] for at in range(first, min(first + _SECTION, chunks)))
             for number, chunks in taken
@@ -279,25 +293,17 @@ class _Asking:
         self._drop(fault, request, "with an ambiguous quote")
         return None
 
-    def _closed_book(self, items: Mapping[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        """Those that cannot be answered without the document."""
+    def _known_without(self, items: Mapping[str, dict[str, Any]]) -> list[str]:
+        """Those that can be answered without the document."""
         writer = self._settings.closed_book
         if writer is None:
-            known = {name for name, item in items.items() if answerable_without(item["question"], item["answer"])}
-        else:
-            requests = {
-                name: self._named({"kind": "closed_book", "question": item["question"]}, writer) for name, item in items.items()
-            }
-            before = len(self._answers.rejected)
-            self._ask([*requests.values()], writer)
-            self._count("not checked closed-book", len(self._answers.rejected) - before)
-            given = {name: self._answers.known.get(request["id"]) for name, request in requests.items()}
-            known = {
-                name for name, item in items.items() if (said := given[name]) and same_answer(said["answer"], item["answer"])
-            }
-        for name in known:
-            self._drop("answerable without the document", {"id": name, "kind": "question"}, "answerable without the document")
-        return {name: item for name, item in items.items() if name not in known}
+            return [name for name, item in items.items() if answerable_without(item["question"], item["answer"])]
+        requests = {name: self._named({"kind": "closed_book", "question": items[name]["question"]}, writer) for name in items}
+        before = len(self._answers.rejected)
+        self._ask([*requests.values()], writer)
+        self._count("not checked without the document", len(self._answers.rejected) - before)
+        given = {name: self._answers.known.get(request["id"]) for name, request in requests.items()}
+        return [name for name, item in items.items() if (said := given[name]) and same_answer(said["answer"], item["answer"])]
 
     def _drop(self, reason: str, request: Mapping[str, Any], what: str) -> None:
         self._answers.rejected.append(Rejected(reason, request))

@@ -51,8 +51,10 @@ def sibling(out: Path, word: str) -> Path:
     return out.with_name(f"{out.name.removesuffix('.jsonl')}.{word}.jsonl")
 
 
-def output_paths(out: Path, wanted: Sequence[Wanted]) -> list[Path]:
+def output_paths(out: Path, wanted: Sequence[Wanted], *, besides: Sequence[Path] = (), ours: bool = False) -> list[Path]:
     """OUT for one length; for several OUT-LENGTH.jsonl each: stages train on one length each.
+
+    besides: other files that must not be there either. ours: what is there is ours and is written again.
 
     Raises:
         ConfigError: one of them is there, two lengths are the same, or OUT cannot be the name of the chats.
@@ -62,14 +64,14 @@ def output_paths(out: Path, wanted: Sequence[Wanted]) -> list[Path]:
     if len({one.length for one in wanted}) < len(wanted):
         raise ConfigError("--length gives the same length twice", where=out, fix="add their chats together")
     paths = [out] if len(wanted) == 1 else [out.with_name(f"{out.stem}-{one.text}.jsonl") for one in wanted]
-    for path in paths:
-        if path.exists():
+    for path in (*besides, *paths):
+        if path.exists() and not ours:
             raise ConfigError("is already there", where=path, fix="choose another name or remove it")
     return paths
 
 
-def prepare_folder(out: Path, paths: Sequence[Path]) -> None:
-    """The folder of OUT, made if it is not there, without what a killed run left of these files.
+def prepare_folder(out: Path, paths: Sequence[Path] = ()) -> None:
+    """The folder of OUT, made if it is not there, without what a killed run left of these files (none: it is not looked at).
 
     Raises:
         DataError: it cannot be made.
@@ -78,7 +80,8 @@ def prepare_folder(out: Path, paths: Sequence[Path]) -> None:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise DataError(f"cannot be made ({error.strerror})", where=out.parent, fix="choose another output") from None
-    remove_leftovers(out.parent, of=[path.name for path in paths])
+    if paths:
+        remove_leftovers(out.parent, of=[path.name for path in paths])
 
 
 def write_lines(path: Path, records: Iterator[dict[str, Any]]) -> None:
