@@ -3,20 +3,42 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple
 
 from mcore_longctx.errors import ConfigError
 from mcore_longctx.recipe.load import load_recipe
 from mcore_longctx.recipe.schema import Recipe
+from mcore_longctx.report.rows import (
+    LOSS,
+    METRICS,
+    NEEDLE,
+    RULER,
+    SHORT_CONTEXT,
+    SHORT_SUITE,
+    Row,
+    check_identity,
+    read_rows,
+)
 
-__all__ = ["Column", "RunFolder", "read_run_folder"]
+__all__ = ["Column", "NeedleKind", "RunFolder", "SampleKey", "read_run_folder"]
 
-Row = Mapping[str, Any]
-Key = TypeVar("Key")
 SampleKey = tuple[int, float, int]
+_PARTS = ("needle", "ruler", "loss_by_position", "short_context", "short_suite")  # files of a column; other folders hold caches
+
+
+class NeedleKind(NamedTuple):
+    """What is hidden (`passkey` or `sentence`), and whether one haystack holds the needles of all depths."""
+
+    kind: str
+    shared: bool
+
+    @property
+    def plural(self) -> str:
+        """For example `pass keys`."""
+        return "pass keys" if self.kind == "passkey" else "facts"
 
 
 @dataclass(frozen=True)
@@ -26,16 +48,25 @@ class Column:
     Attributes:
         name: `before`, `scaled` or the name of a stage.
         label: what a reader calls it.
-        needle: (length, depth, index) -> row.
+        needles: kind -> (length, depth, index) -> row.
+        ruler: (task, length, index) -> row.
         loss_by_position: window -> row.
         short_context: window -> row.
+        short_suite: (task, index) -> row.
     """
 
     name: str
     label: str
-    needle: dict[SampleKey, Row] = field(default_factory=dict)
+    needles: dict[NeedleKind, dict[SampleKey, Row]] = field(default_factory=dict)
+    ruler: dict[tuple[str, int, int], Row] = field(default_factory=dict)
     loss_by_position: dict[int, Row] = field(default_factory=dict)
     short_context: dict[int, Row] = field(default_factory=dict)
+    short_suite: dict[tuple[str, int], Row] = field(default_factory=dict)
+
+    @property
+    def is_trained(self) -> bool:
+        """Not the base."""
+        return self.name not in ("before", "scaled")
 
 
 @dataclass(frozen=True)
@@ -56,6 +87,27 @@ class RunFolder:
     def name(self) -> str:
         """The recipe's name, or the folder's."""
         return self.recipe.name if self.recipe is not None else self.path.resolve().name
+
+    @property
+    def base(self) -> Column | None:
+        """The base model as it is."""
+        return next((column for column in self.columns if column.name == "before"), None)
+
+    @property
+    def final(self) -> Column | None:
+        """The model after its last measured stage."""
+        return next((column for column in reversed(self.columns) if column.is_trained), None)
+
+    @property
+    def needle_kinds(self) -> list[NeedleKind]:
+        """Kinds of needles of any column, the one that most columns measured first: that one decides the verdict."""
+        kinds = sorted({kind for column in self.columns for kind in column.needles})
+        return sorted(kinds, key=lambda kind: -sum(kind in column.needles for column in self.columns))
+
+    def needles(self, column: Column) -> dict[SampleKey, Row]:
+        """A column's rows of the first kind of needles."""
+        kinds = self.needle_kinds
+        return column.needles.get(kinds[0], {}) if kinds else {}
 
     @property
     def original_length(self) -> int | None:
@@ -104,37 +156,60 @@ def read_run_folder(path: Path) -> RunFolder:
 
 
 def _read_columns(path: Path, recipe: Recipe | None, missing: list[str]) -> list[Column]:
-    there = _folders(path / "evaluate")
+    there = [
+        name
+        for name in _folders(path / "evaluate")
+        if any((path / "evaluate" / name / f"{part}.jsonl").exists() for part in _PARTS)
+    ]
     stages = [stage.name for stage in recipe.stages] if recipe is not None else []
     wanted = ["before", "scaled", *stages]
     names = wanted if recipe is not None else []
     names = [*names, *(name for name in [*wanted, *there] if name in there and name not in names)]
-    has_needle = recipe is None or recipe.evaluate.needle is not None
-    has_loss = recipe is None or recipe.evaluate.loss_by_position is not None
     columns = []
     for name in names:
-        folder = path / "evaluate" / name
-        label = _label(name, recipe)
-        column = Column(
-            name,
-            label,
-            _read_rows(folder / "needle.jsonl", lambda row: (int(row["length"]), float(row["depth"]), int(row["index"]))),
-            _read_rows(folder / "loss_by_position.jsonl", lambda row: int(row["index"])),
-            _read_rows(folder / "short_context.jsonl", lambda row: int(row["index"])),
-        )
-        parts = {
-            "needle": (has_needle, column.needle),
-            "loss by position": (has_loss, column.loss_by_position),
-            "short context": (has_loss, column.short_context),
-        }
-        absent = [part for part, (is_wanted, rows) in parts.items() if is_wanted and not rows]
-        if len(absent) == sum(is_wanted for is_wanted, _ in parts.values()):
-            if absent:
-                missing.append(f"evaluate/{name}: {label} was not measured")
+        column = _read_column(path / "evaluate" / name, name, _label(name, recipe))
+        absent, wanted_parts = _absent(column, recipe)
+        if not (column.needles or column.ruler or column.loss_by_position or column.short_context or column.short_suite):
+            if wanted_parts:
+                missing.append(f"evaluate/{name}: {column.label} was not measured")
             continue
         missing.extend(f"evaluate/{name}: no {part}" for part in absent)
         columns.append(column)
     return columns
+
+
+def _read_column(folder: Path, name: str, label: str) -> Column:
+    paths = {part: folder / f"{part}.jsonl" for part in _PARTS}
+    every = read_rows(
+        paths["needle"], NEEDLE, lambda row: (_needle_kind(row), int(row["length"]), float(row["depth"]), int(row["index"]))
+    )
+    needles: dict[NeedleKind, dict[SampleKey, Row]] = {}
+    for (kind, length, depth, index), row in every.items():
+        needles.setdefault(kind, {})[length, depth, index] = row
+    ruler = read_rows(paths["ruler"], RULER, lambda row: (str(row["task"]), int(row["length"]), int(row["index"])))
+    loss = read_rows(paths["loss_by_position"], LOSS, lambda row: int(row["index"]))
+    short = read_rows(paths["short_context"], SHORT_CONTEXT, lambda row: int(row["index"]))
+    suite = read_rows(paths["short_suite"], SHORT_SUITE, lambda row: (str(row["task"]), int(row["index"])))
+    check_identity(dict(zip(paths.values(), (every, ruler, loss, short, suite), strict=True)))
+    return Column(name, label, needles, ruler, loss, short, suite)
+
+
+def _needle_kind(row: Row) -> NeedleKind:
+    return NeedleKind(str(row.get("kind", "passkey")), bool(row.get("shared", row.get("task") == "needles_shared")))
+
+
+def _absent(column: Column, recipe: Recipe | None) -> tuple[list[str], int]:
+    """Parts that the recipe (or, without one, every run up to now) measures and the column lacks; how many it wants."""
+    evaluate = recipe.evaluate if recipe is not None else None
+    parts = {
+        "needle": (evaluate is None or evaluate.needle is not None, column.needles),
+        "ruler-like tasks": (evaluate is not None and evaluate.ruler is not None, column.ruler),
+        "loss by position": (evaluate is None or evaluate.loss_by_position is not None, column.loss_by_position),
+        "short context": (evaluate is None or evaluate.loss_by_position is not None, column.short_context),
+        "short suite": (evaluate is not None and evaluate.short_suite is not None, column.short_suite),
+    }
+    absent = [part for part, (is_wanted, rows) in parts.items() if is_wanted and not rows]
+    return absent, sum(is_wanted for is_wanted, _ in parts.values())
 
 
 def _label(name: str, recipe: Recipe | None) -> str:
@@ -150,7 +225,7 @@ def _label(name: str, recipe: Recipe | None) -> str:
 def _read_metrics(path: Path, stages: list[str], missing: list[str]) -> dict[str, list[Row]]:
     found = {}
     for stage in stages:
-        rows = _read_rows(path / "metrics" / f"{stage}.jsonl", lambda row: int(row["step"]))
+        rows = read_rows(path / "metrics" / f"{stage}.jsonl", METRICS, lambda row: int(row["step"]))
         if rows:
             found[stage] = [rows[step] for step in sorted(rows)]
         else:
@@ -209,21 +284,3 @@ def _read_json(path: Path) -> Mapping[str, Any] | None:
     if not isinstance(value, dict):
         raise ConfigError("damaged: not a JSON object", where=path)
     return value
-
-
-def _read_rows(path: Path, key: Callable[[Row], Key]) -> dict[Key, Row]:
-    """JSON lines by key. A last line without newline is still being written, or was cut off, and is left out."""
-    if not path.is_file():
-        return {}
-    rows = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
-        if not line.endswith("\n"):
-            break
-        try:
-            row = json.loads(line)
-            rows[key(row)] = row
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f"damaged line: {error!r}", where=f"{path}:{number}", fix="remove the file and measure again"
-            ) from None
-    return rows

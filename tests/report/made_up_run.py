@@ -13,6 +13,8 @@ from mcore_longctx.recipe.card import CheckpointCard, write_card
 from mcore_longctx.recipe.load import dump_recipe, load_recipe
 from mcore_longctx.rope import RopeScaling
 
+from . import made_up_rows as rows_of
+
 SHAPE = ModelShape(
     num_layers=4, hidden_size=128, ffn_hidden_size=352, num_attention_heads=4, num_query_groups=2, kv_channels=32, vocab_size=262
 )
@@ -191,3 +193,63 @@ def write_run_json(path: Path):
     rows.append({"name": "report", "state": "running", "about": ["report.html"], "inputs": {}})
     versions = {"mcore-longctx": "0.1.0", "numpy": "2.3.5", "torch": "2.13.0", "megatron-core": "0.16.1"}
     path.write_text(json.dumps({"format": 1, "name": "tiny-cpu", "versions": versions, "steps": rows}), encoding="utf-8")
+
+
+# A run of the full size: 128K to 4M, every task of the evaluation, several stages.
+LONG_SHAPE = ModelShape(
+    num_layers=32,
+    hidden_size=4096,
+    ffn_hidden_size=14336,
+    num_attention_heads=32,
+    num_query_groups=8,
+    kv_channels=128,
+    vocab_size=128_256,
+)
+LONG_OWN = RopeScaling(
+    type="llama3",
+    head_dim=128,
+    rope_theta=500000.0,
+    factor=8,
+    original_max_position_embeddings=8192,
+    max_position_embeddings=131_072,
+)
+LONG_SCALED = RopeScaling(
+    type="llama3",
+    head_dim=128,
+    rope_theta=500000.0,
+    factor=32,
+    original_max_position_embeddings=131_072,
+    max_position_embeddings=4_194_304,
+)
+K = 1 << 10
+REACH = {"before": 128 * K, "scaled": 384 * K, "extend": 3072 * K, "instruct": 4096 * K}
+NEEDLE_LENGTHS = [128 * K, 256 * K, 512 * K, 1024 * K, 2048 * K, 4096 * K]
+RULER_LENGTHS = [4 * K, 32 * K, *NEEDLE_LENGTHS]
+
+
+def make_long_run(folder: Path, columns=tuple(REACH), *, needles=True, ruler=True, suite=True, losses=True) -> Path:
+    """Files of the evaluation, recipe and cards of a run to 4M; without metrics and data."""
+    recipe = load_recipe("ultralong-8b-4m")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
+    for stage, rope in (("base", LONG_OWN), *((f"{stage.name}/iter_0000100", LONG_SCALED) for stage in recipe.stages)):
+        (folder / "checkpoints" / stage).mkdir(parents=True)
+        write_card(folder / "checkpoints" / stage, CheckpointCard(shape=LONG_SHAPE, rope=rope, stage=stage.split("/")[0]))
+    for column in columns:
+        write_column(folder / "evaluate" / column, column, needles=needles, ruler=ruler, suite=suite, losses=losses)
+    return folder
+
+
+def write_column(out: Path, column: str, *, needles=True, ruler=True, suite=True, losses=True) -> None:
+    reach = REACH.get(column, 1024 * K)
+    is_base = column == "before"
+    if needles:
+        write_lines(out / "needle.jsonl", rows_of.needle_rows(column, NEEDLE_LENGTHS, reach, depths=5, samples=5))
+    if ruler:
+        write_lines(out / "ruler.jsonl", rows_of.ruler_rows(column, RULER_LENGTHS, reach, samples=10))
+    if suite:
+        chances = {"other": 0.85} if is_base else {"other": 0.85, "multiplication": 0.3}
+        write_lines(out / "short_suite.jsonl", rows_of.suite_rows(column, chances))
+    if losses:
+        write_lines(out / "loss_by_position.jsonl", rows_of.loss_rows(column, 4096 * K, reach))
+        write_lines(out / "short_context.jsonl", rows_of.short_rows(column, 8 * K, 1.0 if is_base else 1.008))

@@ -11,9 +11,11 @@ import pytest
 
 from mcore_longctx.errors import ConfigError
 from mcore_longctx.report import summary_table, write_report
-from mcore_longctx.report.plots import cell_colour, short_count
-from mcore_longctx.report.results import Count, by_length, compare_needles, judge, loss_bins, needle_counts, paired, short_loss
+from mcore_longctx.report.counts import Count, by_length, compare, needle_counts
+from mcore_longctx.report.losses import loss_bins, paired, short_loss
 from mcore_longctx.report.run_folder import read_run_folder
+from mcore_longctx.report.style import cell_colour, short_count
+from mcore_longctx.report.verdict import judge
 
 from . import made_up_run as made_up
 
@@ -115,16 +117,17 @@ def test_links_inside_the_page_lead_somewhere(page):
 def test_every_cell_of_every_needle_grid_shows_its_count(run, page):
     grids = re.findall(r'<table class="grid">.*?</table>', page, re.DOTALL)
     assert len(grids) == 4
-    for grid, column in zip(grids, read_run_folder(run).columns, strict=True):
+    folder = read_run_folder(run)
+    for grid, column in zip(grids, folder.columns, strict=True):
         cells = re.findall(r"<td[^>]*>(\d+/\d+)</td>", grid)
-        counts = needle_counts(column, lambda row: (row["depth"], row["length"]))
+        counts = needle_counts(folder.needles(column), lambda row: (row["depth"], row["length"]))
         assert cells == [str(count) for count in counts.values()]
 
 
 def test_names_from_files_cannot_inject_markup(copy):
     file = copy / "evaluate" / "instruct" / "needle.jsonl"
     rows = [json.loads(line) for line in file.read_text().splitlines()]
-    rows[0] |= {"correct": False, "got": "<script>alert(1)</script>", "key": "{{ 7 * 7 }}"}
+    rows[0] |= {"correct": False, "got": "<script>alert(1)</script>", "prompt_tail": "{{ 7 * 7 }}"}
     made_up.write_lines(file, rows)
     page = write_report(copy).read_text(encoding="utf-8")
     assert "<script" not in page
@@ -209,16 +212,20 @@ def test_one_missing_comparison_gives_no_verdict(copy):
 def test_samples_that_differ_are_not_paired(copy):
     run = copy
     columns = {column.name: column for column in read_run_folder(run).columns}
-    assert compare_needles(columns["before"], columns["extend"], 4096)[1] > 40
-    for row in columns["extend"].needle.values():
+    before, after = (read_run_folder(run).needles(columns[name]) for name in ("before", "extend"))
+    assert compare(before, after, 4096).won > 40
+    for row in after.values():
         row["expected"] = " other"
-    assert compare_needles(columns["before"], columns["extend"], 4096) is None
+    assert compare(before, after, 4096) is None
 
 
 def test_numbers_are_those_of_the_files(run):
-    column = read_run_folder(run).columns[0]
+    folder = read_run_folder(run)
+    column = folder.columns[0]
     rows = [json.loads(line) for line in (run / "evaluate" / "before" / "needle.jsonl").read_text().splitlines()]
-    assert needle_counts(column, by_length)[1024] == Count(sum(row["correct"] for row in rows if row["length"] == 1024), 60)
+    assert needle_counts(folder.needles(column), by_length)[1024] == Count(
+        sum(row["correct"] for row in rows if row["length"] == 1024), 60
+    )
     first = json.loads((run / "evaluate" / "before" / "loss_by_position.jsonl").read_text().splitlines()[0])
     assert loss_bins(column)[(0, 16)][0] == first["sums"][0] / 15
     assert paired(short_loss(column), short_loss(column)).mean == 0
@@ -251,8 +258,8 @@ def test_a_run_that_has_just_begun_has_a_page(tmp_path):
 def test_a_line_that_is_still_being_written_is_left_out(copy):
     file = copy / "evaluate" / "before" / "needle.jsonl"
     file.write_bytes(file.read_bytes()[:-20])
-    column = read_run_folder(copy).columns[0]
-    assert len(column.needle) == 239
+    folder = read_run_folder(copy)
+    assert len(folder.needles(folder.columns[0])) == 239
 
 
 @pytest.mark.parametrize(
@@ -327,5 +334,6 @@ def test_an_export_comes_with_the_commands_that_serve_it(copy, page):
         file.truncate(3_000_000)
     words = Words(write_report(copy).read_text(encoding="utf-8")).words
     assert "# flags read in source (vLLM 0.33.0, SGLang 0.5.23), none run; sizes derived" in words
-    assert "vllm serve export --max-model-len 4096 --tensor-parallel-size 1 --max-num-seqs 2" in words
-    assert "--model-path export --context-length 4096" in words
+    export = copy / "export"
+    assert f"vllm serve {export} --max-model-len 4096 --tensor-parallel-size 1 --max-num-seqs 2" in words
+    assert f"--model-path {export} --context-length 4096" in words

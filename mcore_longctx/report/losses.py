@@ -1,0 +1,93 @@
+"""Losses of held-out text: by position with a fitted law, at the base's own length, and what changed window by window."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from mcore_longctx.report.run_folder import Column
+from mcore_longctx.tasks.power_law import PowerLaw, fit_power_law
+from mcore_longctx.tasks.statistics import MeanInterval, mean_interval, paired_mean_interval
+
+__all__ = [
+    "last_bin",
+    "loss_bins",
+    "loss_law",
+    "middle",
+    "paired",
+    "percent_change",
+    "relative_change",
+    "short_loss",
+    "signed",
+]
+
+Bin = tuple[int, int]
+
+
+def loss_bins(column: Column) -> dict[Bin, dict[int, float]]:
+    """(first, end) position of each bin -> window -> mean loss in nats per token."""
+    bins: dict[Bin, dict[int, float]] = {}
+    for window, row in sorted(column.loss_by_position.items()):
+        for first, end, count, total in zip(row["edges"][:-1], row["edges"][1:], row["counts"], row["sums"], strict=True):
+            if count:
+                bins.setdefault((first, end), {})[window] = total / count
+    return bins
+
+
+def short_loss(column: Column) -> dict[int, float]:
+    """Window -> mean loss in nats per token at the base model's own length."""
+    return {window: row["sum"] / row["count"] for window, row in sorted(column.short_context.items())}
+
+
+def paired(before: Mapping[int, float], after: Mapping[int, float]) -> MeanInterval | None:
+    """Interval of after - before over the windows that both measured; None without two of them."""
+    same = sorted(before.keys() & after.keys())
+    if len(same) < 2:
+        return None
+    return paired_mean_interval([before[window] for window in same], [after[window] for window in same])
+
+
+def relative_change(before: Mapping[int, float], after: Mapping[int, float]) -> MeanInterval | None:
+    """`paired` as a share of the mean before."""
+    change = paired(before, after)
+    if change is None:
+        return None
+    level = mean_interval([before[window] for window in sorted(before.keys() & after.keys())]).mean
+    return MeanInterval(change.mean / level, change.half_width / level, change.count)
+
+
+def middle(one: Bin) -> float:
+    """Geometric middle of a bin's positions, tokens; the first bin begins at 0 and is taken from half its end."""
+    first, end = one
+    return math.sqrt(max(first, end / 2) * end)
+
+
+def loss_law(column: Column) -> PowerLaw | None:
+    """The power law through the bins' mean losses; None where they are too few or do not fall.
+
+    The first bin is left out: there the loss falls so steeply that its mean is not the loss at its middle.
+    """
+    bins = loss_bins(column)
+    means = {one: mean_interval(list(windows.values())).mean for one, windows in bins.items()}
+    points = [(middle(one), mean) for one, mean in sorted(means.items())[1:] if math.isfinite(mean)]
+    return fit_power_law([c for c, _ in points], [mean for _, mean in points])
+
+
+def last_bin(before: Column, after: Column) -> tuple[Bin, MeanInterval] | None:
+    """The furthest bin that both columns measured, and its paired change."""
+    bins_before, bins_after = loss_bins(before), loss_bins(after)
+    same = sorted(bins_before.keys() & bins_after.keys())
+    if not same:
+        return None
+    change = paired(bins_before[same[-1]], bins_after[same[-1]])
+    return (same[-1], change) if change is not None else None
+
+
+def signed(change: MeanInterval) -> str:
+    """For example `-0.201 ± 0.013`."""
+    return f"{change.mean:+.3f} ± {change.half_width:.3f}"
+
+
+def percent_change(change: MeanInterval) -> str:
+    """For example `+1.1 ± 0.2 %`."""
+    return f"{100 * change.mean:+.1f} ± {100 * change.half_width:.1f} %"
