@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mcore_longctx.cli.data_engine import add_engine_options
+from mcore_longctx.cli.data_synth import add_synth
 
 _DESCRIPTION = """\
 Documents and chats to packed samples that Megatron reads (.bin/.idx), with a record of where every token came from.
@@ -21,6 +22,8 @@ and then:
   mcore-longctx data stats OUT                         lengths; of any .bin/.idx pair
   mcore-longctx data verify OUT                        every file against its hash, every token against the vocabulary
   mcore-longctx data merge ALL PREFIX PREFIX ...       several .bin/.idx pairs into one
+chats that nobody has written:
+  mcore-longctx data synth tables OUT.jsonl --tokenizer MODEL --length 32K:1000
 
 Started again, each goes on where it was; the result is the same for any number of workers and starts.
 """
@@ -59,7 +62,7 @@ def add_parser(subparsers: Any) -> None:
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    verbs = parser.add_subparsers(dest="data_verb", metavar="build|tokenize|plan|pack|show|stats|verify|merge", required=True)
+    verbs = parser.add_subparsers(dest="data_verb", metavar="build|tokenize|plan|pack|show|stats|verify|merge|synth", required=True)
     _add_build(verbs)
     _add_tokenize(verbs)
     _add_plan(verbs)
@@ -89,6 +92,8 @@ def add_parser(subparsers: Any) -> None:
     merge.add_argument("out", metavar="PREFIX", type=Path, help="of the pair to write; it must not exist")
     merge.add_argument("prefixes", metavar="PREFIX", type=Path, nargs="+", help="of the pairs to join, in this order")
     merge.add_argument("--json", action="store_true", help="print JSON")
+
+    add_synth(verbs)
 
 
 def _add_build(verbs: Any) -> None:
@@ -126,6 +131,12 @@ def _add_tokenize(verbs: Any) -> None:
         help="a source in which every folder directly below its path is one document (a repository); may be repeated",
     )
     tokenize.add_argument("--chats", action="store_true", help='records are chats: {"messages": [...]}')
+    tokenize.add_argument(
+        "--prompt-loss", choices=("none", "long_only", "all"), default="none", help="chats: prompts that are learned too"
+    )
+    tokenize.add_argument(
+        "--prompt-loss-from", metavar="N", help="tokens of the prompts that long_only learns, at least (default: 4096)"
+    )
     tokenize.add_argument("--range", default="64M", metavar="BYTES", help="of input a task (default: 64M)")
     tokenize.add_argument("--max-bad", type=int, default=0, metavar="N", help="bad records that are left out (default: 0)")
     _add_workers(tokenize)
@@ -200,7 +211,7 @@ def _add_verify_fraction(parser: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Do what the verb says."""
-    from mcore_longctx.cli import data_build, data_inspect
+    from mcore_longctx.cli import data_build, data_inspect, data_synth
 
-    doer = data_build if args.data_verb in data_build.__all__ else data_inspect
+    doer = next(room for room in (data_build, data_inspect, data_synth) if args.data_verb in room.__all__)
     return int(getattr(doer, args.data_verb)(args))

@@ -86,6 +86,7 @@ def tokenize(args: argparse.Namespace) -> int:
             tokenizer,
             vocab_size=args.vocab_size,
             chats=args.chats,
+            prompt_loss_from=_prompt_loss(args, sources),
             range_bytes=range_bytes,
         )
         with _progress() as progress:
@@ -221,6 +222,16 @@ def _sources(args: argparse.Namespace) -> list[Any]:
     except ValueError as error:
         raise ConfigError(str(error), where="data tokenize", fix="give sources as NAME=PATH") from None
     return sources
+
+
+def _prompt_loss(args: argparse.Namespace, sources: list[Any]) -> int | None:
+    from mcore_longctx.recipe.schema import DataSection, TokenCount
+
+    given = {} if args.prompt_loss_from is None else {"prompt_loss_from": TokenCount(_count(args.prompt_loss_from, "--prompt-loss-from"))}
+    try:
+        return DataSection(sources=tuple(sources), prompt_loss=args.prompt_loss, **given).prompt_loss_tokens
+    except ValueError as error:
+        raise ConfigError(str(error), where="data tokenize") from None
 
 
 def _pairs(texts: list[str], option: str, sources: tuple[Any, ...]) -> Iterator[tuple[str, str]]:
