@@ -62,7 +62,9 @@ def add_parser(subparsers: Any) -> None:
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    verbs = parser.add_subparsers(dest="data_verb", metavar="build|tokenize|plan|pack|show|stats|verify|merge|synth", required=True)
+    verbs = parser.add_subparsers(
+        dest="data_verb", metavar="build|tokenize|plan|pack|show|stats|verify|merge|synth", required=True
+    )
     _add_build(verbs)
     _add_tokenize(verbs)
     _add_plan(verbs)

@@ -227,9 +227,11 @@ def _sources(args: argparse.Namespace) -> list[Any]:
 def _prompt_loss(args: argparse.Namespace, sources: list[Any]) -> int | None:
     from mcore_longctx.recipe.schema import DataSection, TokenCount
 
-    given = {} if args.prompt_loss_from is None else {"prompt_loss_from": TokenCount(_count(args.prompt_loss_from, "--prompt-loss-from"))}
+    given: dict[str, Any] = {"prompt_loss": args.prompt_loss}
+    if args.prompt_loss_from is not None:
+        given["prompt_loss_from"] = TokenCount(_count(args.prompt_loss_from, "--prompt-loss-from"))
     try:
-        return DataSection(sources=tuple(sources), prompt_loss=args.prompt_loss, **given).prompt_loss_tokens
+        return DataSection(sources=tuple(sources), **given).prompt_loss_tokens
     except ValueError as error:
         raise ConfigError(str(error), where="data tokenize") from None
 
