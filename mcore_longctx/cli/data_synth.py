@@ -39,10 +39,14 @@ def add_synth(verbs: Any) -> None:
     for name, what in (("tables", "tables with computed answers"), ("keyvalue", "dictionaries of numbers with computed answers")):
         kind = kinds.add_parser(name, help=what)
         _add_common(kind)
-        kind.add_argument("--turns", type=int, default=4, metavar="N", help="questions of a chat, fewer in short ones (default: 4)")
+        kind.add_argument(
+            "--turns", type=int, default=4, metavar="N", help="questions of a chat, fewer in short ones (default: 4)"
+        )
     chats = kinds.add_parser("hierarchical", help="several documents in a chat and questions about them, by a writer")
     _add_common(chats)
-    chats.add_argument("inputs", metavar="DOCUMENTS", type=Path, nargs="+", help=".jsonl(.gz, .zst), .parquet, .txt, .md, or a folder")
+    chats.add_argument(
+        "inputs", metavar="DOCUMENTS", type=Path, nargs="+", help=".jsonl(.gz, .zst), .parquet, .txt, .md, or a folder"
+    )
     chats.add_argument("--chunk", default="4096", metavar="N", help="tokens of a chunk (default: 4096)")
     chats.add_argument(
         "--question-tokens", type=int, default=192, metavar="N", help="set aside for a question and its answer (default: 192)"
@@ -55,19 +59,31 @@ def add_synth(verbs: Any) -> None:
     ):
         chats.add_argument(option, type=int, default=default, metavar="N", help=f"{what} (default: {default})")
     chats.add_argument(
-        "--follow-up-probability", type=float, default=0.6, metavar="P", help="that an earlier document is taken up (default: 0.6)"
+        "--follow-up-probability",
+        type=float,
+        default=0.6,
+        metavar="P",
+        help="that an earlier document is taken up (default: 0.6)",
     )
     chats.add_argument(
-        "--writer", metavar="COMMAND", help="reads requests and prints answers, JSON lines; no shell is started (default: built in)"
+        "--writer",
+        metavar="COMMAND",
+        help="reads requests and prints answers, JSON lines; no shell is started (default: built in)",
     )
     chats.add_argument(
-        "--closed-book", metavar="COMMAND", help="answers questions without the document: those it gets right go (default: a rule)"
+        "--closed-book",
+        metavar="COMMAND",
+        help="answers questions without the document: those it gets right go (default: a rule)",
     )
     chats.add_argument(
         "--timeout", type=float, default=600.0, metavar="S", help="seconds without an answer after which a command is ended"
     )
     chats.add_argument(
-        "--max-rejected", type=float, default=0.1, metavar="X", help="share of items that may stay without an answer (default: 0.1)"
+        "--max-rejected",
+        type=float,
+        default=0.1,
+        metavar="X",
+        help="share of items that may stay without an answer (default: 0.1)",
     )
 
 
@@ -193,4 +209,8 @@ def _bar(unit: str, total: int | None) -> Iterator[Callable[[], None]]:
     from tqdm import tqdm
 
     with tqdm(total=total, unit=f" {unit}", leave=False) as bar:
-        yield lambda: None if bar.update() else None
+
+        def advance() -> None:
+            bar.update()
+
+        yield advance
