@@ -23,6 +23,7 @@ VERBS = (
     "train",
     "evaluate",
     "report",
+    "compare",
     "args",
     "parity",
     "doctor",

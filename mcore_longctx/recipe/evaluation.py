@@ -120,6 +120,7 @@ class EvaluateSection:
     loss_by_position: LossByPositionSection | None = None
     short_suite: ShortSuiteSection | None = None
     level: Level = "standard"  # quick: a look at the longest length; publish: at least 100 samples a cell, decoded
+    seed: int | None = None  # of the samples; None: the recipe's. One for all runs of a comparison
     max_budget_share: float | None = None  # refuse to start when measuring costs more than this share of the training
     parallel: Parallel = field(default_factory=Parallel)
     precision: Literal["fp32", "bf16"] = "bf16"
