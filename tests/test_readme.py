@@ -32,6 +32,9 @@ SHORT = [
     "evaluate.needle.lengths=[512, 1024]",
     "evaluate.needle.depths=2",
     "evaluate.needle.samples=1",
+    "evaluate.ruler.lengths=[1024]",
+    "evaluate.ruler.samples=1",
+    "evaluate.short_suite.questions=11",
     "evaluate.loss_by_position.windows=2",
     "evaluate.loss_by_position.short_windows=4",
 ]

@@ -10,10 +10,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mcore_longctx.errors import ConfigError
-from mcore_longctx.plan.evaluation import evaluation_lines, evaluation_price, forward_seconds
+from mcore_longctx.plan.evaluation import (
+    check_budget,
+    evaluation_lines,
+    evaluation_price,
+    evaluation_work,
+    forward_seconds,
+    pass_seconds,
+    work_line,
+)
 from mcore_longctx.plan.hardware import find_gpu
 from mcore_longctx.plan.models import known_models, step_flops
-from mcore_longctx.recipe.schema import EvaluateSection, LossByPositionSection, NeedleSection, Parallel, TokenCount
+from mcore_longctx.plan.stages import price_stage
+from mcore_longctx.recipe.load import load_recipe
+from mcore_longctx.recipe.schema import (
+    EvaluateSection,
+    LossByPositionSection,
+    NeedleSection,
+    Parallel,
+    RulerSection,
+    ShortSuiteSection,
+    TokenCount,
+)
 
 M = 1 << 20
 SHAPE = known_models()["llama-3.1-8b"]
@@ -115,9 +133,108 @@ def test_the_page_has_every_row_the_sum_and_the_advice() -> None:
     assert [line.split()[:3] for line in lines[1:4]] == [["needle", "1M", "60"], ["needle", "2M", "60"], ["needle", "4M", "60"]]
     assert "on 16 GPUs" in lines[4]
     assert f"{price.gpu_hours:,.1f} GPU-hours" in lines[4]
-    assert tuple(lines[5:]) == price.advice
+    assert lines[5].startswith("this is level standard; others would take, in GPU-hours: quick ")
+    assert tuple(lines[6:]) == price.advice
 
 
 def test_a_kernel_that_the_gpu_does_not_have_is_refused() -> None:
     with pytest.raises(ConfigError, match="no attention kernel"):
         evaluation_price(EvaluateSection(needle=needles((M,)), parallel=TP8_CP2), SHAPE, H100, kernel="fa9")
+
+
+def test_tasks_count_their_forwards_and_what_follows_them() -> None:
+    """13 tasks x samples prefills; one prefill for all depths of a shared text; a pass for each decoded token."""
+    text = Path("text")
+    ruler = RulerSection(haystack=text, lengths=(TokenCount(M // 8), TokenCount(M)), samples=25)
+    shared = replace(needles((M,), depths=20, samples=5), shared=True)
+    section = EvaluateSection(needle=shared, ruler=ruler, short_suite=ShortSuiteSection(questions=50), parallel=TP8_CP2)
+    work = {(it.task, it.length): (it.sequences, it.passes) for it in evaluation_work(section)}
+    assert work == {
+        ("needles, shared text", M): (5, 40),
+        ("ruler-like", M // 8): (13 * 25, 0),
+        ("ruler-like", M): (13 * 25, 0),
+        ("short suite", 256): (50, 4),
+    }
+    few = replace(section, needle=None, short_suite=None, ruler=replace(ruler, tasks=("vt", "cwe"), scoring="greedy"))
+    assert [(it.sequences, it.passes) for it in evaluation_work(few)] == [(50, 128), (50, 128)]
+    price = evaluation_price(few, SHAPE, H100)
+    assert price is not None
+    for row, length in zip(price.rows, (M // 8, M), strict=True):
+        one = pass_seconds(SHAPE, H100, TP8_CP2, length).value
+        assert row.seconds == pytest.approx(50 * (forward(length, TP8_CP2) + 128 * one))
+
+
+def test_a_pass_after_a_million_tokens_reads_weights_and_cache_once() -> None:
+    """137.4 GB of keys and values and 16 GB of weights over 16 GPUs at 0.7 of 3.35 TB/s: 4.1 ms, and 16 ms of kernels."""
+    seconds = pass_seconds(SHAPE, H100, TP8_CP2, M).value
+    assert seconds == pytest.approx((137.4e9 / 16 + 16.06e9 / 8) / (0.7 * 3.35e12) + 0.016, rel=0.01)
+
+
+def test_a_level_is_what_is_priced_and_the_others_are_named() -> None:
+    section = EvaluateSection(needle=needles((M // 2, M)), parallel=TP8_CP2, level="quick")
+    price = evaluation_price(section, SHAPE, H100, columns=3)
+    assert price is not None
+    assert [(row.task, row.length, row.sequences, row.passes) for row in price.rows] == [("needles, shared text", M, 1, 40)]
+    others = dict(price.other_levels)
+    for level in ("standard", "publish"):
+        other = evaluation_price(replace(section, level=level), SHAPE, H100, columns=3)
+        assert other is not None
+        assert others[level] == pytest.approx(other.gpu_hours)
+    assert others["publish"] == pytest.approx(10 * others["standard"])
+
+
+def test_a_cache_that_does_not_fit_is_told() -> None:
+    """4M: 550 GB of keys and values; 69 GB a GPU on 8, beside 2 GB of weights, and 137 GB on 4."""
+    section = EvaluateSection(needle=replace(needles((4 * M,)), shared=True), parallel=replace(TP8_CP2, context_parallel_size=1))
+    price = evaluation_price(section, SHAPE, H100)
+    assert price is not None
+    assert not any("keys and values" in line for line in price.advice)
+    tight = replace(section, parallel=Parallel(tensor_model_parallel_size=4, sequence_parallel=True))
+    price = evaluation_price(tight, SHAPE, H100)
+    assert price is not None
+    assert any("keys and values of 4M take 137 GB a GPU" in line for line in price.advice)
+
+
+def test_what_costs_too_much_of_the_training_is_refused_with_both_hours_and_a_way_out() -> None:
+    recipe = load_recipe("ultralong-8b-1m")
+    shape = known_models()["llama-3.1-8b"]
+    price = evaluation_price(recipe.evaluate, shape, replace(find_gpu("h100-80gb"), gpus_per_node=8), columns=4)
+    assert price is not None
+    gpu = replace(find_gpu("h100-80gb"), gpus_per_node=8)
+    training = sum(price_stage(stage, shape, gpu).hours * stage.parallel.world_size for stage in recipe.stages)
+    share = price.gpu_hours / training
+    for allowed in (share * 1.001, 10.0):
+        check_budget(replace(recipe, evaluate=replace(recipe.evaluate, max_budget_share=allowed)), shape)
+    tight = replace(recipe, evaluate=replace(recipe.evaluate, max_budget_share=share * 0.999))
+    with pytest.raises(ConfigError) as raised:
+        check_budget(tight, shape, where="r.yaml:9: evaluate.max_budget_share")
+    said = str(raised.value)
+    assert said.startswith(
+        f"r.yaml:9: evaluate.max_budget_share: measuring 4 models takes {price.gpu_hours:,.4g} GPU-hours [planned], "
+    )
+    assert f"{share:.1%} of the {training:,.4g} GPU-hours of the training" in said
+    assert "evaluate.level=quick (2." in said
+    assert raised.value.exit_code == 2
+
+
+def test_ranks_on_cpus_are_counted_in_operations() -> None:
+    recipe = load_recipe("tiny-cpu")
+    shape = replace(
+        SHAPE, num_layers=4, hidden_size=128, ffn_hidden_size=352, num_attention_heads=4, num_query_groups=2, kv_channels=32
+    )
+    shape = replace(shape, vocab_size=262)
+    work = evaluation_work(recipe.evaluate)
+    by_hand = sum(it.sequences * sum(step_flops(shape, it.length)[:: 1 if it.every_token else 2]) / 3 for it in work)
+    said = work_line(recipe.evaluate, shape, columns=4)
+    assert (
+        f"{sum(it.sequences for it in work):,} forward passes over {sum(it.sequences * it.length for it in work):,} tokens"
+        in said
+    )
+    assert f"{by_hand / 1e12:,.3g} TFLOP a model, 4 models (there is no formula for time on CPUs)" in said
+    training = sum(s.iterations * s.global_batch_size * sum(step_flops(shape, s.seq_length)) for s in recipe.stages)
+    share = 4 * by_hand / training
+    check_budget(replace(recipe, evaluate=replace(recipe.evaluate, max_budget_share=share * 1.001)), shape)
+    with pytest.raises(
+        ConfigError, match=r"measuring 4 models takes [\d.]+ PFLOP .*; evaluate.level=quick \([\d.]+ PFLOP\), fewer"
+    ):
+        check_budget(replace(recipe, evaluate=replace(recipe.evaluate, max_budget_share=share * 0.999)), shape)
