@@ -17,10 +17,10 @@ import mmap
 import os
 import struct
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import numpy.typing as npt
@@ -162,12 +162,13 @@ def cached_haystack(
     path = folder / _file_name(name)
     try:
         return open_haystack(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         pass
     except DataError as error:
         say(f"{error}; it is made again")
-    haystack = Haystack.from_documents(documents, tokenizer, where=where)
-    _write(haystack, path, name)
+    with _refused(folder):  # before the long work
+        folder.mkdir(parents=True, exist_ok=True)
+    _write(Haystack.from_documents(documents, tokenizer, where=where), path, name)
     return open_haystack(path)
 
 
@@ -228,20 +229,21 @@ def _write(haystack: Haystack, path: Path, name: bytes) -> None:
     counts = (len(haystack.tokens), len(haystack.line_starts), len(haystack.sentence_starts))
     header = _HEADER.pack(_MAGIC, _FORMAT, body, _header_crc(body, *counts, name), *counts, name)
     aside = partial_path(path)
+    with _refused(path):
+        try:
+            with aside.open("wb") as file:
+                file.writelines([header, *parts])
+                file.flush()
+                os.fsync(file.fileno())
+            aside.replace(path)
+            fsync_folder(path.parent)
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def _refused(path: Path) -> Iterator[None]:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with aside.open("wb") as file:
-            _write_all(file, [header, *parts])
-        aside.replace(path)
-        fsync_folder(path.parent)
+        yield
     except OSError as error:
         raise StorageError(f"cannot be written ({error.strerror})", where=path) from None
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def _write_all(file: IO[bytes], parts: Sequence[bytes]) -> None:
-    for part in parts:
-        file.write(part)
-    file.flush()
-    os.fsync(file.fileno())

@@ -5,54 +5,23 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
-from tokenizers import decoders as token_decoders
 
 from mcore_longctx.errors import ConfigError, DataError
-from mcore_longctx.tasks import Haystack, make_needle_sample, needle_depths, needle_grid, solve_needle
+from mcore_longctx.tasks import (
+    Haystack,
+    make_needle_sample,
+    make_shared_needles,
+    needle_depths,
+    needle_grid,
+    solve_needle,
+)
+from tests.tasks.texts import LINES, PROSE, TEXT, TOKENIZERS, Bytes
 
-LINES = [
-    f"And line {'abcdefghij'[i % 10] * (3 + i * 7 % 50)} of the text has its own words, the {'xyz'[i % 3]}." for i in range(400)
-]
-TEXT = "\n".join(LINES) + "\n"
-
-
-class Bytes:
-    """The byte vocabulary of the tiny model."""
-
-    def encode(self, text):
-        return list(text.encode())
-
-    def decode(self, ids):
-        return bytes(ids).decode()
-
-
-class Merges:
-    """A real byte-level BPE of 600 entries that groups digits by three, as Llama 3's does."""
-
-    def __init__(self):
-        self.tokenizer = Tokenizer(models.BPE())
-        split = pre_tokenizers.Split(Regex(r"\d{1,3}| ?[a-zA-Z]+| ?[^\sa-zA-Z\d]+\n*|\s+"), "isolated")
-        self.tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-            [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-        )
-        self.tokenizer.decoder = token_decoders.ByteLevel()
-        alphabet = pre_tokenizers.ByteLevel.alphabet()
-        trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, show_progress=False)
-        self.tokenizer.train_from_iterator([TEXT, "The pass key for dolu is 0123456789.\n"], trainer)
-
-    def encode(self, text):
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
-
-    def decode(self, ids):
-        return self.tokenizer.decode(list(ids), skip_special_tokens=False)
-
-
-TOKENIZERS = {"bytes": Bytes(), "merges": Merges()}
 HAYSTACKS = {
-    name: Haystack.from_documents(["\n".join(LINES[:150]), "\n".join(LINES[150:])], tokenizer)
-    for name, tokenizer in TOKENIZERS.items()
+    name: Haystack.from_documents(["\n".join(LINES[:150]), "\n".join(LINES[150:])], TOKENIZERS[name])
+    for name in ("bytes", "merges")
 }
+PROSES = {name: Haystack.from_documents([PROSE], tokenizer) for name, tokenizer in TOKENIZERS.items()}
 LONGEST_LINE = {name: int(np.diff(h.line_starts).max()) for name, h in HAYSTACKS.items()}
 
 
@@ -125,6 +94,106 @@ def test_the_text_of_a_sample_runs_on_without_a_gap_and_wraps_at_the_end_of_the_
     around = text.replace(needle, "", 1)[: question - len(needle)]
     assert around in TEXT * 3
     assert sample.unique_share < 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    name=st.sampled_from(list(TOKENIZERS)),
+    seed=st.integers(0, 2**31),
+    length=st.integers(400, 20_000),
+    depth=st.floats(0, 1),
+    index=st.integers(0, 100),
+)
+def test_a_sentence_needle_is_exact_in_length_solvable_and_near_its_depth(name, seed, length, depth, index):
+    tokenizer, wanted = TOKENIZERS[name], {"seed": seed, "length": length, "depth": depth, "index": index, "digits": 7}
+    sample = make_needle_sample(PROSES[name], tokenizer, kind="sentence", **wanted)
+    assert sample.tokens.shape == (length,)
+    prompt = tokenizer.decode(sample.tokens[: sample.answer_start].tolist())
+    assert solve_needle(prompt) == sample.value
+    assert prompt.endswith(".") is False
+    assert tokenizer.decode(sample.answer.tolist()).strip() == sample.value
+    assert prompt.count(sample.key) == 2
+    assert abs(sample.depth - depth) * length <= 300  # the longest stretch of the text without a border
+    run = tokenizer.decode(sample.tokens[sample.needle_start : sample.needle_start + 60].tolist())
+    assert run.lstrip(" ").startswith(sample.key)
+
+
+def test_a_sentence_needle_stands_between_two_sentences_and_leaves_the_text_as_it_was():
+    places = set()
+    for index in range(60):
+        wanted = {"seed": 2, "length": 3000, "depth": 0.3 + index / 200, "index": index, "digits": 7}
+        sample = make_needle_sample(PROSES["bytes"], Bytes(), kind="sentence", **wanted)
+        text = bytes(sample.tokens.tolist()).decode()
+        fact = re.search(rf"( ?){sample.key}[a-z ]+ {sample.value}\.(\n?)", text)
+        assert (fact[1], fact[2]) in ((" ", ""), ("", "\n"))
+        assert text[: fact.start()].endswith("." if fact[1] else "\n")
+        places.add(fact[1])
+        question = text.rindex(sample.key)
+        assert text[: fact.start()] + text[fact.end() : question] in PROSE * 2
+    assert " " in places
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    name=st.sampled_from(list(TOKENIZERS)),
+    kind=st.sampled_from(["passkey", "sentence"]),
+    seed=st.integers(0, 2**31),
+    length=st.integers(1800, 20_000),
+    count=st.integers(1, 11),
+    prefix=st.sampled_from([(), (65,)]),
+)
+def test_shared_needles_share_a_text_and_each_is_answered_in_it_once(name, kind, seed, length, count, prefix):
+    tokenizer = TOKENIZERS[name]
+    depths = needle_depths(count)
+    wanted = {"seed": seed, "length": length, "index": 0, "digits": 5, "kind": kind, "prefix": prefix}
+    shared = make_shared_needles(PROSES[name], tokenizer, depths=depths, **wanted)
+    assert len(shared.tokens) + max(len(needle.suffix) for needle in shared.needles) == length
+    assert tuple(shared.tokens[: len(prefix)]) == prefix
+    assert len({needle.key for needle in shared.needles}) == len({needle.value for needle in shared.needles}) == count
+    for needle, depth in zip(shared.needles, depths, strict=True):
+        asked = tokenizer.decode([*shared.tokens.tolist(), *needle.suffix[: needle.answer_start].tolist()])
+        assert solve_needle(asked) == needle.value
+        assert tokenizer.decode(needle.answer.tolist()).strip() == needle.value
+        assert abs(needle.depth - depth) * length <= 300
+        after = tokenizer.decode(shared.tokens[needle.needle_start : needle.needle_start + 80].tolist())
+        assert needle.value in after
+        assert after.index(needle.key) < after.index(needle.value)
+    starts = [needle.needle_start for needle in shared.needles]
+    assert starts == sorted(starts)
+    assert len(set(starts)) == count
+
+
+def test_no_two_needle_samples_share_needle_and_place():
+    for kind in ("passkey", "sentence"):
+        made = [
+            make_needle_sample(PROSES["bytes"], Bytes(), seed=seed, length=600, depth=depth, index=index, digits=7, kind=kind)
+            for seed in (1, 2)
+            for depth in needle_depths(5)
+            for index in range(40)
+        ]
+        assert len({(each.key, each.value, each.needle_start, each.haystack_start) for each in made}) == len(made)
+        assert len({(each.key, each.value) for each in made}) == len(made)
+
+
+def test_what_does_not_fit_is_refused():
+    wanted = {"seed": 1, "index": 0, "kind": "passkey"}
+    with pytest.raises(
+        ConfigError, match=r"one text with 11 needles of 7 digits needs more than [\d,]+ tokens, the length is 300"
+    ):
+        make_shared_needles(PROSES["bytes"], Bytes(), length=300, depths=needle_depths(11), digits=7, **wanted)
+    with pytest.raises(ConfigError, match="1 digits are too few for 11 needles with different values"):
+        make_shared_needles(PROSES["bytes"], Bytes(), length=9000, depths=needle_depths(11), digits=1, **wanted)
+    with pytest.raises(ConfigError, match=r"a needle sample needs more than \d+ tokens, the length is 60; use longer lengths$"):
+        make_needle_sample(PROSES["bytes"], Bytes(), seed=1, length=60, depth=0, index=0, digits=7, kind="sentence")
+
+
+def test_a_tokenizer_that_loses_a_needle_is_refused():
+    class Swallows(Bytes):
+        def decode(self, ids):
+            return super().decode(ids).replace("The pass key", "the pass key")
+
+    with pytest.raises(DataError, match=r"the tokenizer reads .* where 'The pass key for"):
+        make_needle_sample(HAYSTACKS["bytes"], Swallows(), seed=1, length=512, depth=0.5, index=0, digits=3)
 
 
 def test_the_question_begins_a_line():

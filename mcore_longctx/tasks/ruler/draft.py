@@ -17,7 +17,7 @@ __all__ = ["NOISE", "Body", "Draft", "Match", "fill_with_lines", "noise_haystack
 Match = Literal["all", "any"]
 
 NOISE = "The rain is soft. A gate swings in the wind. The carts go by. Bread cools on the sill. Evening comes again."
-_NOISE_LINES = 256  # in the ring, so that a cut of millions of tokens takes few turns
+_NOISE_LINES = 64  # in the ring, so that a cut of millions of tokens takes few turns
 
 
 @dataclass(frozen=True)

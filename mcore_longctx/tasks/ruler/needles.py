@@ -129,7 +129,11 @@ def _listed(names: list[str]) -> str:
 
 def solve_needles(task: NeedleTask, prompt: str) -> tuple[str, ...]:
     """Values of the keys that the last lines ask for."""
-    asked = re.search(rf"\nWhich secret {task.noun}s? of ([^\n]*) (?:is|are) in the text above\?[^\n]*\nAnswer: [^\n]*$", prompt)
+    asked = re.search(
+        rf"\nWhich secret {task.noun}s? of ([^\n]*) (?:is|are) in the text above\?[^\n]*\n"
+        rf"Answer: the secret {task.noun}s? of \1 (?:is|are)$",
+        prompt,
+    )
     if asked is None:
         raise ValueError("the prompt does not end in a question")
     found: list[str] = []

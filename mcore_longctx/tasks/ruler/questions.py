@@ -99,6 +99,15 @@ class _Person:
         if not told or "boss" in needed or rng.random() < _TOLD:
             said.append(rng.choice(_BOSS).format(who=self.name, what=self.boss))
         rng.shuffle(said)
+        return self._about(said)
+
+    def longest_paragraph(self) -> str:
+        """The most words that a paragraph can take."""
+        forms = {name: max(relation.said, key=len) for name, relation in _RELATIONS.items()}
+        said = [form.format(who=self.name, what=self.facts[name]) for name, form in forms.items()]
+        return self._about([*said, max(_BOSS, key=len).format(who=self.name, what=self.boss)])
+
+    def _about(self, said: list[str]) -> str:
         return f"About {self.name}: " + " ".join(f"{sentence[0].upper()}{sentence[1:]}." for sentence in said)
 
 
@@ -124,8 +133,7 @@ def draft_question(hops: int, rng: random.Random, texts: RulerTexts, tokenizer: 
     def fill(room: int) -> Body:
         return fill_with_lines(tokenizer, gold, others(), lambda lines: [rng.randint(0, lines) for _ in range(count)], room)
 
-    full = encode_lines(tokenizer, [boss.paragraph(rng, "boss", *_RELATIONS)])
-    least = len(gold.tokens) + len(full.tokens) * _LEAST_PARAGRAPHS
+    least = len(encode_lines(tokenizer, [boss.longest_paragraph()]).tokens) * (count + _LEAST_PARAGRAPHS)
     head = "Read the paragraphs about some people. A question about one of them follows.\n"
     return Draft(
         head, f"Answer from the paragraphs alone, in a word. {ask}\nAnswer:", f" {answer}", (answer,), least, fill, "any"

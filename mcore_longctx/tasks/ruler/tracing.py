@@ -63,7 +63,7 @@ def _assignments(names: list[str], value: str) -> list[str]:
 def solve_tracing(prompt: str) -> tuple[str, ...]:
     """Names that hold the value of the last question, in the order of the text."""
     text = prompt[prompt.index(_EXAMPLE_END) :]
-    asked = re.search(r"\nWhich names stand for (\d+) in the end[^\n]*\nAnswer: [^\n]*$", text)
+    asked = re.search(r"\n" + re.escape(_question("VALUE")).replace("VALUE", r"(\d+)") + "$", text)
     if asked is None:
         raise ValueError("the prompt does not end in a question")
     holds: dict[str, None] = {}
