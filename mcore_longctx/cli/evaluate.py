@@ -31,7 +31,12 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("recipe", metavar="RECIPE", help="YAML file or preset; of a run: RUN_FOLDER/recipe.yaml")
     parser.add_argument("overrides", nargs="*", metavar="section.name=value", help="change single values of the recipe")
-    parser.add_argument("--checkpoint", required=True, metavar="NAME", help="`base`, or a stage: its newest checkpoint is taken")
+    parser.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="NAME",
+        help="`base`, or a stage: its newest checkpoint is taken, or the merged one",
+    )
     parser.add_argument(
         "--rope", required=True, choices=("own", "recipe"), help="measure with the checkpoint's own rope, or with the recipe's"
     )
@@ -46,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     from mcore_longctx.recipe.load import open_recipe
     from mcore_longctx.recipe.resolve import resolve
     from mcore_longctx.run.measuring import check_evaluation, cost_line
-    from mcore_longctx.run.steps import newest_checkpoint
+    from mcore_longctx.run.checkpoints import final_checkpoint
 
     level = [] if args.level is None else [f"evaluate.level={args.level}"]
     file = open_recipe(args.recipe, [*args.overrides, *level])
@@ -60,7 +65,6 @@ def run(args: argparse.Namespace) -> int:
         )
     resolved = resolve(file)
     check_evaluation(file, resolved.shape)
-    folder = recipe.run_folder / "checkpoints" / args.checkpoint
     # the recipe's rope for a stage is that stage's; for `base`, the one that the run ends with
     own = resolved.rope_of(args.checkpoint)
 
@@ -70,13 +74,13 @@ def run(args: argparse.Namespace) -> int:
         evaluate=recipe.evaluate,
         shape=resolved.shape,
         rope=resolved.rope if args.rope == "recipe" and args.checkpoint == "base" else own,
-        checkpoint=folder if args.checkpoint == "base" else newest_checkpoint(folder),
+        checkpoint=final_checkpoint(recipe, args.checkpoint),
         checkpoint_rope=own,
         tokenizer=recipe.tokenizer_folder,
         out=recipe.run_folder / "evaluate" / args.column,
         phase_dtype=recipe.rope_section(None if args.checkpoint == "base" else args.checkpoint).phase_dtype,
         backend=recipe.model.backend,
-        seed=recipe.seed,
+        seed=recipe.evaluation_seed,
     )
     if os.environ.get("RANK", "0") == "0":
         print(f"  {args.column:<10} {cost_line(recipe, resolved.shape)}", flush=True)

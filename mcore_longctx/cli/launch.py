@@ -11,7 +11,7 @@ slurm/*.sbatch, one readable script a job:
 
   00-prepare            import the model, build the data of every stage
   10-evaluate-before    measure the model as it is
-  20-STAGE              train; 21-evaluate-STAGE measures; 30-..., for every further stage
+  20-STAGE              train; 21-evaluate-STAGE measures (after 21-merge-STAGE: 22-); 30-..., for every further stage
   90-finish             export, verify, report
 
 and slurm/submit.sh, which submits them, each after the one before it has ended well. Scripts that you have edited are kept.

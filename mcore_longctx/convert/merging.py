@@ -40,6 +40,7 @@ def merge(
     *,
     weights: tuple[float, float] = (0.5, 0.5),
     config: Path | None = None,
+    any_rope: bool = False,
     how: Execution | None = None,
 ) -> bool:
     """Write `weights[0]` x A + `weights[1]` x B, computed in float32, in the format, layout and element types of A.
@@ -52,6 +53,8 @@ def merge(
         out: folder to make.
         weights: of A and of B; finite in float32. They need not add up to 1.
         config: config.json of the model, or its folder, for a torch_dist folder that brings none.
+        any_rope: B may have another rope than A, whose rope the sum has. LongRecipe (arXiv 2409.00509 section 4.3) merges a model that
+            was trained under a raised base with the original.
         how: workers, fsync, checksums; None: one process.
 
     Returns:
@@ -65,7 +68,7 @@ def merge(
     """
     how = how or Execution()
     with failures_told_to_rank_0(out, how):
-        job = _prepare(a, b, weights, config, hashes=how.checksum)
+        job = _prepare(a, b, weights, config, hashes=how.checksum, any_rope=any_rope)
         for view in job.views:
             refuse_nested(out, view.folder)
 
@@ -101,7 +104,9 @@ class _Job:
     plan: Plan
 
 
-def _prepare(a: Path, b: Path, weights: tuple[float, float], config: Path | None, *, hashes: bool) -> _Job:
+def _prepare(
+    a: Path, b: Path, weights: tuple[float, float], config: Path | None, *, hashes: bool, any_rope: bool = False
+) -> _Job:
     if not all(_is_finite_float32(weight) for weight in weights):
         what = f"weights {weights[0]} and {weights[1]}; expected two numbers that are finite in float32"
         raise ConfigError(what, where="--weights")
@@ -109,7 +114,7 @@ def _prepare(a: Path, b: Path, weights: tuple[float, float], config: Path | None
     if config is not None and all(carried):
         raise ConfigError("both checkpoints bring their own config.json", where="--config", fix="leave it out")
     first, second = (open_checkpoint(path, config=None if own else config) for path, own in zip((a, b), carried, strict=True))
-    _check_alike(first, second)
+    _check_alike(first, second, any_rope=any_rope)
     for view in (first, second):
         check_manifest(view, hashes=hashes)
     blends = {name: Blend(((rows, weights[0]), (second.tensors[name], weights[1]))) for name, rows in first.tensors.items()}
@@ -140,7 +145,7 @@ def _is_finite_float32(number: float) -> bool:
         return False
 
 
-def _check_alike(first: CheckpointView, second: CheckpointView) -> None:
+def _check_alike(first: CheckpointView, second: CheckpointView, *, any_rope: bool) -> None:
     def refuse(what: str, fix: str = "") -> None:
         raise ConversionError(f"{what} than {first.folder}", where=second.folder, fix=fix)
 
@@ -150,7 +155,7 @@ def _check_alike(first: CheckpointView, second: CheckpointView) -> None:
         ours, theirs = first.shape.as_dict(), second.shape.as_dict()
         key = next(key for key, value in ours.items() if theirs[key] != value)
         refuse(f"another model ({key} {theirs[key]}, not {ours[key]})")
-    if first.rope.fingerprint() != second.rope.fingerprint():
+    if not any_rope and first.rope.fingerprint() != second.rope.fingerprint():
         refuse(f"another rope ({second.rope.describe()}, not {first.rope.describe()})")
     if tokenizer_sha256(settings_folder(first)) != tokenizer_sha256(settings_folder(second)):
         refuse("another tokenizer", "a token must mean the same in both")

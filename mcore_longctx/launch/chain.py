@@ -168,8 +168,13 @@ def _jobs(recipe: Recipe, file: RecipeFile) -> Iterator[Job]:
             nodes=stage_nodes,
             ranks_per_node=stage_ranks,
         )
+        if stage.merge is not None:
+            yield Job(name=f"{number}1-merge-{stage.name}", steps=(f"merge-{stage.name}",), needs_gpus=False)
         if has_tasks:
             yield Job(
-                name=f"{number}1-evaluate-{stage.name}", steps=(f"evaluate-{stage.name}",), nodes=nodes, ranks_per_node=ranks
+                name=f"{number}{1 if stage.merge is None else 2}-evaluate-{stage.name}",
+                steps=(f"evaluate-{stage.name}",),
+                nodes=nodes,
+                ranks_per_node=ranks,
             )
     yield Job(name="90-finish", steps=("export", "verify", "report"))

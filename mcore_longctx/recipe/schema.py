@@ -50,6 +50,7 @@ class Recipe:
     """A whole run: which model, which rope, which data, which stages, what is measured, where it goes."""
 
     name: str
+    about: str = ""  # what is special about it, in a few words: `compare` shows it
     model: ModelSection
     rope: RopeSection
     data: dict[str, DataSection]
@@ -72,9 +73,14 @@ class Recipe:
         if masked and self.model.backend == "te":
             raise ValueError(f"stage {masked[0]}: cross_document_mask is computed by backend local only, model.backend is te")
         _refuse_combinations(self)
-        reserved = {"base", "before", "scaled"} & set(names)
+        reserved = {"base", "before", "scaled", *(f"{stage.name}-merged" for stage in self.stages)} & set(names)
         if reserved:
             raise ValueError(f"no stage may be called {reserved.pop()!r}: the run folder uses this name")
+
+    @property
+    def evaluation_seed(self) -> int:
+        """Seed of the samples that are measured."""
+        return self.evaluate.seed if self.evaluate.seed is not None else self.seed
 
     @property
     def run_folder(self) -> Path:

@@ -118,6 +118,7 @@ def _decides(key: str, step: Step) -> bool:
     """
     return (
         ".activations." not in key
+        and not (key.startswith(f"stages.{step.stage}.merge.") and step.name == f"train-{step.stage}")  # comes after it
         and key.rsplit(".", maxsplit=1)[-1] not in _SAFETY
         and any(key == k or key.startswith(f"{k}.") for k in step.keys)
     )

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mcore_longctx.errors import ConfigError
 from mcore_longctx.launch.local import launch_ranks
 from mcore_longctx.launch.progress import read_slices
 from mcore_longctx.recipe.load import RecipeFile
 from mcore_longctx.recipe.resolve import Resolved
-from mcore_longctx.recipe.schema import Recipe, Stage
+from mcore_longctx.recipe.schema import MergeSection, Recipe, Stage
+from mcore_longctx.run.checkpoints import final_checkpoint, merged_checkpoint, newest_checkpoint
 from mcore_longctx.run.measuring import check_evaluation, cost_line, describe_evaluation
 from mcore_longctx.run.training import finished_checkpoint, train_job
 
-__all__ = ["Step", "newest_checkpoint", "plan_steps"]
+__all__ = ["Step", "plan_steps"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ def plan_steps(file: RecipeFile, resolved: Resolved) -> list[Step]:
     for before, stage in zip((None, *recipe.stages), recipe.stages, strict=False):
         steps.append(_data_step(recipe, resolved, folder, stage))
         steps.append(_train_step(file, resolved, folder, stage, before))
+        if stage.merge is not None:
+            steps.append(_merge_step(recipe, stage, stage.merge))
         if has_tasks:
             about = f"after stage {stage.name}"
             steps.append(_evaluate_step(recipe, folder, stage.name, stage.name, "recipe", (about, *measured), stage=stage.name))
@@ -65,6 +67,19 @@ def plan_steps(file: RecipeFile, resolved: Resolved) -> list[Step]:
 def _rope_keys(stage: Stage) -> tuple[str, ...]:
     """The recipe values that make the rope which a stage trains with."""
     return ("rope",) if stage.rope is None else (f"stages.{stage.name}.rope",)
+
+
+def _merge_keys(stage: Stage | None) -> tuple[str, ...]:
+    """The recipe values by which the final checkpoint of a stage is merged."""
+    return () if stage is None else (f"stages.{stage.name}.merge",)
+
+
+def _done(recipe: Recipe, name: str | None) -> str:
+    """The step that leaves the final checkpoint of a stage; None: of the model that is extended."""
+    if name in (None, "base"):
+        return "import"
+    stage = next(stage for stage in recipe.stages if stage.name == name)
+    return f"train-{name}" if stage.merge is None else f"merge-{name}"
 
 
 def _own_rope(resolved: Resolved) -> str:
@@ -109,7 +124,8 @@ def _evaluate_step(
 
     measured = next(one for one in reversed(recipe.stages) if stage in (None, one.name))
     keys = ("model", "tokenizer", "evaluate", "seed") + (_rope_keys(measured) if rope == "recipe" else ())
-    needs = ("import",) if stage is None else (f"train-{stage}",)
+    keys += () if stage is None else _merge_keys(measured)
+    needs = (_done(recipe, stage),)
     return Step(f"evaluate-{column}", stage, about, keys, files, (out,), needs, action)
 
 
@@ -190,9 +206,40 @@ def _train_step(file: RecipeFile, resolved: Resolved, folder: Path, stage: Stage
         )
         return {}
 
-    needs = (f"data-{stage.name}", "import" if before is None else f"train-{before.name}")
-    keys = (f"stages.{stage.name}", "seed", *_rope_keys(stage))
+    needs = (f"data-{stage.name}", _done(file.recipe, None if before is None else before.name))
+    keys = (f"stages.{stage.name}", "seed", *_rope_keys(stage), *_merge_keys(before))
     return Step(f"train-{stage.name}", stage.name, lines, keys, (), (out,), needs, action)
+
+
+def _merge_step(recipe: Recipe, stage: Stage, how: MergeSection) -> Step:
+    out = merged_checkpoint(recipe, stage.name)
+
+    def action() -> None:
+        from mcore_longctx.convert import Execution, merge
+
+        stage_folder = recipe.run_folder / "checkpoints" / stage.name
+        weights = (1.0 - how.other_weight, how.other_weight)
+        merge(
+            newest_checkpoint(stage_folder),
+            final_checkpoint(recipe, how.other),
+            out,
+            weights=weights,
+            any_rope=True,
+            how=Execution(checksum=True),
+        )
+
+    return Step(
+        f"merge-{stage.name}",
+        stage.name,
+        (
+            f"{1 - how.other_weight:g} x {stage.name} + {how.other_weight:g} x {how.other} -> {out}, under the rope of {stage.name}",
+        ),
+        (*_merge_keys(stage), *_rope_keys(stage)),
+        (),
+        (out,),
+        tuple(dict.fromkeys((f"train-{stage.name}", _done(recipe, how.other)))),
+        action,
+    )
 
 
 def _export_step(recipe: Recipe, folder: Path, stage: Stage) -> Step:
@@ -201,16 +248,18 @@ def _export_step(recipe: Recipe, folder: Path, stage: Stage) -> Step:
     def action() -> None:
         from mcore_longctx.convert import Execution, export_hf
 
-        export_hf(newest_checkpoint(folder / "checkpoints" / stage.name), out, how=Execution(checksum=True))
+        export_hf(final_checkpoint(recipe, stage.name), out, how=Execution(checksum=True))
 
     return Step(
         "export",
         None,
-        (f"checkpoints/{stage.name} -> {out} (Hugging Face safetensors, both rope spellings)",),
-        _rope_keys(stage),
+        (
+            f"checkpoints/{stage.name}{'' if stage.merge is None else '-merged'} -> {out} (Hugging Face safetensors, both rope spellings)",
+        ),
+        (*_rope_keys(stage), *_merge_keys(stage)),
         (),
         (out,),
-        (f"train-{stage.name}",),
+        (_done(recipe, stage.name),),
         action,
     )
 
@@ -219,7 +268,7 @@ def _verify_step(recipe: Recipe, folder: Path, stage: Stage) -> Step:
     result = folder / "verify.json"
 
     def action() -> None:
-        checkpoint = newest_checkpoint(folder / "checkpoints" / stage.name)
+        checkpoint = final_checkpoint(recipe, stage.name)
         launch_ranks(
             ["convert", "verify", str(checkpoint), str(folder / "export"), "--logits", "--json-file", str(result)],
             1,
@@ -243,15 +292,3 @@ def _report_step(folder: Path) -> Step:
     return Step(
         "report", None, (f"{folder / 'report.html'}: one page, no network needed",), (), (), (folder / "report.html",), (), action
     )
-
-
-def newest_checkpoint(folder: Path) -> Path:
-    """The newest finished checkpoint of a stage.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    found = sorted(path for path in folder.glob("iter_*") if (path / "manifest.json").is_file())
-    if not found:
-        raise ConfigError("no finished checkpoint here", where=folder, fix="run the training stage first")
-    return found[-1]

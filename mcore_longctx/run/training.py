@@ -13,6 +13,7 @@ from mcore_longctx.manifest import verify_manifest
 from mcore_longctx.recipe.load import RecipeFile
 from mcore_longctx.recipe.resolve import Resolved
 from mcore_longctx.recipe.schema import Stage
+from mcore_longctx.run.checkpoints import final_checkpoint
 from mcore_longctx.train import TrainJob
 from mcore_longctx.train.job import data_fingerprint, refuse_changed_settings
 
@@ -35,8 +36,10 @@ def train_job(file: RecipeFile, resolved: Resolved, stage_name: str | None) -> T
     at = names.index(stage_name)
     stage, folder = recipe.stages[at], recipe.run_folder
     start, start_rope = folder / "checkpoints" / "base", resolved.own_rope
-    if at > 0:
-        before = recipe.stages[at - 1]
+    before = recipe.stages[at - 1] if at > 0 else None
+    if before is not None and before.merge is not None:
+        start, start_rope = final_checkpoint(recipe, before.name), resolved.rope_of(before.name)
+    elif before is not None:
         checkpoints = folder / "checkpoints" / before.name
         newest, start, start_rope = (
             latest_checkpoint(checkpoints),

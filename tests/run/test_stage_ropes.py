@@ -107,11 +107,11 @@ def test_a_stage_starts_from_the_rope_of_the_one_before(folder: Path) -> None:
 def test_a_column_is_measured_with_the_rope_of_its_stage(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import mcore_longctx.cli.main as main
     import mcore_longctx.evaluate as evaluate
-    from mcore_longctx.run import steps
+    from mcore_longctx.run import checkpoints
 
     jobs: list[Any] = []
     monkeypatch.setattr(evaluate, "evaluate_column", lambda job, **_: jobs.append(job))
-    monkeypatch.setattr(steps, "newest_checkpoint", lambda path: path)
+    monkeypatch.setattr(checkpoints, "newest_checkpoint", lambda path: path)
     columns = [
         ("base", "own", "before"),
         ("base", "recipe", "scaled"),

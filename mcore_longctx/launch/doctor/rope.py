@@ -126,7 +126,8 @@ def _stock(stock: FloatArray, wanted: FloatArray, version: str, rope: RopeScalin
 def of_checkpoints(recipe: Recipe, resolved: Resolved) -> Iterator[Finding]:
     """Checkpoints that are in the run folder already carry the rope that they were made with: it must be that of their stage."""
     checkpoints = recipe.run_folder / "checkpoints"
-    wanted = {**resolved.stage_ropes, "base": resolved.own_rope}
+    merged = {f"{name}-merged": rope for name, rope in resolved.stage_ropes.items()}
+    wanted = {**resolved.stage_ropes, **merged, "base": resolved.own_rope}
     if not resolved.model_found:
         wanted.pop("base")
     for stage, rope in wanted.items():

@@ -72,6 +72,9 @@ def _parts(recipe: Recipe, shape: ModelShape, planned: Mapping[str, float]) -> I
         # the next one is written before the oldest goes
         yield f"{stage.keep_checkpoints} + 1 checkpoints of {stage.name}", (stage.keep_checkpoints + 1) * size
 
+        if stage.merge is not None:
+            yield f"merged weights of {stage.name}", (2.0 if stage.precision == "fp32" else 1.0) * weights
+
 
 def _bytes_below(folder: Path) -> int:
     total = 0
