@@ -135,7 +135,7 @@ def _read(source: str | Path) -> tuple[str, str]:
 
 
 def _compose_recipe(source: str | Path) -> tuple[str, yaml.Node | None, list[_Override]]:
-    """File, root node and changes of a recipe; of one that extends others, the root of the first and the changes of all, in order."""
+    """File, root node and changes of a recipe; of one that extends others, the root of the last and the changes of all, in order."""
     seen: list[str] = []
     chain: list[list[_Override]] = []
     while True:
@@ -146,7 +146,7 @@ def _compose_recipe(source: str | Path) -> tuple[str, yaml.Node | None, list[_Ov
         node = _compose(text, file)
         given = {str(key.value): value for key, value in node.value} if isinstance(node, yaml.MappingNode) else {}
         if "extends" not in given:
-            return file, node, [change for changes in reversed(chain) for change in changes]
+            return seen[0], node, [change for changes in reversed(chain) for change in changes]
         chain.append(_changes(given, file))
         base = given["extends"].value
         beside = Path(file).parent / base
