@@ -11,6 +11,7 @@ import numpy as np
 from mcore_longctx.data.synthesis.documents import ChunkedDocument
 from mcore_longctx.data.synthesis.question_plan import ChatPlan, Slot
 from mcore_longctx.data.synthesis.sized import Messages, TokenCounter
+from mcore_longctx.errors import DataError
 
 __all__ = ["AssembledChat", "assemble", "quote_fault"]
 
@@ -107,6 +108,17 @@ def _messages(turns: Sequence[_Turn], plan: ChatPlan, documents: Sequence[Chunke
     return messages
 
 
+def _find(text: str, part: str, at: int) -> int:
+    found = text.find(part, at)
+    if found < 0:
+        raise DataError(
+            "the chat template rewrites the messages, so where the evidence stands is unknown",
+            where="data synth hierarchical",
+            fix="use a template that writes them as they are",
+        )
+    return found
+
+
 def _evidence(
     turns: Sequence[_Turn], plan: ChatPlan, documents: Sequence[ChunkedDocument], text: str, ends: Any
 ) -> list[dict[str, Any]]:
@@ -116,10 +128,10 @@ def _evidence(
     for number, turn in enumerate(turns):
         for place in turn.shown:
             document = _taken(place, plan, documents)
-            at = begin_of[place] = text.index(document, at)
+            at = begin_of[place] = _find(text, document, at)
             at += len(document)
-        at = text.index(turn.item["question"], at) + len(turn.item["question"])
-        at = text.index(turn.item["answer"].strip(), at)
+        at = _find(text, turn.item["question"], at) + len(turn.item["question"])
+        at = _find(text, turn.item["answer"].strip(), at)
         which = plan.documents[turn.slot.document][0]
         document = _taken(turn.slot.document, plan, documents)
         inside = [document.index(quote) for quote in turn.item.get("quotes", [])]

@@ -80,7 +80,7 @@ class HierarchicalReport:
 
     def __str__(self) -> str:
         left = f", {self.documents_left_out:,} left out (empty, or with control tokens)" if self.documents_left_out else ""
-        lines = [str(self.chats), f"{self.documents:,} documents{left}"]
+        lines = [str(self.chats), f"documents: {self.documents:,}{left}"]
         lines.append(f"{self.asked:,} items asked, {self.known:,} known from before")
         lines += [f"  {count:,} {what}" for what, count in self.rejected.items() if count]
         if self.too_long:
@@ -273,7 +273,7 @@ class _Asking:
     def _question(self, plan: ChatPlan, slot: Slot) -> dict[str, Any]:
         number, chunks = plan.documents[slot.document]
         document = self._documents[number]
-        request: dict[str, Any] = {"kind": slot.kind, "number": slot.number}
+        request: dict[str, Any] = {"kind": slot.kind, "name": slot.name}
         if slot.kind == "multi_hop":
             return request | {"chunks": [document.chunk(at) for at in slot.chunks]}
         request["chunk"] = document.chunk(slot.chunks[0])

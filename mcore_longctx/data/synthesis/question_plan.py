@@ -7,7 +7,6 @@ some follow-ups. The counts are fixed: in the paper fixed counts beat random one
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -50,7 +49,7 @@ class Slot:
     kind: str  # `hierarchical`, `multi_hop`, `local`, `other`
     document: int  # place of its document in the chat
     chunks: tuple[int, ...]  # that it is about, ascending
-    number: int  # of the questions of this kind about this document in this chat
+    name: str  # no two slots of one seed have the same: else two chats about one document would have the same questions
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,6 @@ def plan_chat(
     """
     chosen: list[tuple[int, int]] = []
     slots: list[tuple[Slot, ...]] = []
-    asked: Counter[tuple[int, str]] = Counter()
     order = Draws(seed, index, "documents").shuffled(range(len(documents)))
     left, needed = length, 0
     for place, number in enumerate(order):
@@ -93,7 +91,8 @@ def plan_chat(
             break
         chosen.append((number, chunks))
         left = room - document.tokens[chunks - 1]
-        slots.append(tuple(_slot(*kind, chosen, documents, asked) for kind in kinds))
+        named = ((f"{seed}-{index}-{place}-{at}", kind) for at, kind in enumerate(kinds))
+        slots.append(tuple(_slot(*kind, name, chosen) for name, kind in named))
     if not chosen:
         raise DataError(
             f"a length of {length:,} tokens is too small: one chunk and its questions take about {needed:,}",
@@ -126,18 +125,7 @@ def _diverse(count: int, draws: Draws) -> Iterator[str]:
         yield _DIVERSE[(first + number) % len(_DIVERSE)]
 
 
-def _slot(
-    when: str,
-    kind: str,
-    document: int,
-    chosen: Sequence[tuple[int, int]],
-    documents: Sequence[ChunkedDocument],
-    asked: Counter[tuple[int, str]],
-) -> Slot:
-    """Chunks of a question: a function of its document, kind and number, so that chats share what is written."""
-    which, chunks = chosen[document]
-    number = asked[document, kind]
-    asked[document, kind] += 1
-    draws = Draws("chunks", documents[which].id, chunks, kind, number)
+def _slot(when: str, kind: str, document: int, name: str, chosen: Sequence[tuple[int, int]]) -> Slot:
+    chunks = chosen[document][1]
     wanted = min(_HOPS if kind == "multi_hop" else 1, chunks)
-    return Slot(when, kind, document, tuple(sorted(draws.sample(range(chunks), wanted))), number)
+    return Slot(when, kind, document, tuple(sorted(Draws("chunks", name).sample(range(chunks), wanted))), name)

@@ -21,6 +21,7 @@ from typing import IO, Any
 
 from mcore_longctx.data.synthesis.offline_writer import answer_offline
 from mcore_longctx.errors import ConfigError, DataError
+from mcore_longctx.manifest import write_atomic
 
 __all__ = ["Answers", "Rejected", "Writer"]
 
@@ -139,10 +140,12 @@ class Answers:
         without = max(failed, sum(1 for name in missing if name not in self.known))
         if without > allowed or without == len(missing):
             first = self.rejected[before].reason
+            aside = self.path.with_name("rejected.jsonl")
+            write_atomic(aside, "".join(json.dumps(one.as_dict()) + "\n" for one in self.rejected))
             who = "the built-in writer" if not writer.command else f"the command {writer.command[0]}"
             raise DataError(
                 f"{without:,} of {len(missing):,} items have no usable answer of {who}, the first: {first}",
-                where=self.path.parent,
+                where=aside,
                 fix="repair it and start the same command again: what is answered is kept (or raise --max-rejected)",
             )
 
