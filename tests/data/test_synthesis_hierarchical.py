@@ -179,7 +179,8 @@ def check_answer(question: str, answer: str, text: str) -> str:
 
 
 def test_the_built_in_writers_answers_follow_from_the_text_and_the_evidence_is_where_it_says(tmp_path: Path, books: Path) -> None:
-    assert synth(tmp_path / "o.jsonl", books, length="12K:4") == 0
+    counts = ["--hierarchical", 2, "--diverse", 3, "--revisit", 3, "--question-tokens", 350]
+    assert synth(tmp_path / "o.jsonl", books, *counts, length="12K:4") == 0
     count, kinds, whens = TokenCounter(TINY), Counter[str](), Counter[str]()
     rows = records(tmp_path / "o.evidence.jsonl")
     texts = {record["id"]: record["text"] for record in records(books)}
