@@ -1,15 +1,21 @@
 """Chats: the same ids as transformers, and loss on answers with their end of turn, on nothing else."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
+from mcore_longctx.cli.main import main
 from mcore_longctx.data.documents.readers import Chat, Place
+from mcore_longctx.data.planning.plan import make_chat_plan
 from mcore_longctx.data.tokenizers import load_tokenizer
+from mcore_longctx.data.tokens.job import open_job, prepare_job, read_documents_table
 from mcore_longctx.data.tokens.sft import ChatEncoder
-from mcore_longctx.errors import DataError
+from mcore_longctx.data.tokens.tokenize import run_job
+from mcore_longctx.errors import ConfigError, DataError
+from mcore_longctx.recipe.schema import DocumentSource
 from tests.data.conftest import LLAMA3_TEMPLATE, make_tokenizer
 
 CHATML = (
@@ -123,3 +129,72 @@ def test_the_date_of_the_day_is_not_in_the_samples(tmp_path: Path) -> None:
     encoder = ChatEncoder(load_tokenizer(make_tokenizer(tmp_path, template=dated)))
     text = encoder.render(CONVERSATIONS[0], add_generation_prompt=False, where="here")
     assert text.startswith("26 Jul 2024")
+
+
+# ------------------------------------------------------------------ prompts that are learned
+def flags(folder: Path, messages: list[dict], prompt_loss_from: int | None) -> list[tuple[int, bool]]:
+    """Length and loss flag of each stretch."""
+    encoder = ChatEncoder(load_tokenizer(folder), prompt_loss_from=prompt_loss_from)
+    return [(len(tokens), loss) for tokens, loss in encoder.encode(chat(messages))]
+
+
+def test_prompts_are_learned_all_or_from_a_length_on(tokenizer_folder: Path) -> None:
+    plain = flags(tokenizer_folder, CONVERSATIONS[1], None)
+    assert [loss for _, loss in plain] == [False, True, False, True, False]  # the last message has no answer
+    first, answer, second, other, last = (length for length, _ in plain)
+    assert first > second
+    # all but the first token, before which nothing stands, and what is no prompt
+    everything = [(1, False), (first - 1 + answer + second + other, True), (last, False)]
+    assert flags(tokenizer_folder, CONVERSATIONS[1], 1) == flags(tokenizer_folder, CONVERSATIONS[1], second) == everything
+    long_only = [(1, False), (first - 1 + answer, True), (second, False), (other, True), (last, False)]
+    assert flags(tokenizer_folder, CONVERSATIONS[1], second + 1) == flags(tokenizer_folder, CONVERSATIONS[1], first) == long_only
+    assert flags(tokenizer_folder, CONVERSATIONS[1], first + 1) == plain
+
+
+def test_learned_prompts_change_no_token(tokenizer_folder: Path) -> None:
+    found = [
+        np.concatenate(
+            [tokens for tokens, _ in ChatEncoder(load_tokenizer(tokenizer_folder), prompt_loss_from=n).encode(chat(c))]
+        )
+        for c in CONVERSATIONS
+        for n in (None, 1)
+    ]
+    assert found[0].tolist() == found[1].tolist()
+    assert found[2].tolist() == found[3].tolist()
+
+
+def test_another_prompt_loss_is_another_data_set(tokenizer_folder: Path, jsonl: Callable[..., Path], tmp_path: Path) -> None:
+    path = jsonl("chats.jsonl", [{"messages": messages} for messages in CONVERSATIONS])
+    tools, source = load_tokenizer(tokenizer_folder), DocumentSource(name="chats", path=path)
+    learned = {}
+    for name, prompt_loss_from in (("none", None), ("all", 1)):
+        job = prepare_job(tmp_path / name, [source], tools, chats=True, prompt_loss_from=prompt_loss_from)
+        run_job(job, tools)
+        assert open_job(tmp_path / name).prompt_loss_from == prompt_loss_from
+        table = read_documents_table(job)
+        plan = make_chat_plan(tmp_path / name / "plan", table, name="x", seed=1, seq_length=int(table.length.sum()))
+        learned[name] = (plan["tokens_with_loss"], plan["plan_sha256"])
+    assert learned["all"][0] > learned["none"][0]
+    assert learned["all"][1] != learned["none"][1]
+    with pytest.raises(ConfigError, match="prompt_loss_from was None when this folder was begun, it is 1 now"):
+        prepare_job(tmp_path / "none", [source], tools, chats=True, prompt_loss_from=1)
+    with pytest.raises(ConfigError, match="prompt_loss_from was 1 when this folder was begun, it is None now"):
+        prepare_job(tmp_path / "all", [source], tools, chats=True)
+
+
+def test_documents_have_no_prompts_and_lengths_belong_to_long_only(
+    tokenizer_folder: Path, jsonl: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = jsonl("d.jsonl", [{"text": "a"}])
+    common = ["data", "tokenize", str(tmp_path / "o"), "--tokenizer", str(tokenizer_folder), f"d={path}"]
+    for more, message in (
+        (["--prompt-loss", "all"], "prompt_loss has no meaning for documents, which have no prompts; leave it out"),
+        (["--chats", "--prompt-loss-from", "9"], "prompt_loss_from belongs to prompt_loss long_only, it is none"),
+        (
+            ["--chats", "--prompt-loss", "long_only", "--prompt-loss-from", "0"],
+            "prompt_loss_from is 0, expected 1 or more tokens",
+        ),
+    ):
+        assert main([*common, *more]) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "o" / "tokens").exists()
