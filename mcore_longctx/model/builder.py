@@ -38,6 +38,7 @@ __all__ = ["Backend", "LongContextGPTModel", "Precision", "build_gpt_model", "gp
 
 Precision = Literal["fp32", "bf16"]
 Backend = Literal["local", "te"]
+_WORDS_AT_ONCE = 16_384  # whose rows of the head are widened at a time: memory only
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -295,7 +296,8 @@ class LongContextGPTModel(GPTModel):
         weight = self.shared_embedding_or_output_weight() if tied else self.output_layer.weight
         # a few rows: in float32 (float64 for float64), so that bf16 ties do not decide the most probable token
         dtype = accumulator_dtype(hidden.dtype)
-        logits = F.linear(hidden.to(dtype), weight.to(dtype))  # [rows, v/tp]
+        wide = hidden.to(dtype)
+        logits = torch.cat([F.linear(wide, part.to(dtype)) for part in weight.split(_WORDS_AT_ONCE)], dim=-1)  # [rows, v/tp]
         return all_gather(logits, group).permute(1, 0, 2).flatten(1)[:, : self.real_vocab_size]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from mcore_longctx.errors import ConfigError, LayoutError
 from mcore_longctx.layout import zigzag_positions
 from mcore_longctx.megatron_compat import device_context
-from mcore_longctx.model import destroy_process_groups
+from mcore_longctx.model import builder, destroy_process_groups
 from mcore_longctx.model.kv_cache import Branch, extend, prefill
 from mcore_longctx.recipe.schema import Parallel
 from tests.model.llama import SHAPE as FOUR_LAYERS
@@ -112,3 +112,10 @@ def test_pipeline_stages_are_refused(model: Any, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(model, "post_process", False)
     with pytest.raises(LayoutError, match="need a model without pipeline stages"):
         prefill(model, PROMPT[None], torch.arange(len(PROMPT))[None], len(PROMPT))
+
+
+def test_logits_of_a_head_that_is_widened_in_parts_are_the_same(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    positions = torch.arange(len(PROMPT))[None]
+    whole = model.logits_at(PROMPT[None], positions, positions[0])
+    monkeypatch.setattr(builder, "_WORDS_AT_ONCE", 100)  # of 384
+    assert (model.logits_at(PROMPT[None], positions, positions[0]) - whole).abs().max() < 1e-12

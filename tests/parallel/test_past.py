@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from live_bytes import LiveBytes
 from torch import Tensor
 
 from mcore_longctx.parallel import past
@@ -72,3 +73,17 @@ def test_a_single_query_is_spread_over_many_pieces_and_many_queries_are_not(new:
     assert at_once[0] == (pieces, 2**17 // pieces)
     assert sum(count * rows for count, rows in seen) == 300_000
     assert max(count * rows for count, rows in seen) == 2**17
+
+
+def test_memory_does_not_grow_with_the_past() -> None:
+    """Two numbers of rows past `_KEYS_AT_ONCE`: what is alive at once is the same to a few results."""
+    query, new = torch.randn(1, 8, 2, 16), torch.randn(1, 2, 2, 16)
+    peaks = []
+    for rows in (2 * past._KEYS_AT_ONCE, 6 * past._KEYS_AT_ONCE):
+        keys = torch.randn(rows, 1, 2, 16)
+        with LiveBytes([query, new, keys]) as live:
+            past_attention(query, new, new, ((keys, keys),), ALONE, 0.25)
+        peaks.append(live.peak_above_start)
+        assert peaks[-1] < keys.nbytes / 20
+    result = 4 * 8 * 2 * (16 + 1)  # float32 out and lse
+    assert peaks[1] - peaks[0] <= 4 * (6 - 2) * result
