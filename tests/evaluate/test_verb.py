@@ -40,7 +40,8 @@ def evaluate(folder, *arguments):
 def test_a_column_is_measured_and_said(folder, capsys):
     assert evaluate(folder, "--checkpoint", "base", "--rope", "own", "--column", "before") == 0
     said = capsys.readouterr().out.splitlines()
-    assert [line.split()[:2] for line in said] == [["before", "needle"], ["before", "loss"], ["before", "short"]]
+    assert [line.split()[:2] for line in said] == [["before", f"{word}"] for word in ("plan:", "needle", "loss", "short")]
+    assert "GPU-hours; 3 models: " in said[0]
     column = folder / "run" / "evaluate" / "before"
     assert {path.name: len(path.read_text().splitlines()) for path in column.iterdir()} == {
         "needle.jsonl": 2,
@@ -62,9 +63,36 @@ def test_own_and_recipe_rope_are_different_measurements(folder):
     assert rows["before"]["sums"] != rows["scaled"]["sums"]
 
 
+def test_a_level_on_the_command_line_is_the_recipes(folder, capsys):
+    assert evaluate(folder, "--checkpoint", "base", "--rope", "recipe", "--column", "extend", "--level", "quick") == 0
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in said] == ["plan:", "needles,", "loss", "short"]
+    rows = [json.loads(line) for line in (folder / "run" / "evaluate" / "extend" / "needle.jsonl").read_text().splitlines()]
+    assert [(row["task"], row["length"], row["index"]) for row in rows] == [("needles_shared", 128, 0)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (
+            ("--checkpoint", "base", "--rope", "own", "--column", "before", "evaluate.max_budget_share=1e-9"),
+            "override 'evaluate.max_budget_share=1e-9': evaluate.max_budget_share: measuring 3 models takes",
+        ),
+        (
+            (
+                *("--checkpoint", "base", "--rope", "own", "--column", "before"),
+                "evaluate.ruler={haystack: x, lengths: [256], tasks: [cve]}",
+            ),
+            "evaluate.ruler.tasks: unknown task 'cve'; did you mean 'cwe'?",
+        ),
+        (
+            (*("--checkpoint", "base", "--rope", "own", "--column", "before"), "evaluate.short_suite={choices: /nowhere.jsonl}"),
+            "/nowhere.jsonl: not a file of questions",
+        ),
+        (
+            (*("--checkpoint", "base", "--rope", "own", "--column", "before"), "evaluate={precision: fp32}"),
+            "nothing to measure: none of needle, ruler, loss_by_position, short_suite is given",
+        ),
         (
             ("--checkpoint", "other", "--rope", "own", "--column", "before"),
             "--checkpoint: 'other' is not known here; one of base, extend",
