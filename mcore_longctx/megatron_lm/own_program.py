@@ -29,7 +29,7 @@ from megatron.core.utils import StragglerDetector, get_attr_wrapped_model
 from mcore_longctx.data import PackedSamples
 from mcore_longctx.errors import DataError
 from mcore_longctx.layout import zigzag_positions
-from mcore_longctx.train.dataset import SampleOrder
+from mcore_longctx.train.order import SampleOrder
 
 __all__ = ["PackedDataset", "datasets_provider", "forward_step"]
 

@@ -99,13 +99,13 @@ class SparsitySection:
     """Sparse to dense: the smallest weights of every linear layer are held at 0 for the first steps. A study, it saves no time."""
 
     sparsity: float  # share of the weights that are held at 0 in the beginning
-    dense_from: int  # iteration from which all weights train
+    dense_from: int  # first iteration, counted from 1, in which all weights train
 
     def __post_init__(self) -> None:
         if not 0.0 < self.sparsity < 1.0:
             raise ValueError(f"sparsity is {self.sparsity}, expected more than 0 and less than 1")
-        if self.dense_from < 1:
-            raise ValueError(f"dense_from is {self.dense_from}, expected 1 or more iterations")
+        if self.dense_from < 2:
+            raise ValueError(f"dense_from is {self.dense_from}, expected 2 or more: before that iteration weights are held at 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,19 +154,7 @@ class Stage:
             raise ValueError(
                 f"cross_document_mask needs micro_batch_size 1, it is {self.micro_batch_size}: a sample is a batch itself"
             )
-        if self.positions is not None and self.positions.target < self.seq_length:
-            raise ValueError(f"positions.target {self.positions.target:,} is below seq_length {self.seq_length:,}")
-        if self.positions is not None and self.cross_document_mask:
-            raise ValueError(
-                "positions jump over a whole sample, and with cross_document_mask each document begins at position 0; use one of them"
-            )
-        if self.balance == "sum_sq" and not self.cross_document_mask:
-            raise ValueError("balance sum_sq needs cross_document_mask: without it every sample costs attention the same")
-        if self.loss_reduction == "sequence_mean" and (self.kind != "sft" or self.positions is not None):
-            what = "positions" if self.kind == "sft" else f"kind {self.kind}"
-            raise ValueError(f"loss_reduction sequence_mean weighs the conversations of sft stages; it does not go with {what}")
-        if self.sparsity is not None and self.sparsity.dense_from > self.iterations:
-            raise ValueError(f"sparsity.dense_from is {self.sparsity.dense_from}, the stage has {self.iterations} iterations")
+        _check_methods(self)
         if not 0 <= self.optimizer.lr_warmup_iters < self.iterations:
             raise ValueError(
                 f"optimizer.lr_warmup_iters is {self.optimizer.lr_warmup_iters}, expected less than the {self.iterations} iterations"
@@ -182,6 +170,24 @@ class Stage:
                 f"seq_length / context_parallel_size ({self.seq_length // cp:,}) is not a multiple of TP {tp} (sequence parallel)"
             )
 
+    def methods(self) -> list[str]:
+        """What a stage does that a plain one does not, beside its rope and its merge: a line each."""
+        lines = []
+        if self.optimizer_from == "previous":
+            lines.append("main weights, moments and step count of AdamW from the stage before")
+        if self.loss_reduction == "sequence_mean":
+            lines.append("every conversation weighs the same in the loss")
+        if self.balance == "sum_sq":
+            lines.append("steps of samples whose documents cost attention alike")
+        if self.positions is not None:
+            lines.append(f"positions with jumps ({self.positions.type}) below {self.positions.target:,}")
+        if self.sparsity is not None:
+            how = self.sparsity
+            lines.append(
+                f"the smallest {how.sparsity:.0%} of the weights of linear layers are 0 until iteration {how.dense_from:,}"
+            )
+        return lines
+
     @property
     def iterations(self) -> int:
         """Optimizer steps: `train_iters`, or as many as reach `train_tokens`."""
@@ -194,3 +200,22 @@ class Stage:
     def num_microbatches(self) -> int:
         """Micro-batches per step and data-parallel rank."""
         return self.global_batch_size // (self.micro_batch_size * self.parallel.data_parallel_size)
+
+
+def _check_methods(stage: Stage) -> None:
+    """What the published methods need of a stage, and what they exclude."""
+    if stage.positions is not None and stage.positions.target < stage.seq_length:
+        raise ValueError(f"positions.target {stage.positions.target:,} is below seq_length {stage.seq_length:,}")
+    if stage.positions is not None and stage.cross_document_mask:
+        raise ValueError(
+            "positions jump over a whole sample, and with cross_document_mask each document begins at position 0; use one of them"
+        )
+    if stage.balance == "sum_sq" and not stage.cross_document_mask:
+        raise ValueError("balance sum_sq needs cross_document_mask: without it every sample costs attention the same")
+    if stage.loss_reduction == "sequence_mean" and (stage.kind != "sft" or stage.positions is not None):
+        what = "positions" if stage.kind == "sft" else f"kind {stage.kind}"
+        raise ValueError(f"loss_reduction sequence_mean weighs the conversations of sft stages; it does not go with {what}")
+    if stage.sparsity is not None and stage.sparsity.dense_from > stage.iterations:
+        raise ValueError(f"sparsity.dense_from is {stage.sparsity.dense_from}, the stage has {stage.iterations} iterations")
+    if stage.sparsity is not None and stage.optimizer_from == "previous":
+        raise ValueError("sparsity holds weights at 0 whose moments begin at 0: optimizer_from must be none")

@@ -189,6 +189,7 @@ def _train_step(file: RecipeFile, resolved: Resolved, folder: Path, stage: Stage
     )
     if stage.rope is not None:
         lines += (f"rope of this stage: {resolved.rope_of(stage.name).describe()}",)
+    lines += tuple(stage.methods())
     out = folder / "checkpoints" / stage.name
 
     def action() -> dict[str, Any]:

@@ -71,6 +71,7 @@ class TrainJob:
             **({"optimizer_from": stage.optimizer_from} if stage.optimizer_from != "none" else {}),
             **({"balance": stage.balance} if stage.balance != "none" else {}),
             **_named("positions", stage.positions),
+            **_named("sparsity", stage.sparsity),
             **({"loss_reduction": stage.loss_reduction} if stage.loss_reduction != "token_mean" else {}),
             "data": data,
             "start_checkpoint": _manifest_hash(self.start_checkpoint),

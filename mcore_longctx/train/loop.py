@@ -10,7 +10,6 @@ import gc
 import logging
 import math
 import resource
-import statistics
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -32,7 +31,7 @@ from mcore_longctx.data import PackedSamples
 from mcore_longctx.errors import CheckpointError, StoppedBySignal, TrainingError
 from mcore_longctx.layout import PackLayout
 from mcore_longctx.manifest import verify_manifest
-from mcore_longctx.megatron_compat import MEGATRON_VERSION, device_context, training_device
+from mcore_longctx.megatron_compat import device_context, training_device
 from mcore_longctx.model import build_gpt_model, destroy_process_groups, init_process_groups
 from mcore_longctx.model.packed import PackedBatch, packed_batch
 from mcore_longctx.model.process_groups import rank_info
@@ -44,10 +43,12 @@ from mcore_longctx.train.control import Control
 from mcore_longctx.train.dataset import MicroBatch, StepData
 from mcore_longctx.train.heartbeat import Heartbeat, Phase
 from mcore_longctx.train.job import TrainJob, data_fingerprint, refuse_changed_settings
-from mcore_longctx.train.metrics import MetricsWriter, StepMetrics, iteration_line, sample_digest
+from mcore_longctx.train.metrics import MetricsWriter, StepMetrics, sample_digest
 from mcore_longctx.train.optimizer import build_optimizer, build_schedule, learning_rate, wrap_model
 from mcore_longctx.train.outcome import Outcome, open_log
 from mcore_longctx.train.signals import StopRequest
+from mcore_longctx.train.sparsity import drop_smallest, hold_zeros
+from mcore_longctx.train.telling import announce, own_parameters, report
 
 __all__ = ["train_stage"]
 
@@ -178,6 +179,9 @@ class Trainer:
             backend=job.backend,
         )
         load_model_weights(model, start.folder)
+        if stage.sparsity is not None and not start.resumes:
+            zeros, weights = drop_smallest(model, stage.sparsity.sparsity)
+            logger.info("%s of %s weights of linear layers of rank 0 are 0 now", f"{zeros:,}", f"{weights:,}")
         # samples with a cross-document mask have rows of their own: pipeline stages tell each other how many
         model.config.variable_seq_lengths = stage.cross_document_mask
         self.wrapped = wrap_model(model)
@@ -203,7 +207,10 @@ class Trainer:
         self.metrics: MetricsWriter | None = None
         if control.rank == 0:
             self.metrics = MetricsWriter(job.metrics_path, job.tensorboard, resumed_step=self.finished)
-        self._announce(start)
+        announce(job, self.data, start.folder, self.finished if start.resumes else None, self._count_parameters())
+
+    def _count_parameters(self) -> int:
+        return int(self.control.gather([float(own_parameters(self.wrapped))]).sum())
 
     def run(self) -> str:
         """Train to the end. Returns how it ended, in words.
@@ -248,6 +255,8 @@ class Trainer:
         ids = self.data.sample_ids(iteration)
         self._pass_border(1)
         losses = self._forward_backward(iteration)
+        if self.stage.sparsity is not None and iteration + 1 < self.stage.sparsity.dense_from:
+            hold_zeros(self.wrapped)
         self._begin("update", f"iteration {iteration + 1}")
         facts = self.control.gather([*self._own_sums(losses), float(_memory_bytes())])
         loss_sum, loss_weight, loss_tokens = (float(total) for total in facts[:, :3].sum(dim=0))
@@ -261,8 +270,10 @@ class Trainer:
         self.seconds.append(time.perf_counter() - began)
         if self.metrics is not None:
             tokens = self.stage.global_batch_size * self.stage.seq_length
-            self._report(
+            report(
                 self.metrics,
+                self.data,
+                self.seconds,
                 StepMetrics(
                     step=self.finished,
                     loss=loss_sum / loss_weight,
@@ -411,46 +422,6 @@ class Trainer:
         )
         error.agreed = True
         return error
-
-    def _announce(self, start: Start) -> None:
-        stage = self.stage
-        parameters = self.control.gather([float(self._own_parameters())]).sum()
-        logger.info(
-            "stage %s (%s): %s iterations x %s sequences x %s tokens, %s, %s",
-            *(stage.name, stage.kind, f"{stage.iterations:,}", stage.global_batch_size, f"{stage.seq_length:,}"),
-            *(stage.precision, stage.parallel.describe()),
-        )
-        logger.info("%s", stage.activations.describe())
-        logger.info("%s parameters, rope: %s", f"{int(parameters):,}", self.job.rope.describe())
-        logger.info("%s samples in %s, order of seed %s", f"{len(self.data.samples):,}", self.job.data_prefix, self.job.seed)
-        logger.info("megatron-core %s, torch %s, %s", MEGATRON_VERSION, torch.__version__, training_device().type)
-        verb = f"going on after iteration {self.finished}" if start.resumes else "starting"
-        logger.info("%s from %s", verb, start.folder)
-
-    def _own_parameters(self) -> int:
-        """Parameters that this rank alone counts: replicas over data and context, and what tensor parallelism repeats, once."""
-        if parallel_state.get_data_parallel_rank(with_context_parallel=True):
-            return 0
-        first = parallel_state.get_tensor_model_parallel_rank() == 0
-        return sum(p.numel() for p in self.wrapped.parameters() if getattr(p, "tensor_model_parallel", False) or first)
-
-    def _report(self, metrics: MetricsWriter, step: StepMetrics) -> None:
-        metrics.write(step)
-        # the first step of a start also pays for allocations and compilation
-        typical = statistics.median(self.seconds[1:]) if len(self.seconds) > 1 else None
-        left = None if typical is None else typical * (self.stage.iterations - step.step)
-        logger.info(
-            "%s",
-            iteration_line(
-                step, iterations=self.stage.iterations, global_batch_size=self.stage.global_batch_size, eta_seconds=left
-            ),
-        )
-        passes = self.data.passes_begun(step.step - 1)
-        if step.step > 1 and passes > self.data.passes_begun(step.step - 2):
-            logger.info(
-                "iteration %s: all %s samples have been seen %s, pass %s goes on in a new order",
-                *(step.step, f"{len(self.data.samples):,}", "once" if passes == 2 else f"{passes - 1} times", passes),
-            )
 
 
 class _StopRequested(Exception):
