@@ -22,6 +22,7 @@ from mcore_longctx.report.style import (
     INK,
     cell_colour,
     colour,
+    darker,
     figure_in_style,
     line,
     scientific,
@@ -125,20 +126,20 @@ def ruler_by_length(folder: RunFolder) -> str | None:
     lengths = sorted({length for found in averages for length in found})
     if len(lengths) < 2:
         return None
-    with figure_in_style() as figure:
+    with figure_in_style(height=HEIGHT + 0.6) as figure:
         axes = figure.subplots()
         axes.axhline(100 * RULER_THRESHOLD, color="#999999", linewidth=0.9)
         for i, (column, found) in enumerate(zip(folder.columns, averages, strict=True)):
             if found:
                 _average_line(axes, i, column, found)
         axes.annotate(
-            f"threshold {100 * RULER_THRESHOLD:.1f}",
+            f"{100 * RULER_THRESHOLD:.1f}",
             (1, 100 * RULER_THRESHOLD),
             xycoords=("axes fraction", "data"),
-            xytext=(-2, 2),
+            xytext=(3, 0),
             textcoords="offset points",
-            ha="right",
-            va="bottom",
+            ha="left",
+            va="center",
             fontsize=8.5,
             color="#555555",
         )
@@ -166,7 +167,7 @@ def ruler_by_task(folder: RunFolder) -> tuple[int, str] | None:
     tasks = ruler_tasks([column.ruler for _, column in columns])
     longest = max(length for _, column in columns for _, length, _ in column.ruler)
     thick = 0.8 / len(columns)
-    with figure_in_style(height=0.9 + max(0.2, 0.11 * len(columns)) * len(tasks)) as figure:
+    with figure_in_style(height=1.1 + max(0.2, 0.085 * len(columns)) * len(tasks)) as figure:
         axes = figure.subplots()
         for place, (i, column) in enumerate(columns):
             counts = ruler_counts(column.ruler)
@@ -181,7 +182,7 @@ def ruler_by_task(folder: RunFolder) -> tuple[int, str] | None:
                 xerr=ends,
                 color=colour(i),
                 label=column.label,
-                error_kw={"elinewidth": 0.7, "ecolor": "#444444"},
+                error_kw={"elinewidth": 0.8, "ecolor": darker(colour(i))},
             )
         axes.set_yticks(range(len(tasks)), tasks)
         axes.set_ylim(len(tasks) - 0.45, -0.55)

@@ -163,8 +163,8 @@ def _read_columns(path: Path, recipe: Recipe | None, missing: list[str]) -> list
     ]
     stages = [stage.name for stage in recipe.stages] if recipe is not None else []
     wanted = ["before", "scaled", *stages]
-    names = wanted if recipe is not None else []
-    names = [*names, *(name for name in [*wanted, *there] if name in there and name not in names)]
+    measured = [name for name in [*wanted, *there] if name in there]
+    names = list(dict.fromkeys([*(wanted if recipe is not None else []), *measured]))
     columns = []
     for name in names:
         column = _read_column(path / "evaluate" / name, name, _label(name, recipe))

@@ -24,6 +24,7 @@ __all__ = [
     "WIDTH",
     "cell_colour",
     "colour",
+    "darker",
     "figure_in_style",
     "line",
     "scientific",
@@ -105,6 +106,11 @@ def _linear(value: int) -> float:
 def colour(i: int) -> str:
     """Colour of column number `i`."""
     return COLOURS[i % len(COLOURS)]
+
+
+def darker(hexadecimal: str) -> str:
+    """A colour at 60 % of its brightness, for whiskers that are seen on their bar and beside it."""
+    return "#" + "".join(f"{int(hexadecimal[i : i + 2], 16) * 6 // 10:02x}" for i in (1, 3, 5))
 
 
 def line(i: int) -> dict[str, Any]:

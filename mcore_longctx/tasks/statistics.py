@@ -175,12 +175,16 @@ def exact_mcnemar(lost: int, won: int) -> float:
 def mean_interval(values: Sequence[float], confidence: float = 0.95) -> MeanInterval:
     """Mean of one value per unit (window or document) with its Student t interval.
 
+    A value that is no finite number, such as the loss of a model that has diverged, makes the mean one that is none either.
+
     Raises:
         ValueError: no values.
     """
     if not values:
         raise ValueError("no values")
     count = len(values)
+    if not all(map(math.isfinite, values)):
+        return MeanInterval(math.nan, math.inf, count)
     if count == 1:
         return MeanInterval(values[0], math.inf, 1)
     half = student_t_quantile(0.5 + confidence / 2, count - 1) * stdev(values) / math.sqrt(count)

@@ -69,6 +69,8 @@ def make_run(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(dump_recipe(recipe), encoding="utf-8")
     write_results(folder, FOUND, LOSSES, SHORT)
+    for column, reach in (("before", 512), ("scaled", 768), ("extend", 4096), ("instruct", 4096)):
+        write_tasks(folder / "evaluate" / column, column, reach, recipe.evaluate)
     for stage, first, last, steps in (("extend", 2.6, 1.9, 36), ("instruct", 2.9, 2.1, 10)):
         write_metrics(folder / "metrics" / f"{stage}.jsonl", first, last, steps)
     for stage, rope in (("base", OWN), ("extend/iter_0000036", SCALED), ("instruct/iter_0000010", SCALED)):
@@ -79,6 +81,18 @@ def make_run(folder: Path) -> Path:
         write_data(folder / "data" / stage, sources)
     (folder / "verify.json").write_text(json.dumps(VERIFY), encoding="utf-8")
     return folder
+
+
+def write_tasks(out: Path, column: str, reach: int, evaluate) -> None:
+    """Ruler-like tasks and short suite as the recipe asks for them; the rows of one column say nothing of its model and rope here."""
+    bare = {"model", "rope"}
+    if evaluate.ruler is not None:
+        asked = {"samples": evaluate.ruler.samples, "tasks": evaluate.ruler.tasks}
+        rows = rows_of.ruler_rows(column, [int(length) for length in evaluate.ruler.lengths], reach, **asked)
+        write_lines(out / "ruler.jsonl", [{key: value for key, value in row.items() if key not in bare} for row in rows])
+    if evaluate.short_suite is not None:
+        rows = rows_of.suite_rows(column, {"other": 0.6}, questions=evaluate.short_suite.questions)
+        write_lines(out / "short_suite.jsonl", [{key: value for key, value in row.items() if key not in bare} for row in rows])
 
 
 def write_needles(path: Path, rates):

@@ -96,6 +96,12 @@ def test_paired_difference_is_far_narrower_than_its_sides():
         paired_mean_interval(before, after[:3])
 
 
+def test_a_loss_that_is_no_number_is_not_averaged_away():
+    found = mean_interval([2.0, math.nan, 3.0])
+    assert math.isnan(found.mean)
+    assert (found.half_width, found.count) == (math.inf, 3)
+
+
 def test_one_unit_has_no_interval():
     assert mean_interval([2.0]).half_width == math.inf
     with pytest.raises(ValueError, match="no values"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from mcore_longctx.report.counts import Count
+from mcore_longctx.report.counts import Count, ruler_tasks
 from mcore_longctx.report.rows import Row
 from mcore_longctx.report.run_folder import RunFolder
 
@@ -23,9 +23,9 @@ def failures_section(folder: RunFolder) -> dict[str, Any] | None:
     tasks: dict[str, list[Row]] = {}
     for kind, samples in column.needles.items():
         tasks[f"{kind.plural}, shared haystack" if kind.shared else kind.plural] = [samples[key] for key in sorted(samples)]
-    for (task, _, _), row in sorted(column.ruler.items(), key=lambda item: (item[0][0], item[0][1:])):
-        tasks.setdefault(f"ruler-like {task}", []).append(row)
-    for (task, _), row in sorted(column.short_suite.items()):
+    for task in ruler_tasks([column.ruler]):
+        tasks[f"ruler-like {task}"] = [row for key, row in sorted(column.ruler.items()) if key[0] == task]
+    for (task, _), row in column.short_suite.items():
         tasks.setdefault(f"short suite {task}", []).append(row)
     shown = []
     for task, rows in tasks.items():
