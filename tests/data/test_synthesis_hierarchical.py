@@ -178,6 +178,21 @@ def check_answer(question: str, answer: str, text: str) -> str:
     return "other"
 
 
+def asked_in(chat: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Question, answer and what the chat shows of the document that the question names."""
+    shown: dict[int, str] = {}
+    found = []
+    for user, answer in zip(chat["messages"][::2], chat["messages"][1::2], strict=True):
+        for number, text in re.findall(
+            r"Document \[(\d+)\]\n\n(.*?)\n\n(?=Document \[|About document)", user["content"], re.DOTALL
+        ):
+            shown[int(number)] = text
+        m = re.search(r"About document \[(\d+)\]: (.*)\Z", user["content"], re.DOTALL)
+        assert m is not None
+        found.append((m[2], answer["content"], shown[int(m[1])]))
+    return found
+
+
 def test_the_built_in_writers_answers_follow_from_the_text_and_the_evidence_is_where_it_says(tmp_path: Path, books: Path) -> None:
     counts = ["--hierarchical", 2, "--diverse", 3, "--revisit", 3, "--question-tokens", 350]
     assert synth(tmp_path / "o.jsonl", books, *counts, length="12K:4") == 0
@@ -190,23 +205,15 @@ def test_the_built_in_writers_answers_follow_from_the_text_and_the_evidence_is_w
         ids, ends = count.tokenizer.encode_chat(rendered)
         assert len(ids) == chat["tokens"] <= 12 * 1024
         assert len(mine) == len(chat["messages"]) // 2
-        shown: dict[int, str] = {}
-        for turn, row in enumerate(mine):
-            user, answer = (message["content"] for message in chat["messages"][2 * turn : 2 * turn + 2])
-            for number, text in re.findall(r"Document \[(\d+)\]\n\n(.*?)\n\n(?=Document \[|About document)", user, re.DOTALL):
-                assert any(text == whole[: len(text)] for whole in texts.values())
-                shown[int(number)] = text
-            m = re.search(r"About document \[(\d+)\]: (.*)\Z", user, re.DOTALL)
-            assert m is not None
-            text = shown[int(m[1])]
+        for row, (question, answer, text) in zip(mine, asked_in(chat), strict=True):
             assert texts[row["document"]].startswith(text)
-            assert check_answer(m[2], answer, text) == row["kind"]
+            assert check_answer(question, answer, text) == row["kind"]
             kinds[row["kind"]] += 1
             whens[row["when"]] += 1
             # the evidence: a quote of the question begins at the token that the row names
             for token in row["evidence_tokens"]:
                 begin = int(ends[token - 1]) if token else 0
-                assert any(rendered.startswith(quote, begin) for quote in re.findall(r"'(.*?)'", m[2])), (token, m[2])
+                assert any(rendered.startswith(quote, begin) for quote in re.findall(r"'(.*?)'", question)), (token, question)
             assert max(row["evidence_tokens"]) < row["answer_token"] < chat["tokens"]
             assert rendered.startswith(answer, int(ends[row["answer_token"] - 1]))
             assert row["depth"] == pytest.approx(min(row["evidence_tokens"]) / chat["tokens"], abs=1e-4)
@@ -238,6 +245,26 @@ def test_a_document_with_the_text_of_a_control_token_is_left_out(
     assert synth(tmp_path / "o.jsonl", books) == 0
     assert "documents: 4, 1 left out (empty, or with control tokens)" in capsys.readouterr().out
     assert "trap" not in (tmp_path / "o.evidence.jsonl").read_text()
+
+
+def test_a_question_about_a_text_that_stands_twice_is_dropped(
+    tmp_path: Path, books: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Once in each chunk, so the writer cannot know."""
+    once = sentences(1, 12)
+    books.write_text(json.dumps({"text": once + sentences(2, 12) + once}) + "\n")
+    assert synth(tmp_path / "o.jsonl", books, length="4K:2") == 0
+    reasons = [row["reason"] for row in records(tmp_path / "o.rejected.jsonl")]
+    ambiguous = [reason for reason in reasons if reason.endswith("stands more than once in the document")]
+    assert ambiguous
+    assert f"{len(ambiguous)} with an ambiguous quote" in capsys.readouterr().out
+    for chat in records(tmp_path / "o.jsonl"):
+        for question, answer, text in asked_in(chat):
+            check_answer(question, answer, text)  # each quote once in what is shown
+    books.write_text(json.dumps({"text": once + once}) + "\n")
+    assert synth(tmp_path / "p.jsonl", books, length="4K:2") == 2
+    assert "p.work/rejected.jsonl: no chat of 4,096 tokens has a question left; see there why" in capsys.readouterr().err
+    assert not list(tmp_path.glob("p*.jsonl"))
 
 
 # ------------------------------------------------------------------ commands

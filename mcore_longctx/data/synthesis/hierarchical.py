@@ -35,6 +35,7 @@ from mcore_longctx.data.synthesis.writing import (
     write_lines,
 )
 from mcore_longctx.data.workspace import lock_folder, remove_leftovers
+from mcore_longctx.errors import DataError
 
 __all__ = ["HierarchicalReport", "HierarchicalSettings", "make_hierarchical_chats"]
 
@@ -169,6 +170,11 @@ def make_hierarchical_chats(
                     yield {"id": made["id"], "messages": chat.messages, "tokens": chat.tokens}
 
             write_lines(work / path.name, records())
+            if not chats:
+                write_lines(work / "rejected.jsonl", (one.as_dict() for one in answers.rejected))
+                raise DataError(
+                    f"no chat of {one.length:,} tokens has a question left", where=work / "rejected.jsonl", fix="see there why"
+                )
             files.append((str(path), one.length, chats, tokens))
         write_lines(work / evidence.name, iter(rows))
         write_lines(work / rejected.name, (one.as_dict() for one in answers.rejected))
