@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mcore_longctx.cli.data_engine import add_engine_options
+from mcore_longctx.cli.data_offsets import add_token_offsets
 from mcore_longctx.cli.data_synth import add_synth
 
 _DESCRIPTION = """\
@@ -22,6 +23,8 @@ and then:
   mcore-longctx data stats OUT                         lengths; of any .bin/.idx pair
   mcore-longctx data verify OUT                        every file against its hash, every token against the vocabulary
   mcore-longctx data merge ALL PREFIX PREFIX ...       several .bin/.idx pairs into one
+and before: which tokens a long training moved most, for `data tokenize --sentences logit_offset`
+  mcore-longctx data token-offsets BASE TRAINED --text books.jsonl --out offsets.json
 chats that nobody has written:
   mcore-longctx data synth tables OUT.jsonl --tokenizer MODEL --length 32K:1000
 
@@ -63,7 +66,7 @@ def add_parser(subparsers: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verbs = parser.add_subparsers(
-        dest="data_verb", metavar="build|tokenize|plan|pack|show|stats|verify|merge|synth", required=True
+        dest="data_verb", metavar="build|tokenize|plan|pack|show|stats|verify|merge|synth|token-offsets", required=True
     )
     _add_build(verbs)
     _add_tokenize(verbs)
@@ -96,6 +99,7 @@ def add_parser(subparsers: Any) -> None:
     merge.add_argument("--json", action="store_true", help="print JSON")
 
     add_synth(verbs)
+    add_token_offsets(verbs)
 
 
 def _add_build(verbs: Any) -> None:
@@ -139,6 +143,14 @@ def _add_tokenize(verbs: Any) -> None:
     tokenize.add_argument(
         "--prompt-loss-from", metavar="N", help="tokens of the prompts that long_only learns, at least (default: 4096)"
     )
+    tokenize.add_argument(
+        "--sentences",
+        choices=("digits", "logit_offset"),
+        help="of each document only sentences, those with a digit or with a token of --offsets first",
+    )
+    tokenize.add_argument("--keep-sentences", type=float, metavar="X", help="share of a document's tokens (default: 0.3)")
+    tokenize.add_argument("--offsets", type=Path, metavar="FILE", help="table of `data token-offsets`, for logit_offset")
+    tokenize.add_argument("--seed", type=int, default=1234, help="of the choice of sentences (default: 1234)")
     tokenize.add_argument("--range", default="64M", metavar="BYTES", help="of input a task (default: 64M)")
     tokenize.add_argument("--max-bad", type=int, default=0, metavar="N", help="bad records that are left out (default: 0)")
     _add_workers(tokenize)
@@ -213,7 +225,8 @@ def _add_verify_fraction(parser: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Do what the verb says."""
-    from mcore_longctx.cli import data_build, data_inspect, data_synth
+    from mcore_longctx.cli import data_build, data_inspect, data_offsets, data_synth
 
-    doer = next(room for room in (data_build, data_inspect, data_synth) if args.data_verb in room.__all__)
-    return int(getattr(doer, args.data_verb)(args))
+    verb = args.data_verb.replace("-", "_")
+    doer = next(room for room in (data_build, data_inspect, data_synth, data_offsets) if verb in room.__all__)
+    return int(getattr(doer, verb)(args))

@@ -34,7 +34,11 @@ def build(args: argparse.Namespace) -> int:
     out = args.out if args.out is not None else recipe.run_folder / "data" / stage.name
     if args.dry_run:
         expected = expect(
-            section.sources, recipe.tokenizer_folder, chats=chats, vocab_size=resolve(file, need_model=False).shape.vocab_size
+            section.sources,
+            recipe.tokenizer_folder,
+            chats=chats,
+            vocab_size=resolve(file, need_model=False).shape.vocab_size,
+            sentences=section.sentences,
         )
         print(json.dumps(expected.as_dict(), indent=1) if args.json else expected)
         if needed is not None and not args.json:
@@ -70,11 +74,19 @@ def tokenize(args: argparse.Namespace) -> int:
     from mcore_longctx.data.workspace import lock_folder
 
     sources, workers, range_bytes = _sources(args), _workers(args), _count(args.range, "--range")
+    sentences = _sentences(args)
     _check_verify_fraction(args.verify_fraction, args.chats)
     if args.max_bad < 0:
         raise ConfigError(f"--max-bad {args.max_bad}: expected 0 or more")
     if args.dry_run:
-        expected = expect(sources, args.tokenizer, chats=args.chats, vocab_size=args.vocab_size, range_bytes=range_bytes)
+        expected = expect(
+            sources,
+            args.tokenizer,
+            chats=args.chats,
+            vocab_size=args.vocab_size,
+            range_bytes=range_bytes,
+            sentences=sentences,
+        )
         print(json.dumps(expected.as_dict(), indent=1) if args.json else expected)
         return 0
     check_output(args.out)
@@ -87,6 +99,8 @@ def tokenize(args: argparse.Namespace) -> int:
             vocab_size=args.vocab_size,
             chats=args.chats,
             prompt_loss_from=_prompt_loss(args, sources),
+            sentences=sentences,
+            seed=args.seed,
             range_bytes=range_bytes,
         )
         with _progress() as progress:
@@ -153,6 +167,7 @@ def plan(args: argparse.Namespace) -> int:
             packing=args.packing,
             repeat_to_fill=args.repeat_to_fill,
             augment=_augment(args),
+            sentences=job.sentences,
         )
     except ValueError as error:
         raise ConfigError(str(error), where="data plan") from None
@@ -222,6 +237,20 @@ def _sources(args: argparse.Namespace) -> list[Any]:
     except ValueError as error:
         raise ConfigError(str(error), where="data tokenize", fix="give sources as NAME=PATH") from None
     return sources
+
+
+def _sentences(args: argparse.Namespace) -> Any:
+    from mcore_longctx.recipe.data import SentenceSection
+
+    if args.sentences is None:
+        if args.keep_sentences is not None or args.offsets is not None:
+            raise ConfigError("--keep-sentences or --offsets, and no --sentences", where="data tokenize", fix="give a rule")
+        return None
+    keep = {} if args.keep_sentences is None else {"keep": args.keep_sentences}
+    try:
+        return SentenceSection(rule=args.sentences, offsets=args.offsets, **keep)
+    except ValueError as error:
+        raise ConfigError(str(error), where="data tokenize") from None
 
 
 def _prompt_loss(args: argparse.Namespace, sources: list[Any]) -> int | None:

@@ -29,6 +29,7 @@ from mcore_longctx.data.tokens.tokenize import TokenReport, run_job
 from mcore_longctx.data.workspace import lock_folder
 from mcore_longctx.errors import ConfigError, DataError
 from mcore_longctx.manifest import readable_bytes
+from mcore_longctx.recipe.data import SentenceSection
 from mcore_longctx.recipe.schema import DataSection, DocumentSource
 
 __all__ = ["BuildReport", "Expected", "Progress", "build", "check_output", "expect"]
@@ -113,6 +114,8 @@ def build(
             vocab_size=model_vocab_size,
             chats=chats,
             prompt_loss_from=section.prompt_loss_tokens,
+            sentences=section.sentences,
+            seed=seed,
         )
         progress("to tokenize", job.size_missing, 0)
         tokens = run_job(
@@ -193,7 +196,13 @@ class Expected:
 
 
 def expect(
-    sources: Sequence[DocumentSource], tokenizer: Path, *, chats: bool, vocab_size: int | None, range_bytes: int | None = None
+    sources: Sequence[DocumentSource],
+    tokenizer: Path,
+    *,
+    chats: bool,
+    vocab_size: int | None,
+    range_bytes: int | None = None,
+    sentences: SentenceSection | None = None,
 ) -> Expected:
     """What tokenizing would give, estimated from the beginning of every source. Writes nothing.
 
@@ -212,6 +221,7 @@ def expect(
         for kind in dict.fromkeys(task.kind for task in mine):  # a compressed byte holds more than a plain one
             alike = [task for task in mine if task.kind == kind]
             tokens += sum(task.size for task in alike) * _tokens_per_byte(alike, source, tools, chats)
+        tokens *= 1.0 if sentences is None else sentences.keep  # at least: the sentence that fills the share is taken whole
         rows.append((source.name, sum(task.size for task in mine), round(tokens)))
     files = {(task.source, file.name) for task in whole_files for file in task.files}
     dtype = token_dtype(tools.vocab_size if vocab_size is None else vocab_size)

@@ -21,7 +21,16 @@ from mcore_longctx.data.tokenizers import check_vocabulary, load_tokenizer
 from mcore_longctx.errors import CheckpointError, ConfigError, DataError
 from mcore_longctx.evaluate.model_sources import ModelSource, RunningModel, read_source, running
 
-__all__ = ["BLOCK", "TEXT_TOLERANCE", "TOLERANCE", "LogitsReport", "PositionDifference", "TextDifference", "compare_logits"]
+__all__ = [
+    "BLOCK",
+    "TEXT_TOLERANCE",
+    "TOLERANCE",
+    "LogitsReport",
+    "PositionDifference",
+    "TextDifference",
+    "check_memory",
+    "compare_logits",
+]
 
 BLOCK = 32
 CONTIGUOUS = 256
@@ -141,7 +150,7 @@ def compare_logits(
     sequences = _sequences(sources, tokens)
     windows = [] if text is None else _windows(sources, text)
     for source in sources:
-        _check_memory(source)
+        check_memory(source)
     logits, log_probabilities, ropes = [], [], []
     for source in sources:
         with running(source, max(len(ids) for ids in [*(ids for ids, _, _ in sequences), *windows])) as model:
@@ -229,7 +238,7 @@ def _windows(sources: tuple[ModelSource, ModelSource], text: Path) -> list[Tenso
     return windows
 
 
-def _check_memory(source: ModelSource) -> None:
+def check_memory(source: ModelSource) -> None:
     """Refuse what would be killed half way. Weights alone are counted."""
     needed, available = source.float32_bytes, int(psutil.virtual_memory().available)
     if needed > available:

@@ -156,6 +156,8 @@ def _prepared(arguments: Mapping[str, Any]) -> Iterator[tuple[TokenJob, Tokenize
             vocab_size=arguments["model_vocab_size"],
             chats=chats,
             prompt_loss_from=section.prompt_loss_tokens,
+            sentences=section.sentences,
+            seed=arguments["seed"],
         )
         if not chats:
             make_separator(section, job)

@@ -114,6 +114,8 @@ def _deciding(facts: dict[str, Any]) -> dict[str, Any]:
     found = {name: facts.get(name) for name in ("method", "seed", "token_budget", "separator")}
     # what is not asked for decides nothing: an option that came later than a plan does not make another plan of it
     settings = {name: value for name, value in facts["settings"].items() if name != "max_bad" and value is not None}
+    if "sentences" in settings:  # the documents are what was chosen; where the table lay decides nothing
+        settings["sentences"] = {name: value for name, value in settings["sentences"].items() if name != "offsets"}
     if "sources" in settings:
         settings["sources"] = [
             {name: value for name, value in source.items() if name not in _DECIDED_BEFORE} for source in settings["sources"]

@@ -18,7 +18,8 @@ from mcore_longctx.data.files.indexed import token_dtype
 from mcore_longctx.data.files.shards import DocumentTable, read_table
 from mcore_longctx.data.workspace import remove_leftovers
 from mcore_longctx.errors import ConfigError, DataError
-from mcore_longctx.manifest import MANIFEST, read_sealed, versions, write_sealed
+from mcore_longctx.manifest import MANIFEST, read_sealed, sha256_file, versions, write_sealed
+from mcore_longctx.recipe.data import SentenceSection
 from mcore_longctx.recipe.schema import DocumentSource
 
 if TYPE_CHECKING:  # plan and pack need no tokenizer library
@@ -46,6 +47,9 @@ class TokenJob:
     template_sha256: str  # of the chat template
     ids: Mapping[str, Sequence[int]]  # of the default separator and of bos, eos and pad: a plan with them needs no tokenizer
     prompt_loss_from: int | None = None  # of chats: tokens of the prompts that are learned too, at least; None: none is
+    sentences: SentenceSection | None = None  # of documents: which sentences are tokens of the folder; None: all
+    sentences_sha256: str = ""  # of the table of offsets, where there is one
+    sentences_seed: int = 0
 
     def is_done(self, task: int) -> bool:
         """Whether a task's shard is there."""
@@ -71,6 +75,8 @@ def prepare_job(
     vocab_size: int | None = None,
     chats: bool = False,
     prompt_loss_from: int | None = None,
+    sentences: SentenceSection | None = None,
+    seed: int = 0,
     range_bytes: int | None = None,
     write: bool = True,
 ) -> TokenJob:
@@ -83,13 +89,18 @@ def prepare_job(
         vocab_size: entries of the model's embedding; None: of the tokenizer.
         chats: the sources hold chats.
         prompt_loss_from: of chats: prompts of at least so many tokens are learned too (None: no prompt).
+        sentences: of documents: only these are taken (None: all); the table of documents then has the lengths of what is taken.
+        seed: of the choice of sentences; without one it decides nothing.
         range_bytes: of input a task (None: 64 MiB). It does not change which tokens come, nor their order.
         write: False leaves the folder as it is (a dry run).
 
     Raises:
-        DataError: an input is missing or has changed since the job was begun, or the vocabulary does not fit.
-        ConfigError: the job was begun with other settings, or documents are to have a prompt_loss.
+        DataError: an input is missing or has changed since the job was begun, or the vocabulary does not fit, or there is no table of
+            offsets.
+        ConfigError: the job was begun with other settings, or documents are to have a prompt_loss, or chats chosen sentences.
     """
+    if sentences is not None and chats:
+        raise ConfigError("sentences has no meaning for chats, which are taken whole", where=out, fix="leave it out")
     if prompt_loss_from is not None and not chats:
         raise ConfigError("prompt_loss has no meaning for documents, which have no prompts", where=out, fix="leave it out")
     from mcore_longctx.data.tokenizers import check_vocabulary
@@ -109,6 +120,9 @@ def prepare_job(
         template_sha256=hashlib.sha256((tokenizer.chat_template or "").encode()).hexdigest(),
         ids=_known_ids(tokenizer),
         prompt_loss_from=prompt_loss_from,
+        sentences=_absolute(sentences),
+        sentences_sha256=_offsets_sha256(sentences, tokenizer),
+        sentences_seed=seed if sentences is not None else 0,
     )
     path = job.folder / _SETTINGS
     if write:
@@ -144,6 +158,7 @@ def open_job(out: Path) -> TokenJob:
             template_sha256=str(settings["tokenizer"]["template_sha256"]),
             ids={str(name): [int(token) for token in ids] for name, ids in settings["ids"].items()},
             prompt_loss_from=None if settings.get("prompt_loss_from") is None else int(settings["prompt_loss_from"]),
+            **_sentences_of(settings),
         )
     except (KeyError, TypeError, ValueError, AttributeError):
         raise DataError("damaged", where=path, fix="tokenize into another folder") from None
@@ -182,6 +197,7 @@ def _as_settings(job: TokenJob) -> dict[str, Any]:
         "format": 1,
         "chats": job.chats,
         **({} if job.prompt_loss_from is None else {"prompt_loss_from": job.prompt_loss_from}),
+        **_sentence_settings(job),
         "dtype": job.dtype.name,
         "vocab_size": job.vocab_size,
         "tokenizer": {"path": str(job.tokenizer), "sha256": job.tokenizer_sha256, "template_sha256": job.template_sha256},
@@ -189,6 +205,44 @@ def _as_settings(job: TokenJob) -> dict[str, Any]:
         "sources": sources,
         "tasks": [task.as_dict() for task in job.tasks],
         "versions": versions(),
+    }
+
+
+def _absolute(section: SentenceSection | None) -> SentenceSection | None:
+    if section is None or section.offsets is None:
+        return section
+    return replace(section, offsets=section.offsets.absolute())
+
+
+def _offsets_sha256(section: SentenceSection | None, tokenizer: Tokenizer) -> str:
+    """Of the table, which is of this tokenizer. Refused here, before anything is written."""
+    if section is None or section.offsets is None:
+        return ""
+    from mcore_longctx.data.methods.sentences import read_offsets
+
+    if read_offsets(section.offsets)["tokenizer_sha256"] != tokenizer.sha256:
+        raise DataError("was made with another tokenizer", where=section.offsets, fix="run `data token-offsets` again")
+    return sha256_file(section.offsets)
+
+
+def _sentence_settings(job: TokenJob) -> dict[str, Any]:
+    """Which sentences are taken; where the table of offsets lies is no part of that."""
+    section = job.sentences
+    if section is None:
+        return {}
+    words = {"rule": section.rule, "keep": section.keep, "seed": job.sentences_seed, "offsets_sha256": job.sentences_sha256}
+    return {"sentences": words, "offsets": None if section.offsets is None else str(section.offsets)}
+
+
+def _sentences_of(settings: dict[str, Any]) -> dict[str, Any]:
+    words = settings.get("sentences")
+    if words is None:
+        return {}
+    offsets = None if settings["offsets"] is None else Path(settings["offsets"])
+    return {
+        "sentences": SentenceSection(rule=words["rule"], keep=float(words["keep"]), offsets=offsets),
+        "sentences_sha256": str(words["offsets_sha256"]),
+        "sentences_seed": int(words["seed"]),
     }
 
 
@@ -213,7 +267,7 @@ def _refuse_changes(old: dict[str, Any], job: TokenJob, path: Path) -> None:
         raise ConfigError("BOS, EOS or pad of the tokenizer are others than when this folder was begun", where=path, fix=fix)
     if job.chats and old["tokenizer"].get("template_sha256") != job.template_sha256:
         raise ConfigError("the chat template is another one than when this folder was begun", where=path, fix=fix)
-    for name in ("chats", "dtype", "vocab_size", "prompt_loss_from"):
+    for name in ("chats", "dtype", "vocab_size", "prompt_loss_from", "sentences"):
         if old.get(name) != new.get(name):
             raise ConfigError(
                 f"{name} was {old.get(name)!r} when this folder was begun, it is {new.get(name)!r} now", where=path, fix=fix

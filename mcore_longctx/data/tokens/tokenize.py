@@ -18,12 +18,13 @@ import numpy.typing as npt
 
 from mcore_longctx.data.documents.readers import BadRecord, Chat, Document, read_task
 from mcore_longctx.data.files.shards import ShardWriter, read_shard
+from mcore_longctx.data.methods.sentences import make_choice
 from mcore_longctx.data.tokenizers import Tokenizer, check_against_reference
 from mcore_longctx.data.tokens.job import TokenJob
 from mcore_longctx.data.tokens.sft import ChatEncoder
 from mcore_longctx.data.workspace import remove_leftovers, run_tasks
 from mcore_longctx.errors import ConfigError, DataError
-from mcore_longctx.manifest import write_manifest
+from mcore_longctx.manifest import sha256_file, write_manifest
 
 __all__ = ["SourceCounts", "TokenReport", "run_job"]
 
@@ -143,11 +144,17 @@ class _Result:
 
 def _encoder(job: TokenJob, tokenizer: Tokenizer) -> Encode:
     chats = ChatEncoder(tokenizer, prompt_loss_from=job.prompt_loss_from) if job.chats else None
+    choice = None
+    if job.sentences is not None:
+        if job.sentences.offsets is not None and sha256_file(job.sentences.offsets) != job.sentences_sha256:
+            raise ConfigError("has changed since this folder was begun", where=job.sentences.offsets, fix="use another output")
+        choice = make_choice(job.sentences, tokenizer, seed=job.sentences_seed)
 
     def encode(record: Document | Chat) -> list[tuple[npt.NDArray[Any], bool]]:
         if isinstance(record, Document):
             # each part alone, so that its loss flag covers exactly its own characters
-            return [(tokenizer.encode(part.text), part.loss) for part in record.parts]
+            segments = [(tokenizer.encode(part.text), part.loss) for part in record.parts]
+            return segments if choice is None else choice.choose(record.id, segments)
         assert chats is not None
         return [*chats.encode(record)]
 
