@@ -48,10 +48,11 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure the column."""
+    from mcore_longctx.plan.evaluation import check_evaluation
     from mcore_longctx.recipe.load import open_recipe
     from mcore_longctx.recipe.resolve import resolve
-    from mcore_longctx.run.measuring import check_evaluation, cost_line
     from mcore_longctx.run.checkpoints import final_checkpoint
+    from mcore_longctx.run.measuring import cost_line
 
     level = [] if args.level is None else [f"evaluate.level={args.level}"]
     file = open_recipe(args.recipe, [*args.overrides, *level])

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from mcore_longctx.errors import ConfigError, LayoutError
 from mcore_longctx.families import ModelShape
 from mcore_longctx.launch.slurm import Job, Times, render_steps, render_submit, render_training, shape_of_job
-from mcore_longctx.plan.evaluation import evaluation_price
+from mcore_longctx.plan.evaluation import check_evaluation, evaluation_price
 from mcore_longctx.plan.intervals import check_time_limit, parse_time_limit
 from mcore_longctx.plan.stages import StagePlan, cluster_gpu, plan_stage
 from mcore_longctx.plan.tables import duration
@@ -41,9 +41,11 @@ def build_chain(file: RecipeFile, *, only: str | None = None) -> Chain:
 
     Raises:
         ConfigError: what cannot run as it stands: a stage that does not fit, a layout that fills no nodes, a time limit that is too
-            short for two steps or for what an evaluation job measures, an unknown GPU, a secret in the recipe.
+            short for two steps or for what an evaluation job measures, more to measure than `evaluate.max_budget_share` allows, an
+            unknown GPU, a secret in the recipe.
     """
     resolved = resolve(file, need_model=False)
+    check_evaluation(file, resolved.shape)
     recipe = file.recipe
     plans = {
         stage.name: plan_stage(stage, resolved.shape, recipe.cluster, backend=recipe.model.backend) for stage in recipe.stages
@@ -99,7 +101,7 @@ def _measured(job: Job, recipe: Recipe, shape: ModelShape, start_up: float, file
             f"{job.name} measures {what}: {duration(needed)} [planned], cluster.time_limit gives {duration(limit)};"
             f" most of it: {row.task}, {row.sequences:,} x {row.length:,} tokens, {duration(row.seconds)}",
             where=file.where("evaluate"),
-            fix="fewer samples or windows, more ranks in evaluate.parallel, or a longer time limit",
+            fix="fewer samples or windows (evaluate.level=quick), more ranks in evaluate.parallel, or a longer time limit",
         )
     return f"{what} in {needed / 3600:.1f} h [planned]"
 

@@ -22,8 +22,9 @@ from mcore_longctx.plan.step_time import step_time
 from mcore_longctx.plan.tables import columns, count, duration, gigabytes
 from mcore_longctx.plan.terms import Term
 from mcore_longctx.recipe.evaluation import Level
+from mcore_longctx.recipe.load import RecipeFile
 from mcore_longctx.recipe.schema import EvaluateSection, Parallel, Recipe
-from mcore_longctx.tasks import RULER_TASKS
+from mcore_longctx.tasks import RULER_TASKS, check_ruler_tasks
 from mcore_longctx.tasks.statistics import wilson_interval
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "EvaluationRow",
     "EvaluationWork",
     "check_budget",
+    "check_evaluation",
     "evaluation_lines",
     "evaluation_price",
     "evaluation_work",
@@ -168,6 +170,17 @@ def _price(section: EvaluateSection, shape: ModelShape, gpu: Gpu, models: int, k
         one_pass = pass_seconds(shape, gpu, parallel, work.length) if work.passes else None
         rows.append(EvaluationRow(work.task, work.length, work.sequences, forward, work.passes, one_pass))
     return EvaluationPrice(parallel.world_size, models, tuple(rows), (), section.level)
+
+
+def check_evaluation(file: RecipeFile, shape: ModelShape) -> None:
+    """Find before anything is started what would stop an evaluation hours later.
+
+    Raises:
+        ConfigError: an unknown task, or more work than `evaluate.max_budget_share` allows.
+    """
+    if file.recipe.evaluate.ruler is not None:
+        check_ruler_tasks(file.recipe.evaluate.ruler.tasks, where=file.where("evaluate.ruler.tasks"))
+    check_budget(file.recipe, shape, where=file.where("evaluate.max_budget_share"))
 
 
 def check_budget(recipe: Recipe, shape: ModelShape, *, where: object = None) -> None:

@@ -1,27 +1,14 @@
-"""What a recipe measures of each model, in words and in hours, and whether it may start."""
+"""What a recipe measures of each model, in words and in hours."""
 
 from __future__ import annotations
 
 from mcore_longctx.families import ModelShape
-from mcore_longctx.plan.evaluation import check_budget, evaluation_price, work_line
+from mcore_longctx.plan.evaluation import evaluation_price, work_line
 from mcore_longctx.plan.stages import cluster_gpu
 from mcore_longctx.plan.tables import duration
-from mcore_longctx.recipe.load import RecipeFile
 from mcore_longctx.recipe.schema import EvaluateSection, Recipe
-from mcore_longctx.tasks import check_ruler_tasks
 
-__all__ = ["check_evaluation", "cost_line", "describe_evaluation"]
-
-
-def check_evaluation(file: RecipeFile, shape: ModelShape) -> None:
-    """Find before the first step what would stop its evaluation hours later.
-
-    Raises:
-        ConfigError: an unknown task, or more work than `evaluate.max_budget_share` allows.
-    """
-    if file.recipe.evaluate.ruler is not None:
-        check_ruler_tasks(file.recipe.evaluate.ruler.tasks, where=file.where("evaluate.ruler.tasks"))
-    check_budget(file.recipe, shape, where=file.where("evaluate.max_budget_share"))
+__all__ = ["cost_line", "describe_evaluation"]
 
 
 def describe_evaluation(section: EvaluateSection) -> list[str]:

@@ -9,11 +9,12 @@ from typing import Any
 
 from mcore_longctx.launch.local import launch_ranks
 from mcore_longctx.launch.progress import read_slices
+from mcore_longctx.plan.evaluation import check_evaluation
 from mcore_longctx.recipe.load import RecipeFile
 from mcore_longctx.recipe.resolve import Resolved
 from mcore_longctx.recipe.schema import MergeSection, Recipe, Stage
 from mcore_longctx.run.checkpoints import final_checkpoint, merged_checkpoint, newest_checkpoint
-from mcore_longctx.run.measuring import check_evaluation, cost_line, describe_evaluation
+from mcore_longctx.run.measuring import cost_line, describe_evaluation
 from mcore_longctx.run.training import finished_checkpoint, train_job
 
 __all__ = ["Step", "plan_steps"]
