@@ -93,8 +93,7 @@ def _over_pieces(
         rows.unflatten(0, (pieces, -1)).permute(0, 2, 3, 1, 4).flatten(0, 1)  # [pieces * b, g, rows, d], a view for b = 1
         for rows in (key, value)
     )
-    queries = query.expand(pieces, *query.shape).flatten(0, 1) if pieces > 1 else query
-    out, lse = kernel.forward(queries, keys, values, causal=False, scale=scale)
+    out, lse = kernel.forward(query.repeat(pieces, 1, 1, 1), keys, values, causal=False, scale=scale)
     if pieces == 1:
         return out, lse
     dtype = accumulator_dtype(query.dtype)
