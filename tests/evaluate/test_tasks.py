@@ -13,9 +13,11 @@ import torch
 
 from mcore_longctx.errors import ConfigError, DataError, LongctxError
 from mcore_longctx.evaluate import EvaluateJob, evaluate_column, job
+from mcore_longctx.evaluate import ruler as ruler_module
 from mcore_longctx.evaluate.held_out import EvaluationTokenizer, read_documents
 from mcore_longctx.evaluate.prompts import PromptCache
 from mcore_longctx.evaluate.rows import RowFile
+from mcore_longctx.evaluate.scoring import AnswerScore
 from mcore_longctx.evaluate.short_suite import encode_choices
 from mcore_longctx.recipe.schema import (
     EvaluateSection,
@@ -265,6 +267,27 @@ def test_a_killed_column_goes_on_and_ends_with_the_same_rows(folder, lines):
         assert file.read_bytes().startswith(before.get(file, b""))  # measured once
         rows = [{**row, "seconds": 0} for row in rows_of(folder, name, file.stem)]
         assert rows == [{**row, "seconds": 0} for row in rows_of(folder, "cp2", file.stem)]
+
+
+@pytest.mark.parametrize(
+    ("got", "score", "right"),
+    [
+        (" 4071, 5562", 1.0, 11),
+        (" 4071, 9999", 0.5, 7),  # what greedy decoding would say is known up to here: the first is found
+        (" 9071, 5562", 0.0, 10),  # and here it is not: what follows was told
+    ],
+)
+def test_teacher_forcing_counts_what_greedy_decoding_is_known_to_say(monkeypatch, tokenizer, got, score, right):
+    answer = np.array(tokenizer.encode(" 4071, 5562"))
+    sample = RulerSample(
+        task="niah_multivalue", tokens=np.arange(9), answer=answer, expected=("4071", "5562"), match="all", reserve=20, depths=(),
+        needle_starts=(), haystack_start=0, unique_share=1.0,
+    )  # fmt: skip
+    found = AnswerScore(np.array(tokenizer.encode(got)), np.zeros(len(answer)))
+    monkeypatch.setattr(ruler_module, "score_answer", lambda model, tokens, start: found)
+    shown, certain, scored = ruler_module._teacher_forced(None, sample, tokenizer)
+    row = ruler_module._row(sample, ("niah_multivalue", 64, 0), shown, certain, scored, tokenizer)
+    assert (row["got"], row["score"], row["correct"], row["tokens_right"]) == (got, score, score == 1, right)
 
 
 def test_how_it_was_asked_is_part_of_a_row(folder, tmp_path):
