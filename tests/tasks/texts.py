@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from tokenizers import decoders as token_decoders
 
@@ -107,7 +108,7 @@ class Llama2(Merges):
         self.tokenizer = Tokenizer(models.BPE(byte_fallback=True, fuse_unk=True, unk_token="<unk>"))
         self.tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
         special = ["<unk>", *byte_tokens]
-        trainer = trainers.BpeTrainer(vocab_size=900, special_tokens=special, show_progress=False, limit_alphabet=90)
+        trainer = trainers.BpeTrainer(vocab_size=360, special_tokens=special, show_progress=False, limit_alphabet=90)
         self.tokenizer.train_from_iterator([PROSE.replace("\n", " "), "0123456789 ABCXYZ-, Set. Which?"], trainer)
         self.tokenizer.pre_tokenizer = None
         self.tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
@@ -122,3 +123,13 @@ class Llama2(Merges):
 
 
 TOKENIZERS = {"bytes": Bytes(), "merges": Merges(), "llama3": Llama3(), "llama2": Llama2()}
+
+
+def farthest(haystack, tokens, *, lines_only):
+    """How far from its depth a sentence may stand in a text of that many tokens: half the widest gap between borders, or what is
+    called near (64 tokens or 1 %), where a sentence's start goes before a line's.
+    """
+    if lines_only:
+        return np.diff(haystack.line_starts, prepend=0).max() / 2 + 1
+    borders = np.union1d(haystack.line_starts, haystack.sentence_starts)
+    return max(np.diff(borders, prepend=0).max() / 2 + 1, 64, 0.01 * tokens)
