@@ -421,8 +421,9 @@ def _hints(kind: Any) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        pairs = ((field.name, _plain(getattr(value, field.name))) for field in dataclasses.fields(value))
-        return {name: plain for name, plain in pairs if plain is not None}
+        pairs = ((field, _plain(getattr(value, field.name))) for field in dataclasses.fields(value))
+        # null is left out where it is the default: elsewhere reading would put the default in its place
+        return {field.name: plain for field, plain in pairs if plain is not None or field.default is not None}
     if isinstance(value, dict):
         return {key: _plain(inner) for key, inner in value.items()}
     if isinstance(value, tuple | list):

@@ -245,3 +245,12 @@ def test_dumped_numbers_are_plain(recipe_file: Path) -> None:
     text = dump_recipe(load_recipe(recipe_file))
     assert yaml.safe_load(text)["stages"][0]["seq_length"] == 4096
     assert isinstance(load_recipe(recipe_file).stages[0].seq_length, TokenCount)
+
+
+def test_a_null_that_is_not_the_default_is_written_down(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(GOOD)
+    name = load_recipe(tmp_path / "run.yaml").stages[0].name
+    recipe = load_recipe(tmp_path / "run.yaml", [f"stages.{name}.activations.mlp_tile=null"])
+    assert recipe.stages[0].activations.mlp_tile is None
+    (tmp_path / "again.yaml").write_text(dump_recipe(recipe))
+    assert load_recipe(tmp_path / "again.yaml") == recipe
