@@ -167,12 +167,13 @@ def test_evaluation_is_held_against_the_time_limit(capsys: pytest.CaptureFixture
     assert said.count("SITE: one model in ") == 2
     recipe = open_recipe(words[1]).recipe
     assert recipe.evaluate.needle is not None
-    file = open_recipe(words[1], ["evaluate.needle.samples=2000"])
+    many = ["evaluate.needle.samples=2000", "evaluate.needle.depths=5", "evaluate.needle.shared=false"]
+    file = open_recipe(words[1], many)
     gpu = cluster_gpu(file.recipe.cluster)
     assert gpu is not None
     price = evaluation_price(file.recipe.evaluate, resolve(file, need_model=False).shape, gpu)
     assert price is not None
-    assert main([*words, "evaluate.needle.samples=2000"]) == 2
+    assert main([*words, *many]) == 2
     refused = capsys.readouterr().err
     assert refused.count("\n") == 1
     (hours,) = re.findall(
@@ -183,9 +184,9 @@ def test_evaluation_is_held_against_the_time_limit(capsys: pytest.CaptureFixture
     # one model alone fits where two do not
     fits = (price.seconds / 3600) * 1.5
     with pytest.raises(ConfigError, match="10-evaluate-before measures 2 models"):
-        build_chain(open_recipe(words[1], ["evaluate.needle.samples=2000", f"cluster.time_limit={round(fits * 60)}"]))
+        build_chain(open_recipe(words[1], [*many, f"cluster.time_limit={round(fits * 60)}"]))
     long_enough = round(price.seconds / 60 * 2 + 60)
-    build_chain(open_recipe(words[1], ["evaluate.needle.samples=2000", f"cluster.time_limit={long_enough}"]))
+    build_chain(open_recipe(words[1], [*many, f"cluster.time_limit={long_enough}"]))
 
 
 @pytest.mark.parametrize("name", ["-dash/run", "-x"])
