@@ -13,7 +13,7 @@ to the rounding of sums in another order.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,7 +113,15 @@ def option_scores(model: Any, cache: PrefixCache, suffix: Tokens, options: Seque
     ]
 
 
-def greedy(model: Any, cache: PrefixCache, suffix: Tokens, *, max_new_tokens: int, stop_ids: Collection[int] = ()) -> list[int]:
+def greedy(
+    model: Any,
+    cache: PrefixCache,
+    suffix: Tokens,
+    *,
+    max_new_tokens: int,
+    stop_ids: Collection[int] = (),
+    stop: Callable[[Sequence[int]], bool] = lambda found: False,
+) -> list[int]:
     """The most probable token, again and again, after the prompt and `suffix`.
 
     Args:
@@ -122,6 +130,7 @@ def greedy(model: Any, cache: PrefixCache, suffix: Tokens, *, max_new_tokens: in
         suffix: int64 [m], m may be 0.
         max_new_tokens: how many at most.
         stop_ids: tokens at which to end; they are not part of the result.
+        stop: given all tokens found so far, says whether to end; the last of them is part of the result. The same on every rank.
 
     Raises:
         DataError: a token of the suffix outside the vocabulary.
@@ -136,6 +145,8 @@ def greedy(model: Any, cache: PrefixCache, suffix: Tokens, *, max_new_tokens: in
         if token in stop_ids:
             break
         found.append(token)
+        if stop(found):
+            break
         if len(found) < max_new_tokens:
             logits = _extend(model, branch, np.array([token]))
     return found
