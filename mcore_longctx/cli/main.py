@@ -22,6 +22,7 @@ VERBS = (
     "data",
     "train",
     "evaluate",
+    "harness",
     "report",
     "compare",
     "args",

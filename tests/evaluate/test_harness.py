@@ -1,0 +1,164 @@
+"""lm-evaluation-harness through our adapter, on two context-parallel ranks, against its own Hugging Face backend.
+
+The commands are those of docs/lm_eval.md, on a model that is made in seconds: the tiny Llama with the rope of the recipe `tiny-cpu`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mcore_longctx.cli.main import main
+from mcore_longctx.convert import Execution, export_hf, import_hf
+from mcore_longctx.recipe.load import open_recipe
+from mcore_longctx.recipe.resolve import resolve
+from mcore_longctx.rope import write_hf_rope
+from tests.multiproc import run_processes
+
+ROOT = Path(__file__).parents[2]
+COMMANDS = [
+    line.strip()
+    for block in re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "lm_eval.md").read_text(encoding="utf-8"), re.DOTALL)
+    for line in block.replace("\\\n", " ").splitlines()
+    if line.strip()
+]
+TASKS = ("longctx_needle", "longctx_ruler_niah_multikey_1", "longctx_choices", "longctx_perplexity")
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+
+# Of one token in float32: unit roundoff 2^-24, logits below 2^6, and 4 layers of 7 sums each (norms, projections, attention) of
+# which both sides round differently: 2^-24 * 2^6 * 28 = 1.1e-4 if all errors were the largest possible and of one sign.
+PER_TOKEN = 2.0**-24 * 2**6 * 28
+
+pytestmark = pytest.mark.multiproc
+
+
+def command(start: str) -> list[str]:
+    """The words of the documented command that begins so."""
+    (found,) = [line for line in COMMANDS if line.startswith(start)]
+    return shlex.split(found)
+
+
+def make_run(folder: Path) -> None:
+    """A folder like a clone in which `make demo` has run, but the model was not trained: the tiny Llama with the recipe's rope."""
+    for name in ("examples", "docs"):
+        (folder / name).symlink_to(ROOT / name)
+    resolved = resolve(open_recipe("tiny-cpu"))
+    hf = folder / "scaled"
+    hf.mkdir()
+    for path in (ROOT / "examples" / "tiny-llama").iterdir():
+        (hf / path.name).write_bytes(path.read_bytes())
+    config = json.loads((hf / "config.json").read_text())
+    rope = replace(resolved.rope, max_position_embeddings=resolved.rope.resolved_max_position_embeddings)
+    config = {key: value for key, value in config.items() if key not in ("rope_theta", "rope_scaling")} | write_hf_rope(rope)
+    (hf / "config.json").write_text(json.dumps(config))
+    run = folder / "runs" / "tiny-cpu"
+    checkpoint = run / "checkpoints" / "instruct" / "iter_0000012"
+    import_hf(hf, checkpoint, how=Execution(checksum=True))
+    export_hf(checkpoint, run / "export", how=Execution(checksum=True))
+
+
+def rank(folder: str, arguments: list[str]) -> int:
+    os.chdir(folder)
+    return main(arguments)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run, its export, and the results of both sides."""
+    folder = tmp_path_factory.mktemp("harness")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        make_run(folder)
+        launcher, arguments = (words := command("torchrun"))[:5], words[5:]
+        assert launcher == ["torchrun", "--nproc-per-node", "2", "-m", "mcore_longctx"]
+        assert run_processes(rank, 2, str(folder), arguments, environment=OFFLINE, init=False) == [0, 0]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ours(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    return by_task(read(folder / "runs/tiny-cpu/harness/instruct.samples.jsonl"))
+
+
+@pytest.fixture(scope="module")
+def theirs(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """What the documented command of lm_eval writes. Only its index of 14,683 tasks of its own, a minute of YAML, is left out."""
+    from lm_eval import __main__ as program
+    from lm_eval import tasks
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for name, value in OFFLINE.items():
+            patch.setenv(name, value)
+        patch.setattr(sys, "argv", command("lm_eval"))
+        patch.setattr(tasks, "TaskManager", partial(tasks.TaskManager, include_defaults=False))
+        program.cli_evaluate()
+    found = [{"task": path.name, **row} for path in (folder / "hf-results").rglob("samples_*.jsonl") for row in read(path)]
+    for row in found:
+        row["task"] = re.fullmatch(r"samples_(\w+)_\d{4}-.*", row["task"])[1]
+    return by_task(found)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def by_task(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    return {task: sorted((row for row in rows if row["task"] == task), key=lambda row: row["doc_id"]) for task in TASKS}
+
+
+def results_of(folder: Path, pattern: str) -> dict[str, Any]:
+    (path,) = folder.glob(pattern)
+    return json.loads(path.read_text(encoding="utf-8"))["results"]
+
+
+def test_both_sides_were_asked_the_same(ours, theirs):
+    for task in TASKS:
+        assert len(ours[task]) >= 2
+        assert [row["doc"] for row in ours[task]] == [row["doc"] for row in theirs[task]]
+        assert [row["prompt_hash"] for row in ours[task]] == [row["prompt_hash"] for row in theirs[task]]
+
+
+def test_both_decode_the_same(ours, theirs):
+    for task in ("longctx_needle", "longctx_ruler_niah_multikey_1"):
+        assert [row["resps"] for row in ours[task]] == [row["resps"] for row in theirs[task]]
+        assert all(row["resps"][0][0] for row in ours[task])  # not nothing
+
+
+def test_options_have_the_same_log_probabilities(ours, theirs):
+    for here, there in zip(ours["longctx_choices"], theirs["longctx_choices"], strict=True):
+        for option, (mine,), (other,) in zip(here["doc"]["options"], here["resps"], there["resps"], strict=True):
+            tokens = len(option.encode())  # of the tiny tokenizer
+            assert float(mine[0]) == pytest.approx(float(other[0]), abs=tokens * PER_TOKEN)
+            assert float(mine[0]) < 0
+            assert str(mine[1]) == str(other[1])
+        assert here["acc"] == there["acc"]
+        assert here["acc_norm"] == there["acc_norm"]
+
+
+def test_whole_texts_have_the_same_log_probability(ours, theirs):
+    for here, there in zip(ours["longctx_perplexity"], theirs["longctx_perplexity"], strict=True):
+        tokens = len(here["doc"]["text"].encode())
+        assert tokens == here["doc"]["length"] - 1
+        mine, other = (float(row["resps"][0][0]) for row in (here, there))
+        assert mine == pytest.approx(other, abs=tokens * PER_TOKEN)
+        assert mine < -tokens  # nats: the tiny model does not know the text
+
+
+def test_both_report_the_same_scores(folder, ours, theirs):
+    mine, other = results_of(folder, "runs/tiny-cpu/harness/instruct.json"), results_of(folder, "hf-results/**/results_*.json")
+    assert set(mine) == set(other) == set(TASKS)
+    for task in TASKS:
+        assert mine[task].keys() == other[task].keys()
+        for key, value in mine[task].items():
+            assert value == (pytest.approx(other[task][key], rel=1e-4) if isinstance(value, float) else other[task][key]), key
+    assert {"recall,none", "1024,none", "2048,none"} <= mine["longctx_needle"].keys()
