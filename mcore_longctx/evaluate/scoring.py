@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from mcore_longctx.errors import DataError
 from mcore_longctx.evaluate.slices import local_rows, local_slice, padded, sum_over_ranks
 from mcore_longctx.megatron_compat import training_device
 
@@ -38,7 +39,12 @@ def score_answer(model: Any, tokens: npt.NDArray[np.int64], answer_start: int) -
         model: of `build_gpt_model`, in one pipeline stage.
         tokens: int64 [s], prompt and answer, of any length: padded on the right for the layout.
         answer_start: position of the answer's first token, at least 1.
+
+    Raises:
+        DataError: no answer, or nothing before it.
     """
+    if not 1 <= answer_start < len(tokens):
+        raise DataError(f"the answer starts at token {answer_start} of {len(tokens)}, expected 1 to {len(tokens) - 1}")
     answer = tokens[answer_start:]
     predicted_at = np.arange(answer_start - 1, len(tokens) - 1)  # the token at t is predicted at t - 1
     tokens = padded(tokens, model.config)

@@ -359,5 +359,8 @@ def test_tokens_that_cannot_be_scored_are_one_line(model: Any, oracle: Path) -> 
         greedy(model, cache, np.array([-1]), max_new_tokens=1)
     with pytest.raises(DataError, match="the answer starts at token 3 of a suffix of 3"):
         score_suffix(model, cache, fine, 3)
+    for start in (0, 3):
+        with pytest.raises(DataError, match=f"the answer starts at token {start} of 3, expected 1 to 2"):
+            score_answer(model, fine, start)
     with pytest.raises(DataError, match=r"option 2 has shape \[0\]"):
         option_scores(model, cache, fine, [fine, none])
