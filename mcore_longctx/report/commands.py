@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any
 
 from mcore_longctx.convert.checks.commands import GPU_BYTES, kv_bytes, serve_commands, smallest_layout
 from mcore_longctx.families import ModelShape
@@ -16,11 +17,11 @@ from mcore_longctx.families import ModelShape
 __all__ = ["LM_EVAL_FOLDER", "LM_EVAL_TASKS", "export_commands"]
 
 LM_EVAL_FOLDER = "examples/lm_eval_tasks"  # below the source tree of this project
-LM_EVAL_TASKS = "mlc_ruler_like"
+LM_EVAL_TASKS = ("longctx_needle", "longctx_ruler", "longctx_choices")
 
 
 def export_commands(
-    shape: ModelShape, length: int, *, weight_bytes: int, path: str, measured: Sequence[int] = ()
+    shape: ModelShape, length: int, *, weight_bytes: int, path: str, settings: Mapping[str, Any] | None = None
 ) -> list[tuple[str, list[str]]]:
     """(title, lines for a shell). Lines that begin with # are remarks.
 
@@ -29,12 +30,13 @@ def export_commands(
         length: longest request that its config promises, tokens.
         weight_bytes: of the weights in the folder.
         path: of the folder, as the commands name it.
-        measured: lengths of the ruler-like tasks of the run, for lm-eval; none: the model's own and a quarter of it.
+        settings: what lm-eval passes to our tasks: `max_seq_lengths` (those above `length` are left out; none: the model's own length
+            and a quarter of it), `haystack`, `samples`, `seed`.
     """
     return [
         ("transformers", _transformers(shape, length, weight_bytes, path)),
         ("vLLM and SGLang", serve_commands(shape, length, weight_bytes=weight_bytes, path=path)),
-        ("lm-evaluation-harness", _lm_eval(shape, length, weight_bytes, path, measured)),
+        ("lm-evaluation-harness", _lm_eval(shape, length, weight_bytes, path, settings or {})),
     ]
 
 
@@ -48,30 +50,30 @@ def _transformers(shape: ModelShape, length: int, weight_bytes: int, path: str) 
         "from transformers import AutoModelForCausalLM, AutoTokenizer",
         f"tokenizer = AutoTokenizer.from_pretrained({path!r})",
         f'model = AutoModelForCausalLM.from_pretrained({path!r}, dtype="bfloat16", device_map="auto")',
-        'prompt = tokenizer(open("prompt.txt", encoding="utf-8").read(), return_tensors="pt").to(model.device)',
-        "output = model.generate(**prompt, max_new_tokens=64, do_sample=False)",
-        'print(tokenizer.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True))',
+        'prompt = tokenizer(open("prompt.txt", encoding="utf-8").read(), return_tensors="pt").input_ids.to(model.device)',
+        "output = model.generate(prompt, max_new_tokens=64, do_sample=False)",
+        "print(tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True))",
         "END",
     ]
 
 
-def _lm_eval(shape: ModelShape, length: int, weight_bytes: int, path: str, measured: Sequence[int]) -> list[str]:
-    lengths = [one for one in measured if one <= length] or [length // 4, length]
-    metadata = shlex.quote(json.dumps({"max_seq_lengths": lengths}))
+def _lm_eval(shape: ModelShape, length: int, weight_bytes: int, path: str, settings: Mapping[str, Any]) -> list[str]:
+    lengths = [one for one in settings.get("max_seq_lengths", ()) if one <= length] or [length // 4, length]
+    metadata = shlex.quote(json.dumps({**settings, "max_seq_lengths": lengths}))
     layout = smallest_layout(shape, length, weight_bytes=weight_bytes, kv="bf16", gpu_bytes=GPU_BYTES["H100"])
     models = [("hf", f"pretrained={path},dtype=bfloat16,max_length={length}")]
     if layout is not None:
-        # decode context parallelism is no tensor parallelism: lm-eval hands both to vLLM as they are
+        # what lm-eval does not know of --model_args it hands to vLLM as it is
         split = f",decode_context_parallel_size={layout.dcp}" if layout.dcp > 1 else ""
         models.append(
             ("vllm", f"pretrained={path},dtype=bfloat16,max_model_len={length},tensor_parallel_size={layout.tp}{split}")
         )
-    lines = ["# our ruler-like tasks, offline, from this project's source tree; lm-eval 0.4.13, see docs/lm_eval.md"]
+    lines = ["# our needles, ruler-like tasks and short questions, offline, from this project's source tree (docs/lm_eval.md)"]
     if "," in path or "=" in path:
         lines.append("# --model_args is divided at , and =: give the folder a name without them")
     lines += [
         f"lm_eval --model {model} --model_args {shlex.quote(arguments)} --include_path {LM_EVAL_FOLDER}"
-        f" --tasks {LM_EVAL_TASKS} --metadata {metadata} --batch_size 1"
+        f" --tasks {','.join(LM_EVAL_TASKS)} --metadata {metadata} --batch_size 1 --log_samples --output_path lm_eval_results"
         for model, arguments in models
     ]
     lines.append(

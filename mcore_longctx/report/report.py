@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from importlib import resources
 from pathlib import Path
 from typing import Any
-
-from jinja2 import FunctionLoader
-from jinja2.sandbox import SandboxedEnvironment
-from markupsafe import Markup
 
 from mcore_longctx.manifest import versions, write_atomic
 from mcore_longctx.report import plots, sections
 from mcore_longctx.report.run_folder import RunFolder, read_run_folder
 from mcore_longctx.report.summary import summary_rows
+from mcore_longctx.report.templating import environment
 from mcore_longctx.report.verdict import judge
 
 __all__ = ["NEEDLE_PICTURE", "REPORT", "write_report"]
@@ -35,23 +31,11 @@ def write_report(run_folder: Path) -> Path:
         ConfigError: not a run folder, or a damaged file.
     """
     folder = read_run_folder(run_folder)
-    page = _environment().get_template("report.html.j2").render(_content(folder))
+    page = environment().get_template("report.html.j2").render(_content(folder))
     plots.needle_png(folder, run_folder / NEEDLE_PICTURE)
     path = run_folder / REPORT
     write_atomic(path, page)
     return path
-
-
-def _environment() -> SandboxedEnvironment:
-    templates = resources.files("mcore_longctx.report") / "templates"
-    environment = SandboxedEnvironment(
-        loader=FunctionLoader(lambda name: (templates / name).read_text(encoding="utf-8")),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.globals["style"] = Markup((templates / "report.css").read_text(encoding="utf-8"))
-    return environment
 
 
 def _content(folder: RunFolder) -> dict[str, Any]:

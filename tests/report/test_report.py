@@ -326,15 +326,3 @@ def test_the_report_verb_needs_no_torch_and_its_help_starts_at_once(run):
     assert "Verdict: the context was extended." in done.stdout
     assert f"report: {run / 'report.html'}" in done.stdout
     assert seconds < 0.5
-
-
-def test_an_export_comes_with_the_commands_that_serve_it(copy, page):
-    assert 'id="serving"' not in page  # this run has no export
-    (copy / "export").mkdir()
-    with (copy / "export" / "model.safetensors").open("wb") as file:
-        file.truncate(3_000_000)
-    words = Words(write_report(copy).read_text(encoding="utf-8")).words
-    assert "# flags read in source (vLLM 0.33.0, SGLang 0.5.23), none run; sizes derived" in words
-    export = copy / "export"
-    assert f"vllm serve {export} --max-model-len 4096 --tensor-parallel-size 1 --max-num-seqs 2" in words
-    assert f"--model-path {export} --context-length 4096" in words

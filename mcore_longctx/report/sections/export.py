@@ -27,8 +27,17 @@ def export_section(folder: RunFolder) -> list[tuple[str, list[str]]] | None:
     length = rope.resolved_max_position_embeddings
     if length is None:
         return None
-    lengths = sorted({length for column in folder.columns for _, length, _ in column.ruler})
-    return export_commands(shape, length, weight_bytes=weight_bytes, path=str(export), measured=lengths)
+    return export_commands(shape, length, weight_bytes=weight_bytes, path=str(export), settings=_settings(folder))
+
+
+def _settings(folder: RunFolder) -> dict[str, Any]:
+    """Of the tasks, as the run measured them."""
+    assert folder.recipe is not None
+    ruler, seed = folder.recipe.evaluate.ruler, {"seed": folder.recipe.seed}
+    if ruler is None:
+        return seed
+    lengths = [int(length) for length in ruler.lengths]
+    return {"max_seq_lengths": lengths, "haystack": str(ruler.haystack), "samples": ruler.samples, **seed}
 
 
 def verify_section(verify: Mapping[str, Any] | None) -> list[tuple[str, str]] | None:
