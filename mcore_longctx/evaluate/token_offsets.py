@@ -82,7 +82,7 @@ def measure_token_offsets(
     return write_offsets(
         out,
         count=np.bincount(tokens, minlength=vocabulary),
-        total=np.bincount(tokens, offset, vocabulary),
+        total=np.bincount(tokens, offset, vocabulary).astype(np.float64),
         share=share,
         least=least,
         tokenizer_sha256=tokenizer.sha256,
