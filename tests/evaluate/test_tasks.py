@@ -253,7 +253,7 @@ def test_two_ranks_write_what_one_process_writes(folder):
 
 
 @pytest.mark.multiproc
-@pytest.mark.parametrize("lines", [3, 15, 20])
+@pytest.mark.parametrize("lines", [2, 15, 20])
 def test_a_killed_column_goes_on_and_ends_with_the_same_rows(folder, lines):
     """In the middle of a shared text, of the RULER-like tasks, of the short suite."""
     name = f"killed-{lines}"
