@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mcore_longctx.cli.main import main
+from mcore_longctx.data.synthesis.assemble import assemble
 from mcore_longctx.data.synthesis.closed_book import answerable_without, same_answer
 from mcore_longctx.data.synthesis.documents import ChunkedDocument, read_documents
 from mcore_longctx.data.synthesis.question_plan import QuestionCounts, plan_chat
@@ -52,6 +53,8 @@ for number, line in enumerate(sys.stdin):
         print(json.dumps({"id": request["id"], "error": "too hard"}))
     elif mode == "twice" and bad:
         print(json.dumps(answer) + "\\n" + json.dumps(answer))
+    elif mode == "nonsense":
+        print("no idea")
     elif mode == "silent" and bad:
         pass
     elif mode == "dies" and number == 5:
@@ -147,6 +150,25 @@ def test_chunks_are_the_whole_text_in_order(tmp_path_factory: pytest.TempPathFac
     assert "".join(found.chunk(number) for number in range(len(found.stops))) == text + "end."
     assert left_out == 0
     assert all(len(found.chunk(number)) <= size * 5 // 4 + 1 for number in range(len(found.stops)))  # one byte is a token
+
+
+@pytest.mark.parametrize("less", [*range(12), 150])
+def test_a_chat_that_is_too_long_loses_its_last_questions(less: int) -> None:
+    documents = [document("a", 2)]
+    plan = plan_chat(documents, QuestionCounts(), seed=1, index=0, length=999, question_tokens=20)
+    items = {slot: {"question": f"Q {n}?", "answer": f"A {n}."} for n, slot in enumerate(plan.slots[0])}
+    count = TokenCounter(TINY)
+    whole = assemble(plan, items, documents, count, length=9999)
+    assert whole is not None
+    assert (len(whole.messages), whole.dropped) == (20, 0)
+    cut = assemble(plan, items, documents, count, length=whole.tokens - less)
+    assert cut is not None
+    assert cut.tokens == count(cut.messages) <= whole.tokens - less
+    assert cut.messages == whole.messages[: len(cut.messages)]
+    assert cut.dropped == 10 - len(cut.messages) // 2
+    assert bool(cut.dropped) == bool(less)
+    assert not cut.dropped or count(whole.messages[: len(cut.messages) + 2]) > whole.tokens - less  # no more than must be
+    assert assemble(plan, items, documents, count, length=30) is None
 
 
 # ------------------------------------------------------------------ the built-in writer
@@ -331,6 +353,16 @@ def test_a_writer_that_fails_stops_with_one_line_and_keeps_what_it_said(
     assert kept == (0 if mode == "mute" else 5)
 
 
+def test_a_writer_of_nonsense_is_ended_soon(
+    tmp_path: Path, books: Path, command: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three bad lines always may be; the fourth ends it, not the last of an expensive night."""
+    assert synth(tmp_path / "o.jsonl", books, "--writer", command("nonsense", 0.1), chunk=150) == 2
+    assert "items have no usable answer of the command" in capsys.readouterr().err
+    chunks = sum(len(read_documents([books], load_tokenizer(TINY, fast=False), chunk=150)[0][n].stops) for n in range(4))
+    assert len(records(tmp_path / "asked.jsonl")) < chunks / 2
+
+
 def test_a_command_that_does_not_exist_is_named(tmp_path: Path, books: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert synth(tmp_path / "o.jsonl", books, "--writer", "no-such-writer --fast") == 2
     assert capsys.readouterr().err == (
@@ -363,6 +395,7 @@ def test_a_kill_loses_no_answer_and_nothing_is_asked_twice(tmp_path: Path, books
     assert not list(tmp_path.glob("o*.jsonl"))
     (tmp_path / "asked.jsonl").unlink()
     assert main(arguments) == 0
+    assert all(json.loads(row)["id"] for row in answers.read_text().splitlines())  # the cut line is gone
     again = [row["id"] for row in records(tmp_path / "asked.jsonl")]
     assert len(known) >= 20
     assert not set(again) & set(known)

@@ -71,22 +71,22 @@ def assemble(
             if slot in items:
                 turns.append(_Turn(tuple(shown), slot, items[slot]))
                 shown = []
-    dropped = 0
-    while turns:
-        messages = _messages(turns, plan, documents)
-        text = count.render(messages)
-        ends = count.tokenizer.encode_chat(text)[1]
-        excess = len(ends) - length
-        if excess <= 0:
-            return AssembledChat(messages, len(ends), _evidence(turns, plan, documents, text, ends), dropped)
-        gone = 0  # characters of the turns that go: a token has at least one
-        while turns and gone < excess:
-            turn = turns.pop()
-            dropped += 1
-            gone += (
-                len(turn.item["question"]) + len(turn.item["answer"]) + sum(len(_shown(at, plan, documents)) for at in turn.shown)
-            )
-    return None
+    kept = len(turns)
+    if kept and count(_messages(turns, plan, documents)) > length:  # the largest number that fits, halving the rest each time
+        fits, too_many = 0, kept
+        while too_many - fits > 1:
+            half = (fits + too_many) // 2
+            if count(_messages(turns[:half], plan, documents)) <= length:
+                fits = half
+            else:
+                too_many = half
+        kept = fits
+    if not kept:
+        return None
+    messages = _messages(turns[:kept], plan, documents)
+    text = count.render(messages)
+    ends = count.tokenizer.encode_chat(text)[1]
+    return AssembledChat(messages, len(ends), _evidence(turns[:kept], plan, documents, text, ends), len(turns) - kept)
 
 
 def _taken(place: int, plan: ChatPlan, documents: Sequence[ChunkedDocument]) -> str:
