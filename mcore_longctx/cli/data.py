@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mcore_longctx.cli.data_engine import add_engine_options
+from mcore_longctx.cli.data_methods import add_augment, add_sentences
 from mcore_longctx.cli.data_offsets import add_token_offsets
 from mcore_longctx.cli.data_synth import add_synth
 
@@ -143,14 +144,7 @@ def _add_tokenize(verbs: Any) -> None:
     tokenize.add_argument(
         "--prompt-loss-from", metavar="N", help="tokens of the prompts that long_only learns, at least (default: 4096)"
     )
-    tokenize.add_argument(
-        "--sentences",
-        choices=("digits", "logit_offset"),
-        help="of each document only sentences, those with a digit or with a token of --offsets first",
-    )
-    tokenize.add_argument("--keep-sentences", type=float, metavar="X", help="share of a document's tokens (default: 0.3)")
-    tokenize.add_argument("--offsets", type=Path, metavar="FILE", help="table of `data token-offsets`, for logit_offset")
-    tokenize.add_argument("--seed", type=int, default=1234, help="of the choice of sentences (default: 1234)")
+    add_sentences(tokenize)
     tokenize.add_argument("--range", default="64M", metavar="BYTES", help="of input a task (default: 64M)")
     tokenize.add_argument("--max-bad", type=int, default=0, metavar="N", help="bad records that are left out (default: 0)")
     _add_workers(tokenize)
@@ -193,16 +187,7 @@ def _add_plan(verbs: Any) -> None:
     plan.add_argument(
         "--packing", choices=("concatenate", "single", "best_fit", "intact"), default="concatenate", help="(default: concatenate)"
     )
-    plan.add_argument(
-        "--augment",
-        choices=("cip", "utk"),
-        help="cut the documents of a sample and spread the pieces over it: chunk-interleaved, or Untie the Knots",
-    )
-    plan.add_argument("--augment-chunks", metavar="N[,N]", help="pieces of a document; utk draws one of them (default: 2)")
-    plan.add_argument("--augment-probability", type=float, metavar="P", help="share of the samples that are changed (default: 1)")
-    plan.add_argument("--augment-group", type=int, metavar="N", help="cip: documents interleaved with each other (default: all)")
-    plan.add_argument("--augment-any-order", action="store_true", help="utk: pieces of a document need not keep their order")
-    plan.add_argument("--augment-no-backtrace", action="store_true", help="utk: no labels behind the last piece of a document")
+    add_augment(plan)
     documents_only = {name: plan.get_default(name) for name in _DOCUMENTS_ONLY}
     plan.set_defaults(documents_only=documents_only)
     plan.add_argument("--seed", type=int, default=1234, help="(default: 1234)")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mcore_longctx.cli.data_engine import refuse_without_engine, run_engine
+from mcore_longctx.cli.data_methods import augment_section, sentence_section
 from mcore_longctx.errors import ConfigError
 
 __all__ = ["build", "pack", "plan", "tokenize"]
@@ -74,7 +75,7 @@ def tokenize(args: argparse.Namespace) -> int:
     from mcore_longctx.data.workspace import lock_folder
 
     sources, workers, range_bytes = _sources(args), _workers(args), _count(args.range, "--range")
-    sentences = _sentences(args)
+    sentences = sentence_section(args)
     _check_verify_fraction(args.verify_fraction, args.chats)
     if args.max_bad < 0:
         raise ConfigError(f"--max-bad {args.max_bad}: expected 0 or more")
@@ -166,7 +167,7 @@ def plan(args: argparse.Namespace) -> int:
             separator_loss=not args.no_separator_loss,
             packing=args.packing,
             repeat_to_fill=args.repeat_to_fill,
-            augment=_augment(args),
+            augment=augment_section(args),
             sentences=job.sentences,
         )
     except ValueError as error:
@@ -239,20 +240,6 @@ def _sources(args: argparse.Namespace) -> list[Any]:
     return sources
 
 
-def _sentences(args: argparse.Namespace) -> Any:
-    from mcore_longctx.recipe.data import SentenceSection
-
-    if args.sentences is None:
-        if args.keep_sentences is not None or args.offsets is not None:
-            raise ConfigError("--keep-sentences or --offsets, and no --sentences", where="data tokenize", fix="give a rule")
-        return None
-    keep = {} if args.keep_sentences is None else {"keep": args.keep_sentences}
-    try:
-        return SentenceSection(rule=args.sentences, offsets=args.offsets, **keep)
-    except ValueError as error:
-        raise ConfigError(str(error), where="data tokenize") from None
-
-
 def _prompt_loss(args: argparse.Namespace, sources: list[Any]) -> int | None:
     from mcore_longctx.recipe.schema import DataSection, TokenCount
 
@@ -289,31 +276,6 @@ def _separator(args: argparse.Namespace) -> str:
     if not args.separator:
         raise ConfigError("--separator is empty", fix="say --separator-kind none")
     return str(args.separator)
-
-
-def _augment(args: argparse.Namespace) -> Any:
-    from mcore_longctx.recipe.data import AugmentSection
-
-    given = {
-        "chunks": None if args.augment_chunks is None else _numbers(args.augment_chunks, "--augment-chunks"),
-        "probability": args.augment_probability,
-        "documents_per_group": args.augment_group,
-        "keep_order": False if args.augment_any_order else None,
-        "backtrace": False if args.augment_no_backtrace else None,
-    }
-    given = {name: value for name, value in given.items() if value is not None}
-    if args.augment is None:
-        if given:
-            raise ConfigError("options of --augment, and no --augment", where="data plan", fix="say --augment cip or utk")
-        return None
-    return AugmentSection(type=args.augment, **given)
-
-
-def _numbers(text: str, option: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ConfigError(f"{option} {text}: expected numbers, for example 2,3") from None
 
 
 def _check_verify_fraction(fraction: float, chats: bool) -> None:

@@ -12,7 +12,6 @@ Drawing (`data/planning/draw.py`) says what is taken and in which order, layout 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,6 +28,7 @@ from mcore_longctx.data.planning.draw import draw, hash_order
 from mcore_longctx.data.planning.layout import Pieces, Separator, Stream, lay_out, run_blocks, stream_of
 from mcore_longctx.data.planning.lengths import SourceLengths, measure_lengths, plot_lengths, tokens_used
 from mcore_longctx.data.planning.plan_file import Asked, plan_there, read_plan, stored_crc32, write_plan_json
+from mcore_longctx.data.planning.plan_hashes import lengths_sha256, plan_sha256
 from mcore_longctx.data.planning.plan_text import many, plan_text
 from mcore_longctx.data.planning.shares import Group, shares_got
 from mcore_longctx.data.workspace import remove_leftovers
@@ -302,8 +302,8 @@ def _measure(
         "begin_tokens": runs.facts["begin_tokens"],
         "documents": len(table),
         "documents_sha256": table.sha256(),
-        "lengths_sha256": _lengths_sha256(table),
-        "plan_sha256": _plan_sha256(table, runs),
+        "lengths_sha256": lengths_sha256(table),
+        "plan_sha256": plan_sha256(table, runs),
         "runs_crc32": stored_crc32(folder / "plan.runs"),
         "versions": versions(),
         "lengths": {source.name: source.as_dict() for source in lengths},
@@ -362,32 +362,3 @@ def _left_out(row: dict[str, int], lengths: SourceLengths, labels: int, *, cuts:
         "tail": {"tokens": taken - used - labels},  # drawn, but in no whole sample that was wanted
         "in_samples": {"tokens": used},
     }
-
-
-# ------------------------------------------------------------------ hashes
-def _plan_sha256(table: DocumentTable, runs: Runs) -> str:
-    """Hash of all runs with keys of documents in place of rows: the same for any order in which documents were read."""
-    columns = [hashlib.sha256() for _ in range(5)]
-    for block in run_blocks(runs):
-        document = runs.document[block]
-        known = document >= 0
-        key = document.astype(np.uint64)  # -1 and -2 become the largest numbers
-        key[known] = table.key[document[known]]
-        rows: list[npt.NDArray[Any]] = [key, known, runs.start[block], runs.length[block], runs.loss[block]]
-        for digest, column in zip(columns, rows, strict=True):
-            digest.update(column.tobytes())
-    head = np.array([runs.seq_length, len(runs), *runs.literals.tolist()], "<i8").tobytes()
-    return hashlib.sha256(head + b"".join(digest.digest() for digest in columns)).hexdigest()
-
-
-def _lengths_sha256(table: DocumentTable) -> str:
-    """Hash of keys, lengths and loss flags in the order of the keys: the same for any order in which documents were read."""
-    columns, order = [hashlib.sha256() for _ in range(2)], hash_order(len(table), lambda rows: table.key[rows])
-    for low in range(0, len(order), _ROWS):
-        rows = order[low : low + _ROWS]
-        for digest, column in zip(columns, (table.key, table.length), strict=True):
-            digest.update(column[rows].tobytes())
-    key = table.key[table.loss_document] if len(table.loss_document) else np.zeros(0, np.uint64)
-    rows = np.lexsort((table.loss_stop, key))
-    flags = key[rows].tobytes() + table.loss_stop[rows].tobytes() + table.loss_flag[rows].tobytes()
-    return hashlib.sha256(b"".join(digest.digest() for digest in columns) + flags).hexdigest()
