@@ -61,6 +61,12 @@ def test_one_point_far_off_hardly_moves_the_law():
     assert found.worst == pytest.approx(5, abs=0.05)
 
 
+def test_what_no_context_removes_is_never_below_zero():
+    found = fit_power_law(BINS, [law(c, 25.4, 0.45, -0.05) + 0.001 for c in BINS])
+    assert found.g == 0
+    assert not found.is_determined
+
+
 def test_a_law_that_its_points_do_not_determine_says_so():
     assert not fit_power_law(
         BINS, [3 - 0.1 * math.log(c) for c in BINS]

@@ -153,6 +153,11 @@ def test_equal_scores_are_not_exact(score, count):
     assert found.certainty == pytest.approx(1 - (found.high - found.low))
 
 
+def test_many_scores_have_the_normal_interval_of_their_own_spread():
+    found = score_interval([0.5, 1.0] * 400)  # standard deviation 0.25: 1.96 x 0.25 / sqrt(800) = 0.01732; right and wrong: 0.030
+    assert (found.high - found.low) / 2 == pytest.approx(0.01732, rel=0.01)
+
+
 @pytest.mark.parametrize("chance", [0.2, 0.5, 0.8, 0.95])
 def test_the_interval_of_recalls_of_four_holds_the_truth_in_95_of_100_cases(chance):
     """Exact coverage: every set of 6 scores of 0, 1/4, ... 1 with its probability, when all four answers stand and fall as one in
