@@ -53,7 +53,7 @@ def hold_zeros(model: Any) -> None:
         weight.main_grad.masked_fill_(weight.detach() == 0, 0)
 
 
-def _linear_weights(model: Any) -> list[torch.nn.Parameter]:
+def _linear_weights(model: Any) -> list[Any]:
     return [weight for name, weight in model.named_parameters() if name.endswith(_LINEAR)]
 
 
