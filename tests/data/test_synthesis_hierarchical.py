@@ -358,9 +358,9 @@ def test_a_writer_of_nonsense_is_ended_soon(
 ) -> None:
     """Three bad lines always may be; the fourth ends it, not the last of an expensive night."""
     assert synth(tmp_path / "o.jsonl", books, "--writer", command("nonsense", 0.1), chunk=150) == 2
-    assert "items have no usable answer of the command" in capsys.readouterr().err
-    chunks = sum(len(read_documents([books], load_tokenizer(TINY, fast=False), chunk=150)[0][n].stops) for n in range(4))
-    assert len(records(tmp_path / "asked.jsonl")) < chunks / 2
+    m = re.search(r"of (\d+) items have no usable answer of the command", capsys.readouterr().err)
+    assert m is not None
+    assert len(records(tmp_path / "asked.jsonl")) < int(m[1]) / 2
 
 
 def test_a_command_that_does_not_exist_is_named(tmp_path: Path, books: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -198,6 +198,17 @@ def test_the_size_found_is_the_largest_or_nearly(a_row: int, jump: int) -> None:
     assert found.countings <= 10
 
 
+def test_one_token_too_many_is_too_many() -> None:
+    """Rows that cost 10 tokens, and 13 from the fifty-first on: the guesses come down to 76 rows, one token beyond the length."""
+
+    def tokens(messages: Any) -> int:
+        size = messages[0]["n"]
+        return 30 + (10 if size <= 50 else 13) * size
+
+    found = fit(lambda size: [{"n": size}], tokens, 1017, smallest=3, where="")
+    assert (found.size, found.tokens) == (75, 1005)
+
+
 def test_draws_are_those_of_the_published_bit_generator() -> None:
     """Frozen: another number here would change every chat that anybody made."""
     draws = Draws(1234, "rows")
