@@ -31,7 +31,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--queued", default="", metavar="IDS", help="begin: jobs in the queue, as squeue --format=%%A prints them"
     )
-    parser.add_argument("--asked", default="", metavar="SIGNAL", help="end: the signal that told the job to stop, or empty")
+    parser.add_argument(
+        "--asked", default="", metavar="SIGNAL", help="end: the signal that told the job to stop, PREEMPT, or empty"
+    )
     parser.add_argument("--srun-code", type=int, metavar="N", help="end: exit code of srun")
 
 

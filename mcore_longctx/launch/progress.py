@@ -67,7 +67,7 @@ class Slice:
     state: State = "none"
     code: int | None = None
     reason: str = ""
-    asked: str = ""  # USR1 or TERM, when it was told to stop
+    asked: str = ""  # USR1 or TERM: its script was told to stop; PREEMPT: not yet, but SLURM said that it was preempting the job
     srun_code: int | None = None
     verdict: str = ""
 
@@ -80,6 +80,11 @@ class Slice:
     def short(self) -> bool:
         """Whether it was told to stop before a step could end: the script, or the ranks alone (at a preemption with GraceTime)."""
         return (bool(self.asked) or self.state == "stopped") and self.seconds < self.short_seconds
+
+    @property
+    def died(self) -> bool:
+        """Whether it ended by itself, and badly: perhaps for its nodes."""
+        return self.state not in ("stopped", "done") and self.asked != "PREEMPT" and bool(self.nodes)
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,7 @@ def decide(slices: Sequence[Slice], stage: StageFolders) -> Verdict:
     idle, short = _without_progress(slices)
     if idle >= IDLE_SLICES:
         line = f"no progress: {idle} slices in a row without a newer checkpoint ({_at(last.after)}); the last one {what}"
-        died = "" if last.state == "stopped" or not last.nodes else f"; {_deaths(slices)}"
+        died = f"; {_deaths(slices)}" if last.died else ""
         return Verdict(3, "no progress", f"{line}; look at {stage.logs}{died}")
     if short >= SHORT_SLICES:
         line = (
@@ -116,7 +121,7 @@ def decide(slices: Sequence[Slice], stage: StageFolders) -> Verdict:
         )
         return Verdict(3, "no progress", f"{line}; ask for a partition that leaves more time")
     count = " (told to stop before start-up and one step: not counted)" if last.short and not last.moved else ""
-    died = "" if last.state == "stopped" or not last.nodes else f"; {_deaths(slices)}"
+    died = f"; {_deaths(slices)}" if last.died else ""
     return Verdict(75, "requeue", f"requeue: it {what}, {moved}{count}{died}")
 
 
@@ -130,12 +135,12 @@ def _how_it_ended(last: Slice) -> str:
         "done": "is done",
     }[last.state]
     code = "" if last.srun_code in (None, 0) or last.state == "stopped" else f", srun ended with {last.srun_code}"
-    return words + code
+    return words + code + (", SLURM was preempting the job" if last.asked == "PREEMPT" else "")
 
 
 def _deaths(slices: Sequence[Slice]) -> str:
     """Where slices died: a node that is in every one of them is worth an --exclude."""
-    dead = [one for one in slices if one.state not in ("stopped", "done")]
+    dead = [one for one in slices if one.died]
     nodes = dict.fromkeys(one.nodes for one in dead)
     return f"slices of this job that died: {len(dead)}, on {', then on '.join(nodes)} (sbatch --exclude=NODE leaves one out)"
 

@@ -76,6 +76,14 @@ PURE = StageFolders("extend", Path("logs/extend"), Path("checkpoints/extend"), 1
             75,
             "told to stop before start-up and one step: not counted",
         ),
+        (
+            ended(-1, -1, "none", asked="PREEMPT", seconds=20.0, srun_code=137),
+            75,
+            "requeue: it ended before training began, srun ended with 137, SLURM was preempting the job, still at no checkpoint "
+            "(told to stop before start-up and one step: not counted)",
+        ),
+        (ended(state="failed", code=1, reason="loss is nan", asked="PREEMPT", seconds=20.0), 1, "failed: loss is nan"),
+        (ended(state="failed", code=2, reason="no such data", asked="PREEMPT", seconds=20.0), 2, "refused: no such data"),
     ],
 )
 def test_each_end_of_a_slice_has_its_verdict(last: Slice, code: int, words: str) -> None:
@@ -108,6 +116,20 @@ def test_a_slice_that_was_stopped_too_early_does_not_count_but_ten_do() -> None:
     assert decide([polite] * 10, PURE).code == 3
     died = ended(seconds=20.0)  # nobody asked it to stop
     assert decide([died, died], PURE).code == 3
+
+
+def test_a_slice_that_slurm_was_preempting_died_of_it_not_of_its_nodes() -> None:
+    preempted = ended(-1, -1, "none", asked="PREEMPT", seconds=20.0, srun_code=137)
+    died = ended(-1, -1, "none", seconds=20.0, nodes="n[2-3]")
+    verdict = decide([preempted, preempted, preempted], PURE)
+    assert verdict.code == 75
+    assert verdict.line.endswith("not counted)")  # no node to leave out
+    assert "slices of this job that died: 1, on n[2-3] (" in decide([preempted, died], PURE).line
+    assert decide([died, preempted, died], PURE).code == 3
+    assert decide([preempted] * 10, PURE).code == 3
+    long = ended(asked="PREEMPT", seconds=301.0)  # it had the time for a checkpoint
+    assert decide([long, long], PURE).code == 3
+    assert "SLURM was preempting the job; look at" in decide([long, long], PURE).line
 
 
 @given(

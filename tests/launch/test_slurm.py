@@ -132,7 +132,8 @@ STUBS = {
     "srun": 'trap \'echo "srun got USR1" >>"$CALLS"; exit 138\' USR1; printf "%s\\n" "srun" "$@" >>"$CALLS"; '
     'touch "$CALLS.ready"; for _ in $(seq "$SRUN_TENTHS"); do /bin/sleep 0.1; done; exit "${SRUN_CODE:-0}"',
     "scontrol": 'echo "scontrol $*" >>"$CALLS"',
-    "squeue": '[[ " $* " == *" --me "* ]] && echo "$QUEUE" || echo RUNNING None',
+    "squeue": '[[ " $* " == *" --me "* ]] && echo "$QUEUE" && exit; [[ " $* " == *PreemptTime* ]] || { echo RUNNING None; exit; }; '
+    '[[ $SLURM_TIME_FORMAT == %s ]] && printf "%-20s%-20s\\n" $TIMES && exit "$TIMES_CODE"',
     "sleep": '[[ $1 == 600 ]] || /bin/sleep 0.2',
 }  # fmt: skip
 
@@ -156,6 +157,7 @@ class Job:
     def start(self, end_code: int, *, tenths: int = 0, **more: str) -> subprocess.Popen[str]:
         slurm = {"SLURM_JOB_ID": "12345", "SLURM_JOB_NODELIST": "n0", "SLURM_NNODES": "1", "SLURM_NODEID": "0"}
         stubs = {"CALLS": str(self.calls), "END_CODE": str(end_code), "SRUN_TENTHS": str(tenths), "SLOW": "", "QUEUE": "12345"}
+        stubs |= {"TIMES": "N/A 1000", "TIMES_CODE": "0"}
         path = f"{self.folder / 'bin'}:{os.environ['PATH']}"
         environment = {"PATH": path, "HOME": str(self.folder), **slurm, **stubs, **more}
         return subprocess.Popen(
@@ -190,6 +192,30 @@ def test_the_verdict_decides_what_comes_next(job: Job, code: int) -> None:
     after = calls[calls.index(ends[0]) + 1 :]
     noted = [f"mcore-longctx run {job.run}/recipe.yaml --steps train-extend"]
     assert after == {0: noted, 75: ["scontrol requeue 12345"]}.get(code, [])
+
+
+@pytest.mark.parametrize(
+    ("times", "times_code", "srun_code", "asked"),
+    [
+        ("1005 1000", 0, 137, "PREEMPT"),
+        ("1000 1000", 0, 1, "PREEMPT"),
+        ("N/A 1000", 0, 137, ""),
+        ("900 1000", 0, 137, ""),  # of the start before this one
+        ("2026-11-22T22:39:10 2026-11-22T22:39:05", 0, 137, ""),  # not as it was asked for
+        ("", 0, 137, ""),
+        ("1005 1000", 1, 137, ""),
+        ("1005 1000", 0, 0, ""),
+    ],
+)
+def test_preempted_before_the_script_was_told(job: Job, times: str, times_code: int, srun_code: int, asked: str) -> None:
+    status, calls = job.ended(75, SRUN_CODE=str(srun_code), TIMES=times, TIMES_CODE=str(times_code))
+    assert status == 75, job.said
+    ends = [line for line in calls if "slice end" in line]
+    assert ends == [f"mcore-longctx slice end {job.run}/recipe.yaml --stage extend --asked {asked} --srun-code {srun_code}"]
+    assert calls[-1] == "scontrol requeue 12345"
+    note = job.run / "logs" / "extend" / "asked-12345"
+    assert (note.read_text().strip() if note.exists() else "") == asked
+    assert ("PREEMPT: SLURM is preempting this job" in job.said) == bool(asked)
 
 
 def test_srun_is_given_one_torchrun_a_node(job: Job) -> None:

@@ -143,6 +143,17 @@ class Cluster:
         words = ("--partition=urgent", "--exclusive", "--nodes=2", "--output=/dev/null", f"--wrap=sleep {seconds}")
         return int(self.call("sbatch", "--parsable", *words).stdout)
 
+    @contextmanager
+    def grace(self, seconds: int) -> Iterator[None]:
+        """Another GraceTime of partition main: how long after the ranks a script is told that its job is preempted. Up to 30 s more."""
+        shown = self.call("scontrol", "--oneliner", "show", "partition", "main").stdout
+        usual = next(word for word in shown.split() if word.startswith("GraceTime="))
+        self.call("scontrol", "update", "PartitionName=main", f"GraceTime={seconds}")
+        try:
+            yield
+        finally:
+            self.call("scontrol", "update", "PartitionName=main", usual)
+
     def cancel_all(self) -> None:
         """End whatever a test left in the queue."""
         self.call("scancel", "--full", "--quiet", "--user=root")

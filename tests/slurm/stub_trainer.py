@@ -3,8 +3,9 @@
 It takes the words that the job script gives to torchrun (on every node, with one rank), trains nothing, and leaves what a training leaves: STATUS, checkpoints with
 a manifest, exit code 1 whatever happened, because torchrun has no other. What it does is read from RUN/stub.json, if there is one, at every start:
 
-    {"start_seconds": 0.3, "step_seconds": 0.2, "save_interval": 4, "saves": true, "status": "", "code": 0}
+    {"start_seconds": 0.3, "deaf": true, "step_seconds": 0.2, "save_interval": 4, "saves": true, "status": "", "code": 0}
 
+`deaf`: while they start, its ranks ignore signals, as those of torchrun do; false: the first TERM ends them.
 `status`: what to write at once instead of training, for example `failed 2 no such data`, or `die` to write nothing more.
 """
 
@@ -18,6 +19,7 @@ import sys
 import time
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from mcore_longctx.checkpoint_folder import iteration_folder, iteration_of, latest_checkpoint
 from mcore_longctx.manifest import write_atomic, write_manifest
@@ -39,17 +41,27 @@ def save(checkpoints: Path, iteration: int, stage: str) -> None:
     partial.rename(folder)
 
 
+def start_up(folder: Path, rank: str) -> dict[str, Any]:
+    """Imports, on every rank. Returns the orders."""
+    orders = folder / "stub.json"
+    how: dict[str, Any] = json.loads(orders.read_text()) if orders.exists() else {"step_seconds": 0.5}
+    if not how.get("deaf", True):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    with (folder / "stub.log").open("a") as log:
+        log.write(f"rank {rank} imports, restart {os.environ.get('SLURM_RESTART_COUNT', '0')}\n")
+    time.sleep(how.get("start_seconds", 0.2))
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, remember)
+    return how
+
+
 def train(recipe_path: str, overrides: list[str], stage_name: str) -> str:
     """Returns the STATUS that it ends with."""
     recipe = open_recipe(recipe_path, overrides).recipe
     stage = next(stage for stage in recipe.stages if stage.name == stage_name)
     folder = recipe.run_folder
-    orders = folder / "stub.json"
-    how = json.loads(orders.read_text()) if orders.exists() else {"step_seconds": 0.5}
+    how = start_up(folder, "0")
     checkpoints, status = folder / "checkpoints" / stage.name, folder / "logs" / stage.name / "STATUS"
-    time.sleep(how.get("start_seconds", 0.2))  # imports: signals are ignored, as torchrun's are
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, remember)
     write_atomic(status, f"running - process {os.getpid()} on stub\n")
     if how.get("status") == "die":
         sys.exit(1)
@@ -89,8 +101,7 @@ def main() -> int:
     assert (words.module, words.verb, words.nproc_per_node) == ("mcore_longctx", "train", "1")
     stop = Path(words.recipe).parent / f"stub-{os.environ['SLURM_JOB_ID']}-{os.environ.get('SLURM_RESTART_COUNT', '0')}.end"
     if words.node_rank != "0":
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, remember)
+        start_up(Path(words.recipe).parent, words.node_rank)
         patience = 2.0  # with a rank 0 that has died: real ranks lose their connection to it
         while not stop.exists() and patience > 0:
             time.sleep(0.02)

@@ -121,21 +121,42 @@ def test_preempted_in_the_middle_of_a_step(training: Training) -> None:
     assert [one["state"] for one in training.slices()] == ["stopped", "done"]
 
 
+def preempt_while_it_starts(training: Training, number: int) -> None:
+    """The `number`th time, as soon as both ranks import; the slices after the second train."""
+    for rank in (0, 1):
+        training.wait_for(f"rank {rank} imports, restart {number - 1}")
+    urgent = training.cluster.preempt()
+    assert training.cluster.end_of(urgent) == ("COMPLETED", "0:0")
+    if number == 2:
+        training.orders(step_seconds=0.05)
+    training.cluster.wait_for_restart(training.job, number)
+
+
 @pytest.mark.long
 def test_preempted_while_it_starts_as_often_as_it_may_stand_still_it_goes_on(training: Training) -> None:
-    training.orders(start_seconds=60)  # a rank that imports does not hear: SLURM kills it after GraceTime and KillWait
+    training.orders(start_seconds=90)  # deaf: the script is told after GraceTime, and KillWait later all of it is killed
     training.submit()
     for number in (1, 2):
-        wait_until(lambda: training.cluster.workers(training.job, "n0"), 60, lambda: training.cluster.story(training.job))
-        urgent = training.cluster.preempt()
-        assert training.cluster.end_of(urgent) == ("COMPLETED", "0:0")
-        if number == 2:
-            training.orders()
-        training.cluster.wait_for_restart(training.job, number)
+        preempt_while_it_starts(training, number)
     training.end("COMPLETED", "0:0")
     *killed, last = training.slices()
     assert [(one["asked"], one["state"], one["after"]) for one in killed] == [("TERM", "none", -1)] * 2
     assert (last["restart"], last["verdict"]) == (2, "done")
+
+
+def test_preempted_while_it_starts_and_dead_before_the_script_is_told_it_goes_on(training: Training) -> None:
+    training.orders(start_seconds=90, deaf=False)
+    training.submit()
+    with training.cluster.grace(60):
+        for number in (1, 2):
+            preempt_while_it_starts(training, number)
+    training.end("COMPLETED", "0:0")
+    *killed, last = training.slices()
+    assert [(one["asked"], one["state"], one["verdict"]) for one in killed] == [("PREEMPT", "none", "requeue")] * 2
+    assert (last["restart"], last["asked"], last["verdict"]) == (2, "", "done")
+    assert training.log().count("PREEMPT: SLURM is preempting this job") == 2
+    line = ", SLURM was preempting the job, still at no checkpoint (told to stop before start-up and one step: not counted)\n"
+    assert training.log().count(line) == 2
 
 
 @pytest.mark.parametrize(
