@@ -55,7 +55,7 @@ class HarnessJob:
         tokenizer: folder that transformers can load a tokenizer from.
         parallel: layout, in one pipeline stage.
         out: the .json file to write.
-        include_path: folder with tasks (YAML); they go before lm-eval's own.
+        include_path: folder with tasks (YAML), to be used in place of lm-eval's own.
         metadata: what makers of samples are given, beside `tokenizer`.
         limit: samples of each task; None: all.
         num_fewshot: solved examples before each question; None: as the task says.
@@ -195,21 +195,26 @@ def _lead(job: HarnessJob, ranks: HarnessRanks, tokenizer: Any, longest: int, sa
 
 
 def _task_manager(job: HarnessJob) -> TaskManager:
-    """Finds tasks: in the folder alone if they all are there, since lm-eval's own index takes most of a minute.
+    """Finds tasks: in the folder that is given, else lm-eval's own, whose index takes most of a minute.
 
     Raises:
-        ConfigError: a name that nobody knows.
+        ConfigError: a name that is not there.
     """
     from lm_eval.tasks import TaskManager
 
-    settings = {"include_path": job.include_path, "metadata": {"tokenizer": str(job.tokenizer), **job.metadata}}
-    manager = TaskManager(include_defaults=job.include_path is None, **settings)
-    if job.include_path is not None and not set(job.tasks) <= set(manager.all_tasks):
-        manager = TaskManager(include_defaults=True, **settings)
+    manager = TaskManager(
+        include_path=job.include_path,
+        include_defaults=job.include_path is None,
+        metadata={"tokenizer": str(job.tokenizer), **job.metadata},
+    )
     for name in job.tasks:
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, n=1, cutoff=0.0)
-            raise ConfigError(f"unknown task {name!r}", where="--tasks", fix=f"did you mean {near[0]!r}?" if near else "")
+            raise ConfigError(
+                f"unknown task {name!r}",
+                where=f"--tasks ({job.include_path or 'lm-eval'})",
+                fix=f"did you mean {near[0]!r}?" if near else "",
+            )
     return manager
 
 

@@ -10,6 +10,7 @@ import os
 import re
 import shlex
 import sys
+from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,11 +18,12 @@ from typing import Any
 
 import pytest
 
-from mcore_longctx.cli.main import main
+from mcore_longctx.cli.main import main, parse
 from mcore_longctx.convert import Execution, export_hf, import_hf
 from mcore_longctx.recipe.load import open_recipe
 from mcore_longctx.recipe.resolve import resolve
 from mcore_longctx.rope import write_hf_rope
+from mcore_longctx.tasks import RULER_TASKS, solve_needle, solve_ruler
 from tests.multiproc import run_processes
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +33,7 @@ COMMANDS = [
     for line in block.replace("\\\n", " ").splitlines()
     if line.strip()
 ]
-TASKS = ("longctx_needle", "longctx_ruler_niah_multikey_1", "longctx_choices", "longctx_perplexity")
+TASKS = ("longctx_needle", "longctx_ruler_fwe", "longctx_choices", "longctx_perplexity")
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
 
 # Of one token in float32: unit roundoff 2^-24, logits below 2^6, and 4 layers of 7 sums each (norms, projections, attention) of
@@ -68,7 +70,10 @@ def make_run(folder: Path) -> None:
 
 def rank(folder: str, arguments: list[str]) -> int:
     os.chdir(folder)
-    return main(arguments)
+    if os.environ["RANK"] > "0":
+        return main(arguments)
+    with (Path(folder) / "said.txt").open("w") as said, redirect_stdout(said):
+        return main(arguments)
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +134,7 @@ def test_both_sides_were_asked_the_same(ours, theirs):
 
 
 def test_both_decode_the_same(ours, theirs):
-    for task in ("longctx_needle", "longctx_ruler_niah_multikey_1"):
+    for task in ("longctx_needle", "longctx_ruler_fwe"):
         assert [row["resps"] for row in ours[task]] == [row["resps"] for row in theirs[task]]
         assert all(row["resps"][0][0] for row in ours[task])  # not nothing
 
@@ -162,3 +167,108 @@ def test_both_report_the_same_scores(folder, ours, theirs):
         for key, value in mine[task].items():
             assert value == (pytest.approx(other[task][key], rel=1e-4) if isinstance(value, float) else other[task][key]), key
     assert {"recall,none", "1024,none", "2048,none"} <= mine["longctx_needle"].keys()
+
+
+def test_the_commands_of_the_examples_are_understood(folder, monkeypatch):
+    from lm_eval._cli import HarnessCLI
+
+    text = (ROOT / "examples" / "lm_eval_tasks" / "README.md").read_text(encoding="utf-8")
+    found = [
+        shlex.split(line)
+        for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+        for line in block.replace("\\\n", " ").splitlines()
+    ]
+    assert [words[0] for words in found] == ["lm_eval", "lm_eval", "torchrun"]
+    for words in found[:2]:
+        monkeypatch.setattr(sys, "argv", words)
+        understood = HarnessCLI().parse_args()
+        assert understood.include_path == "examples/lm_eval_tasks"
+        assert understood.metadata["max_seq_lengths"]
+    assert parse(found[2][5:]).tasks == "longctx_needle,longctx_ruler"
+
+
+GOOD = ["--include-path", "examples/lm_eval_tasks", "--tasks", "longctx_needle"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([*GOOD, "--checkpoint", "other"], "--checkpoint: 'other' is not known here; one of base, extend, instruct"),
+        ([*GOOD, "--tasks", "longctx_nedle"], "unknown task 'longctx_nedle'; did you mean 'longctx_needle'?"),
+        ([*GOOD, "--tasks", ","], "--tasks: no task is named"),
+        ([*GOOD, "--include-path", "nowhere"], "--include-path: nowhere: no such folder"),
+        ([*GOOD, "--out", "runs"], "--out: runs: is a folder"),
+        ([*GOOD, "--metadata", "{512}"], "--metadata: is no JSON"),
+        ([*GOOD, "--metadata", "[512]"], "--metadata: is no JSON object"),
+        (
+            [*GOOD, "--metadata", '{"max_seq_lengths": "4096"}'],
+            "--metadata: max_seq_lengths is '4096', expected a list of numbers",
+        ),
+        ([*GOOD, "--metadata", '{"max_seq_lengths": [16]}'], "a needle sample of 7 digits needs more than"),
+        ([*GOOD, "--limit", "0"], "--limit: 0 is too small"),
+        ([*GOOD, "model.backend=te"], "model.backend: te: options and decoding keep keys and values"),
+        (
+            [*GOOD, "--metadata", '{"max_seq_lengths": [8192], "samples": 1, "depths": 1}'],
+            "but the model is made for 4,096; use shorter",
+        ),
+    ],
+)
+def test_bad_input_ends_in_one_line_and_exit_code_2(folder, capsys, monkeypatch, arguments, message):
+    monkeypatch.chdir(folder)
+    for name, value in OFFLINE.items():
+        monkeypatch.setenv(name, value)
+    before = (folder / "runs/tiny-cpu/harness/instruct.json").read_bytes()
+    one_rank = "evaluate.parallel.context_parallel_size=1"
+    assert main(["harness", "tiny-cpu", one_rank, "--checkpoint", "instruct", *arguments]) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("mcore-longctx:")]
+    assert len(said) == 1
+    assert message in said[0]
+    assert (folder / "runs/tiny-cpu/harness/instruct.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("found", [None, "0.3.0"])
+def test_without_lm_eval_the_line_says_how_to_install_it(folder, capsys, monkeypatch, found):
+    from mcore_longctx.evaluate import harness
+
+    monkeypatch.chdir(folder)
+    if found is None:
+        monkeypatch.setattr(harness.importlib.util, "find_spec", lambda name: None)
+    else:
+        monkeypatch.setattr(harness.metadata, "version", lambda name: found)
+    assert main(["harness", "tiny-cpu", "--checkpoint", "instruct", *GOOD]) == 2
+    said = capsys.readouterr().err
+    assert "pip install 'mcore-longctx[harness]'" in said
+    assert said.count("\n") == 1
+
+
+def test_the_verb_says_a_line_for_each_score(folder):
+    said = (folder / "said.txt").read_text().splitlines()
+    assert len([line for line in said if line.startswith(TASKS)]) == 3 + 3 + 2 + 3
+    assert re.fullmatch(
+        r"longctx_choices +acc +0\.\d{4} \+- 0\.\d{4}  \(6 samples\)", next(line for line in said if "acc " in line)
+    )
+    assert said[-1] == "results: runs/tiny-cpu/harness/instruct.json"
+
+
+def test_every_task_of_the_folder_makes_samples_that_leave_room_for_the_answer(folder, monkeypatch):
+    from lm_eval.tasks import TaskManager
+
+    monkeypatch.chdir(folder)
+    settings = {
+        "tokenizer": "examples/tiny-llama",
+        "max_seq_lengths": [2048, 4096],
+        "samples": 1,
+        "depths": 1,
+        "questions": 1,
+        "windows": 1,
+    }
+    manager = TaskManager(include_path="examples/lm_eval_tasks", include_defaults=False, metadata=settings)
+    loaded = manager.load(["longctx_needle", "longctx_ruler"])["tasks"]
+    assert set(loaded) == {"longctx_needle", *(f"longctx_ruler_{name}" for name in RULER_TASKS)}
+    for name, task in loaded.items():
+        kept = task.config.generation_kwargs["max_gen_toks"]
+        for doc in task.dataset["test"]:
+            tokens = 1 + len(doc["prompt"].encode())  # of the tiny tokenizer, with a begin token
+            assert 0.8 * doc["length"] < tokens + kept <= doc["length"]
+            answer = solve_needle(doc["prompt"]) if name == "longctx_needle" else solve_ruler(name[14:], doc["prompt"])
+            assert doc["expected"] == ([answer] if isinstance(answer, str) else list(answer))
