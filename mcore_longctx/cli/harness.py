@@ -36,7 +36,9 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("overrides", nargs="*", metavar="section.name=value", help="change single values of the recipe")
     parser.add_argument("--checkpoint", required=True, metavar="NAME", help="`base`, or a stage: what it ended with")
     parser.add_argument("--tasks", required=True, metavar="NAME,NAME", help="tasks or groups")
-    parser.add_argument("--include-path", type=Path, metavar="DIR", help="folder with tasks, in place of those that lm-eval brings")
+    parser.add_argument(
+        "--include-path", type=Path, metavar="DIR", help="folder with tasks, in place of those that lm-eval brings"
+    )
     parser.add_argument("--metadata", metavar="JSON", help="an object for tasks that make their samples, such as their lengths")
     parser.add_argument("--limit", type=int, metavar="N", help="samples of each task (default: all)")
     parser.add_argument(

@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from mcore_longctx.errors import ConfigError, DataError
 from mcore_longctx.evaluate.cached import OptionScore
+from mcore_longctx.recipe.schema import Parallel
+from tests.model.llama import SHAPE, build, hf_llama, megatron_names
 from tests.multiproc import ProcessFailed, run_processes
 
 from . import tiny_checkpoint as tiny
@@ -229,6 +231,42 @@ def test_decoding_stops_at_a_stop_string_and_not_later(monkeypatch: pytest.Monke
         ((found,),) = [ranks.generate(np.array([1]), [(until, most)])]
         assert "".join(map(chr, found)) == expected
         assert len(read) == len(expected) - (until != () or most == 5)  # what ends it is not read
+
+
+TEXT_LENGTHS = (37, 5, 2)  # uneven, shorter than 2 x CP, the shortest
+
+
+def whole_texts(weights: Any, texts: list[torch.Tensor], layouts: list[Parallel]) -> list[list[float]]:
+    """Run in each rank: log-probability of each text's tokens from `start` on, in every layout."""
+    from mcore_longctx.evaluate.harness_ranks import tokens_log_probability
+    from mcore_longctx.megatron_compat import device_context
+
+    found = []
+    for parallel in layouts:
+        with device_context():
+            model = build(parallel, weights).eval()
+            found.append([tokens_log_probability(model, text.numpy(), start) for text in texts for start in (1, len(text) - 1)])
+    return found
+
+
+@pytest.mark.multiproc
+def test_a_whole_text_has_the_log_probability_of_transformers_on_every_layout() -> None:
+    hf = hf_llama()
+    generator = torch.Generator().manual_seed(5)
+    texts = [torch.randint(SHAPE.vocab_size, (length,), generator=generator) for length in TEXT_LENGTHS]
+    expected = []
+    for text in texts:
+        with torch.no_grad():
+            each = hf(text[None]).logits[0, :-1].double().log_softmax(-1).gather(1, text[1:, None])
+        expected += [float(each.sum()), float(each[-1])]
+    two = [
+        Parallel(context_parallel_size=2),
+        Parallel(tensor_model_parallel_size=2),
+        Parallel(tensor_model_parallel_size=2, sequence_parallel=True),
+    ]
+    for found in run_processes(whole_texts, 2, megatron_names(dict(hf.state_dict()), SHAPE), texts, two):
+        for layout in found:
+            assert layout == pytest.approx(expected, abs=SAME)
 
 
 def led(fails: str) -> str:
