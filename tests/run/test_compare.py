@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from mcore_longctx.errors import ConfigError
+from mcore_longctx.recipe.load import preset_names
 from mcore_longctx.run.compare import compare_methods, plan_comparison
 
 SMALL = [
@@ -60,6 +61,19 @@ def test_what_cannot_be_compared_is_refused_in_one_line(tmp_path: Path, changes:
         plan_comparison("tiny-cpu", [str(path)], seeds=1, folder=tmp_path / "out")
     assert what in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_every_method_on_the_tiny_model_starts_where_tiny_cpu_starts() -> None:
+    methods = [name for name in preset_names() if name.startswith("tiny-") and name != "tiny-cpu"]
+    plan = plan_comparison("tiny-cpu", methods, seeds=1)
+    assert len(plan.methods) == len(methods) + 1 >= 11
+    assert all(plan.of(method).about for method in plan.methods[1:])
+
+
+def test_the_page_of_methods_names_every_preset() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text()
+    missing = [name for name in preset_names() if f"`{name}`" not in page and not name.startswith("ultralong-8b")]
+    assert not missing
 
 
 def test_no_seeds_is_refused(tmp_path: Path) -> None:
