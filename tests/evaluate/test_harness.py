@@ -14,12 +14,14 @@ from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from mcore_longctx.cli.main import main, parse
 from mcore_longctx.convert import Execution, export_hf, import_hf
+from mcore_longctx.errors import ConfigError
 from mcore_longctx.recipe.load import open_recipe
 from mcore_longctx.recipe.resolve import resolve
 from mcore_longctx.rope import write_hf_rope
@@ -272,3 +274,17 @@ def test_every_task_of_the_folder_makes_samples_that_leave_room_for_the_answer(f
             assert 0.8 * doc["length"] < tokens + kept <= doc["length"]
             answer = solve_needle(doc["prompt"]) if name == "longctx_needle" else solve_ruler(name[14:], doc["prompt"])
             assert doc["expected"] == ([answer] if isinstance(answer, str) else list(answer))
+
+
+def test_answers_end_where_generation_config_says(tmp_path):
+    from mcore_longctx.evaluate.harness import _end_ids
+
+    job, tokenizer = SimpleNamespace(hf=tmp_path), SimpleNamespace(eos_token_id=1)
+    assert _end_ids(job, tokenizer) == {1}
+    (tmp_path / "config.json").write_text('{"eos_token_id": 2}')
+    assert _end_ids(job, tokenizer) == {2}
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
+    assert _end_ids(job, tokenizer) == {3, 4}
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": "x"}')
+    with pytest.raises(ConfigError, match="eos_token_id is 'x', expected token ids"):
+        _end_ids(job, tokenizer)
