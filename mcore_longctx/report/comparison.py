@@ -1,22 +1,23 @@
 """Several ways to extend one base, compared: the same tokens of training, the same evaluation, several seeds of each.
 
-The unit is the training run. A figure of a method is its mean over runs, with Student's t interval over them; a rate of right answers
-also has the interval of its samples (all runs' together), and the wider of the two is shown, so that three runs of 60 of 60 do not look
-exact. A difference to the reference is paired by seed: runs of one seed see the same order of the same documents where they can.
+The unit is the training run. A figure of a method is its mean over runs, with Student's t interval over them. A rate of right answers
+also has the interval of its samples, which are the same for every run: more runs do not narrow it. The wider of the two is shown, so that
+three runs of 60 of 60 do not look exact. A difference to the reference is paired by seed: runs of one seed see the same order of the
+same documents where they can.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Any, Literal
 
 from mcore_longctx.report.counts import by_length, needle_counts, ruler_averages, ruler_tasks
 from mcore_longctx.report.losses import loss_bins, short_loss
 from mcore_longctx.report.run_folder import Column, NeedleKind
-from mcore_longctx.tasks.statistics import mean_interval, paired_mean_interval, wilson_interval
+from mcore_longctx.tasks.statistics import MeanInterval, mean_interval, paired_mean_interval, wilson_interval
 
 __all__ = ["Arm", "Comparison", "Figure", "Measure", "compare_arms", "comparison_lines"]
 
@@ -104,11 +105,13 @@ class Comparison:
 
 @dataclass(frozen=True)
 class _Value:
-    """Of one run: a value, and for a rate the answers behind it."""
+    """Of one run: a value, and for a rate the answers behind it and the interval of its samples."""
 
     value: float
     right: float | None = None
     all: int | None = None
+    low: float = 0.0
+    high: float = 1.0
 
 
 def compare_arms(arms: Sequence[Arm]) -> Comparison:
@@ -142,14 +145,17 @@ def _values(column: Column, tasks: Sequence[str]) -> list[tuple[Measure, _Value]
     found: list[tuple[Measure, _Value]] = []
     for kind, rows in sorted(column.needles.items()):
         for length, count in needle_counts(rows, by_length).items():
-            found.append((Measure(f"{_needle_name(kind)} {length:,}", "rate"), _Value(count.rate, count.right, count.all)))
+            value = _Value(count.rate, count.right, count.all, *count.interval)
+            found.append((Measure(f"{_needle_name(kind)} {length:,}", "rate"), value))
     for length, average in ruler_averages(column.ruler, tasks).items():
         if average.is_whole:
-            value = _Value(average.interval.mean, average.count.right, average.count.all)
+            ends = (average.interval.low, average.interval.high)
+            value = _Value(average.interval.mean, average.count.right, average.count.all, *ends)
             found.append((Measure(f"ruler-like {length:,}", "rate"), value))
     if column.short_suite:
         right = [bool(row["correct"]) for row in column.short_suite.values()]
-        found.append((Measure("short suite", "rate"), _Value(fmean(right), sum(right), len(right))))
+        ends = wilson_interval(sum(right), len(right))
+        found.append((Measure("short suite", "rate"), _Value(fmean(right), sum(right), len(right), *ends)))
     bins = loss_bins(column)
     if bins:
         (first, end), windows = max(bins.items())
@@ -167,40 +173,42 @@ def _figure(measure: Measure, own: Mapping[int, _Value], reference: Mapping[int,
     runs = {seed: value.value for seed, value in own.items()}
     over_runs = mean_interval(list(runs.values()))
     low, high = over_runs.low, over_runs.high
-    right, every = _answers(own.values())
+    answers: tuple[float | None, int | None] = (None, None)
     if measure.kind == "rate":
-        ends = wilson_interval(round(right), every)
-        known = over_runs.count > 1  # of one run nothing is known but its samples
-        low, high = (min(low, ends[0]), max(high, ends[1])) if known else ends
+        low, high = _wider(over_runs, _of_samples(own.values()))
         low, high = max(0.0, low), min(1.0, high)
-    figure = Figure(over_runs.mean, low, high, runs, *((right, every) if measure.kind == "rate" else (None, None)))
-    if reference is None:
+        answers = math.fsum(value.right or 0 for value in own.values()), sum(value.all or 0 for value in own.values())
+    figure = Figure(over_runs.mean, low, high, runs, *answers)
+    seeds = sorted(own.keys() & reference.keys()) if reference is not None else []
+    if reference is None or not seeds:
         return figure
-    seeds = sorted(own.keys() & reference.keys())
-    if not seeds:
-        return figure
-    change = paired_mean_interval([reference[seed].value for seed in seeds], [own[seed].value for seed in seeds])
+    before, after = [reference[seed] for seed in seeds], [own[seed] for seed in seeds]
+    change = paired_mean_interval([value.value for value in before], [value.value for value in after])
     low, high = change.low, change.high
     if measure.kind == "rate":
-        ends = _newcombe([reference[seed] for seed in seeds], [own[seed] for seed in seeds])
-        low, high = (min(low, ends[0]), max(high, ends[1])) if change.count > 1 else ends
-    return Figure(**{**vars(figure), "difference": change.mean, "difference_low": low, "difference_high": high})
+        low, high = _wider(change, _newcombe(before, after))
+    return replace(figure, difference=change.mean, difference_low=low, difference_high=high)
 
 
-def _answers(values: Iterable[_Value]) -> tuple[float, int]:
-    pairs = [(value.right, value.all) for value in values if value.right is not None and value.all is not None]
-    return math.fsum(right for right, _ in pairs), sum(every for _, every in pairs)
+def _wider(over_runs: MeanInterval, of_samples: tuple[float, float]) -> tuple[float, float]:
+    """Both ends of the interval over runs, or of that of the samples where it reaches further; of one run the samples say it all."""
+    if over_runs.count == 1:
+        return of_samples
+    return min(over_runs.low, of_samples[0]), max(over_runs.high, of_samples[1])
 
 
-def _newcombe(before: Sequence[_Value], after: Sequence[_Value]) -> tuple[float, float]:
-    """Interval of the difference of two rates from their Wilson intervals. Source: Newcombe 1998, method 10.
+def _of_samples(values: Collection[_Value]) -> tuple[float, float]:
+    """Interval of a mean over runs that all answered the same samples: that of one run, its ends averaged over the runs."""
+    return fmean(value.low for value in values), fmean(value.high for value in values)
 
-    Samples are taken as independent; they are the same on both sides, which makes the true interval narrower.
+
+def _newcombe(before: Collection[_Value], after: Collection[_Value]) -> tuple[float, float]:
+    """Interval of the difference of two rates from the interval of each. Source: Newcombe 1998, method 10.
+
+    The samples of both are taken as independent; they are the same, which makes the true interval narrower.
     """
-    (right_1, all_1), (right_2, all_2) = _answers(after), _answers(before)
-    p_1, p_2 = right_1 / all_1, right_2 / all_2
-    low_1, high_1 = wilson_interval(round(right_1), all_1)
-    low_2, high_2 = wilson_interval(round(right_2), all_2)
+    p_1, p_2 = fmean(value.value for value in after), fmean(value.value for value in before)
+    (low_1, high_1), (low_2, high_2) = _of_samples(after), _of_samples(before)
     difference = p_1 - p_2
     return difference - math.hypot(p_1 - low_1, high_2 - p_2), difference + math.hypot(high_1 - p_1, p_2 - low_2)
 

@@ -58,6 +58,8 @@ def plan_comparison(
     """
     if seeds < 1:
         raise ConfigError(f"{seeds} seeds", where="--seeds", fix="1 or more; from 2 on there is an interval over runs")
+    if not methods:
+        raise ConfigError("no method to compare with the reference", where="--methods", fix="name a preset or a file")
     first = open_recipe(reference, overrides).recipe
     folder = folder if folder is not None else Path("runs") / f"compare-{first.name}"
     sources: dict[str, str] = {}
@@ -75,7 +77,7 @@ def plan_comparison(
         for name, source in sources.items():
             own = [
                 f"seed={seed}",
-                f"evaluate.seed={first.evaluate.seed or first.seed}",
+                f"evaluate.seed={first.evaluation_seed}",
                 f"output={folder / name / f'seed{seed}'}",
             ]
             runs.append((name, seed, open_recipe(source, [*overrides, *own])))
@@ -138,8 +140,10 @@ def _refuse_unlike(first: Recipe, file: RecipeFile) -> None:
                 where=file.where(section),
                 fix=f"take it from there (extends: and changes: of {first.name})",
             )
-    if recipe.evaluate.needle is None and recipe.evaluate.ruler is None and recipe.evaluate.loss_by_position is None:
-        raise ConfigError("nothing is measured", where=file.where("evaluate"), fix="give needle, ruler or loss_by_position")
+    if not recipe.evaluate.measures:
+        raise ConfigError(
+            "nothing is measured", where=file.where("evaluate"), fix="give needle, ruler, loss_by_position or short_suite"
+        )
     wanted_tokens, tokens = _tokens(first), _tokens(recipe)
     if abs(tokens - wanted_tokens) > _BUDGETS_DIFFER * wanted_tokens:
         raise ConfigError(

@@ -50,7 +50,7 @@ def test_a_rate_over_runs_has_students_interval_or_wilsons_where_that_is_wider(c
     assert (figure.right, figure.all) == (135, 180)
     sure = comparison.figures["other", "pass key 4,096"]
     z = statistics.NormalDist().inv_cdf(0.975)
-    assert (sure.low, sure.high) == pytest.approx((180 / (180 + z * z), 1.0))  # three runs of 60 of 60 are not exact
+    assert (sure.low, sure.high) == pytest.approx((60 / (60 + z * z), 1.0))  # the same 60 samples, however many runs
     one = comparison.figures["few", "pass key 4,096"]
     assert one.low < 0.5 < one.high
     assert one.high - one.low > 0.2
@@ -68,6 +68,16 @@ def test_a_difference_is_paired_by_seed(comparison: Comparison) -> None:
     assert comparison.figures["few", "pass key 4,096"].difference == pytest.approx(-20 / 60)  # with seed 1 alone
     assert comparison.figures["few", "pass key 4,096"].differs  # the samples say so: 30 of 60 against 50 of 60
     assert comparison.figures["plain", "short loss"].difference is None
+
+
+def test_needles_of_one_haystack_are_one_sample() -> None:
+    single = column(20, 20).needles[NeedleKind("passkey", False)]
+    rows = {key: {**row, "shared": True, "index": 0} for key, row in single.items()}
+    of_run = Column("extend", "extend", needles={NeedleKind("passkey", True): rows})
+    found = compare_arms([Arm("a", "", 1, {1: of_run, 2: of_run, 3: of_run})])
+    figure = found.figures["a", "pass key (shared) 4,096"]
+    assert (figure.right, figure.all) == (60, 60)
+    assert figure.low < 0.25  # one haystack
 
 
 def test_the_same_runs_do_not_differ() -> None:

@@ -78,7 +78,17 @@ def test_the_page_of_methods_names_every_preset() -> None:
 
 def test_no_seeds_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="0 seeds"):
-        plan_comparison("tiny-cpu", [], seeds=0, folder=tmp_path)
+        plan_comparison("tiny-cpu", ["tiny-masked"], seeds=0, folder=tmp_path)
+
+
+def test_no_method_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no method"):
+        plan_comparison("tiny-cpu", [], seeds=1, folder=tmp_path)
+
+
+def test_an_evaluation_seed_of_0_is_a_seed(tmp_path: Path) -> None:
+    plan = plan_comparison("tiny-cpu", ["tiny-masked"], seeds=1, overrides=["evaluate.seed=0"], folder=tmp_path)
+    assert {file.recipe.evaluation_seed for _, _, file in plan.runs} == {0}
 
 
 @pytest.mark.long
