@@ -60,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
     stages = [stage.name for stage in recipe.stages]
     _check_name("--checkpoint", args.checkpoint, ["base", *stages])
     _check_name("--column", args.column, ["before", "scaled", *stages])
+    _check_column(args.checkpoint, args.rope, args.column)
     if not recipe.evaluate.measures:
         raise ConfigError(
             "nothing to measure: none of needle, ruler, loss_by_position, short_suite is given", where=file.where("evaluate")
@@ -92,3 +93,20 @@ def run(args: argparse.Namespace) -> int:
 def _check_name(option: str, name: str, names: list[str]) -> None:
     if name not in names:
         raise ConfigError(f"{name!r} is not known here", where=option, fix=f"one of {', '.join(names)}")
+
+
+def _check_column(checkpoint: str, rope: str, column: str) -> None:
+    """A column's name says to the report which model it is: a base that is filed as a stage would be shown as the trained model."""
+    if checkpoint != "base" and rope == "own":
+        raise ConfigError(
+            f"a stage is measured with the recipe's rope, which {checkpoint!r} was trained with",
+            where="--rope own",
+            fix="use --rope recipe",
+        )
+    right = checkpoint if checkpoint != "base" else {"own": "before", "recipe": "scaled"}[rope]
+    if column != right:
+        raise ConfigError(
+            f"{column!r} is the column of another model than --checkpoint {checkpoint} --rope {rope}",
+            where="--column",
+            fix=f"use --column {right}",
+        )

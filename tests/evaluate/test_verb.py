@@ -63,11 +63,17 @@ def test_own_and_recipe_rope_are_different_measurements(folder):
     assert rows["before"]["sums"] != rows["scaled"]["sums"]
 
 
-def test_a_level_on_the_command_line_is_the_recipes(folder, capsys):
-    assert evaluate(folder, "--checkpoint", "base", "--rope", "recipe", "--column", "extend", "--level", "quick") == 0
+def test_a_level_on_the_command_line_is_the_recipes(folder, tmp_path, capsys):
+    output = tmp_path / "run"
+    (output / "checkpoints").mkdir(parents=True)
+    (output / "checkpoints" / "base").symlink_to(folder / "run" / "checkpoints" / "base")
+    assert (
+        evaluate(folder, "--checkpoint", "base", "--rope", "recipe", "--column", "scaled", "--level", "quick", f"output={output}")
+        == 0
+    )
     said = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in said] == ["plan:", "needles,", "loss", "short"]
-    rows = [json.loads(line) for line in (folder / "run" / "evaluate" / "extend" / "needle.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (output / "evaluate" / "scaled" / "needle.jsonl").read_text().splitlines()]
     assert [(row["task"], row["length"], row["index"]) for row in rows] == [("needles_shared", 128, 0)]
 
 
@@ -101,6 +107,17 @@ def test_a_level_on_the_command_line_is_the_recipes(folder, capsys):
             ("--checkpoint", "base", "--rope", "own", "--column", "../x"),
             "--column: '../x' is not known here; one of before, scaled, extend",
         ),
+        (
+            ("--checkpoint", "base", "--rope", "own", "--column", "extend"),
+            "--column: 'extend' is the column of another model than --checkpoint base --rope own; use --column before",
+        ),
+        (
+            ("--checkpoint", "base", "--rope", "recipe", "--column", "extend"),
+            "--column: 'extend' is the column of another model than --checkpoint base --rope recipe; use --column scaled",
+        ),
+        (("--checkpoint", "base", "--rope", "recipe", "--column", "before"), "use --column scaled"),
+        (("--checkpoint", "extend", "--rope", "recipe", "--column", "scaled"), "use --column extend"),
+        (("--checkpoint", "extend", "--rope", "own", "--column", "extend"), "use --rope recipe"),
         (
             ("--checkpoint", "extend", "--rope", "recipe", "--column", "extend"),
             "no finished checkpoint here; run the training stage first",
