@@ -12,7 +12,8 @@ table with intervals and write one page. RECIPE is the reference. A method is a 
 
   mcore-longctx compare tiny-cpu --methods tiny-utk,tiny-cip --seeds 3
 
-Started again, it goes on where it was stopped. On a cluster, `launch` each recipe that --dry-run names; compare then reports.
+Started again, it goes on where it was stopped. On a cluster, --dry-run prints the `launch` command of each run; once they are done,
+compare reports.
 """
 
 
@@ -34,13 +35,13 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compare, or print what would run."""
-    from mcore_longctx.run.compare import compare_methods, plan_comparison
+    from mcore_longctx.run.compare import compare_methods, launch_lines, plan_comparison
 
     methods = [name for name in args.methods.split(",") if name]
     plan = plan_comparison(args.recipe, methods, seeds=args.seeds, overrides=args.overrides, folder=args.output)
     if args.dry_run:
-        for name, seed, file in plan.runs:
-            print(f"{name}, seed {seed}: {file.file} -> {file.recipe.run_folder}")
+        for (name, seed, file), line in zip(plan.runs, launch_lines(plan, args.overrides), strict=True):
+            print(f"{name}, seed {seed} -> {file.recipe.run_folder}\n    {line}")
         return 0
     compare_methods(plan)
     return 0

@@ -105,6 +105,10 @@ def _refuse_combinations(recipe: Recipe) -> None:
         augment = data.augment if data is not None else None
         if augment is not None and stage.kind == "sft":
             raise ValueError(f"stage {stage.name}: augment {augment.type} is for documents, data set {stage.data!r} holds chats")
+        if data is not None and data.sentences is not None and stage.kind == "sft":
+            raise ValueError(f"stage {stage.name}: sentences are chosen from documents, data set {stage.data!r} holds chats")
+        if data is not None and data.prompt_loss != "none" and stage.kind == "pretrain":
+            raise ValueError(f"stage {stage.name}: prompt_loss is for chats, data set {stage.data!r} holds documents")
         if augment is not None and stage.cross_document_mask:
             raise ValueError(
                 f"stage {stage.name}: augment {augment.type} spreads a document over the sample, and cross_document_mask hides its "

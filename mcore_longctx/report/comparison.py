@@ -76,16 +76,21 @@ class Measure:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All measures of all methods; the first arm is the reference. A method that was not measured so has no figure there."""
+    """All measures of all methods; the first arm is the reference. A method that was not measured so has no figure there.
+
+    `base`: measure -> value of the model that all start from, untrained; it has no runs, so no interval over them.
+    """
 
     arms: tuple[Arm, ...]
     measures: tuple[Measure, ...]
     figures: Mapping[tuple[str, str], Figure]  # (arm, measure)
+    base: Mapping[str, Figure]
 
     def as_dict(self) -> dict[str, Any]:
         """The same, for JSON."""
         return {
             "reference": self.arms[0].name,
+            "base": {name: _plain_json(asdict(figure)) for name, figure in self.base.items()},
             "methods": [
                 {
                     "name": arm.name,
@@ -93,7 +98,7 @@ class Comparison:
                     "tokens": arm.tokens,
                     "seeds": sorted(arm.columns),
                     "measures": {
-                        measure.name: {"kind": measure.kind, **asdict(self.figures[arm.name, measure.name])}
+                        measure.name: {"kind": measure.kind, **_plain_json(asdict(self.figures[arm.name, measure.name]))}
                         for measure in self.measures
                         if (arm.name, measure.name) in self.figures
                     },
@@ -114,8 +119,18 @@ class _Value:
     high: float = 1.0
 
 
-def compare_arms(arms: Sequence[Arm]) -> Comparison:
+def _plain_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What is not finite becomes null: JSON has no word for it."""
+    nested = {name: _plain_json(value) if isinstance(value, Mapping) else value for name, value in values.items()}
+    return {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in nested.items()}
+
+
+def compare_arms(arms: Sequence[Arm], *, base: Column | None = None) -> Comparison:
     """Figures of every method, the first as the reference.
+
+    Args:
+        arms: the methods.
+        base: what the model that all start from measured.
 
     Raises:
         ValueError: no arms, or one without runs.
@@ -132,8 +147,10 @@ def compare_arms(arms: Sequence[Arm]) -> Comparison:
             if own:
                 reference = None if arm is arms[0] else _of(values[arms[0].name], measure)
                 figures[arm.name, measure.name] = _figure(measure, own, reference)
+    untrained = _values(base, tasks) if base is not None else []
+    of_base = {measure.name: _figure(measure, {0: value}, None) for measure, value in untrained if measure in measures}
     rates_first = sorted(measures, key=lambda measure: measure.kind == "loss")
-    return Comparison(tuple(arms), tuple(rates_first), figures)
+    return Comparison(tuple(arms), tuple(rates_first), figures, of_base)
 
 
 def _of(runs: Mapping[int, Mapping[Measure, _Value]], measure: Measure) -> dict[int, _Value]:
@@ -217,9 +234,11 @@ def _newcombe(before: Collection[_Value], after: Collection[_Value]) -> tuple[fl
 def comparison_lines(comparison: Comparison) -> list[str]:
     """For people: a block for each measure, a line for each method: mean, interval, runs, difference to the reference."""
     lines = []
-    width = max(len(arm.name) for arm in comparison.arms)
+    width = max(4, *(len(arm.name) for arm in comparison.arms))
     for measure in comparison.measures:
         lines.append(f"{measure.name}{'' if measure.kind == 'rate' else ' (nats per token, lower is better)'}")
+        if measure.name in comparison.base:
+            lines.append(f"  {'base':<{width}}  {_line(measure, comparison.base[measure.name])}")
         for arm in comparison.arms:
             figure = comparison.figures.get((arm.name, measure.name))
             lines.append(f"  {arm.name:<{width}}  {'not measured' if figure is None else _line(measure, figure)}")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from mcore_longctx.manifest import versions, write_atomic
-from mcore_longctx.report.comparison import Comparison, Measure
+from mcore_longctx.report.comparison import Comparison, Figure, Measure
 from mcore_longctx.report.style import INK, colour, figure_in_style, svg
 from mcore_longctx.report.templating import environment
 
@@ -27,7 +28,7 @@ def write_comparison(comparison: Comparison, folder: Path, *, title: str, evalua
         evaluation: what was measured, in a sentence.
     """
     facts = {"title": title, "evaluation": evaluation, **comparison.as_dict(), "versions": versions()}
-    write_atomic(folder / "comparison.json", json.dumps(facts, indent=1) + "\n")
+    write_atomic(folder / "comparison.json", json.dumps(facts, indent=1, allow_nan=False) + "\n")
     page = (
         environment()
         .get_template("comparison.html.j2")
@@ -46,29 +47,33 @@ def write_comparison(comparison: Comparison, folder: Path, *, title: str, evalua
 
 
 def _rows(comparison: Comparison, measure: Measure) -> list[dict[str, Any]]:
+    arms = [(arm.name, comparison.figures.get((arm.name, measure.name))) for arm in comparison.arms]
+    if measure.name in comparison.base:
+        arms.insert(0, ("base, not trained", comparison.base[measure.name]))
+    return [{"name": name, "missing": True} if figure is None else _row(name, measure, figure) for name, figure in arms]
+
+
+def _row(name: str, measure: Measure, figure: Figure) -> dict[str, Any]:
     scale, digits = (100, 1) if measure.kind == "rate" else (1, 3)
-    rows = []
-    for arm in comparison.arms:
-        figure = comparison.figures.get((arm.name, measure.name))
-        if figure is None:
-            rows.append({"name": arm.name, "missing": True})
-            continue
-        difference = ""
-        if figure.difference is not None and figure.difference_low is not None and figure.difference_high is not None:
-            ends = f"{scale * figure.difference_low:+.{digits}f} to {scale * figure.difference_high:+.{digits}f}"
-            difference = f"{scale * figure.difference:+.{digits}f} ({ends})"
-        rows.append(
-            {
-                "name": arm.name,
-                "count": "" if figure.right is None else f"{figure.right:,.10g}/{figure.all:,}",
-                "mean": f"{scale * figure.mean:.{digits}f}",
-                "interval": f"{scale * figure.low:.{digits}f} to {scale * figure.high:.{digits}f}",
-                "runs": ", ".join(f"{scale * value:.{digits}f}" for value in figure.runs.values()),
-                "difference": difference,
-                "differs": figure.differs,
-            }
-        )
-    return rows
+    difference = ""
+    if figure.difference is not None:
+        ends = _ends(figure.difference_low, figure.difference_high, scale, f"+.{digits}f")
+        difference = f"{scale * figure.difference:+.{digits}f} ({ends})"
+    return {
+        "name": name,
+        "count": "" if figure.right is None else f"{figure.right:,.10g}/{figure.all:,}",
+        "mean": f"{scale * figure.mean:.{digits}f}",
+        "interval": _ends(figure.low, figure.high, scale, f".{digits}f"),
+        "runs": ", ".join(f"{scale * value:.{digits}f}" for value in figure.runs.values()),
+        "difference": difference,
+        "differs": figure.differs,
+    }
+
+
+def _ends(low: float | None, high: float | None, scale: float, form: str) -> str:
+    if low is None or high is None or not math.isfinite(high - low):
+        return "one run"
+    return f"{scale * low:{form}} to {scale * high:{form}}"
 
 
 def _picture(comparison: Comparison, measure: Measure) -> str:
@@ -83,7 +88,8 @@ def _picture(comparison: Comparison, measure: Measure) -> str:
                 continue
             low, high = scale * found.low, scale * found.high
             shade = INK if y == 0 else colour(2)
-            axes.plot([low, high], [y, y], color=shade, linewidth=1.6, solid_capstyle="butt")
+            if math.isfinite(high - low):
+                axes.plot([low, high], [y, y], color=shade, linewidth=1.6, solid_capstyle="butt")
             runs = [scale * value for value in found.runs.values()]
             axes.plot(runs, [y] * len(runs), "o", color=shade, markersize=3, alpha=0.45, markeredgewidth=0)
             axes.plot([scale * found.mean], [y], "o", color=shade, markersize=6)

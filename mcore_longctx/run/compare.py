@@ -4,11 +4,14 @@
     FOLDER/comparison.json       figures with intervals (`mcore_longctx.report.comparison`)
     FOLDER/comparison.html       the same as one page
 
-Runs follow each other; on a cluster each is a recipe that `launch` takes, and `compare` reports what it finds done.
+Runs follow each other on this machine, or inside an allocation. On a cluster `launch_lines` has the command of each run, and `compare` then
+reports what it finds done.
 """
 
 from __future__ import annotations
 
+import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,11 +22,11 @@ from mcore_longctx.recipe.resolve import resolve
 from mcore_longctx.recipe.schema import Recipe
 from mcore_longctx.report.comparison import Arm, Comparison, compare_arms, comparison_lines
 from mcore_longctx.report.comparison_page import write_comparison
-from mcore_longctx.report.run_folder import read_run_folder
+from mcore_longctx.report.run_folder import Column, read_run_folder
 from mcore_longctx.run import run_recipe
 from mcore_longctx.run.steps import plan_steps
 
-__all__ = ["Plan", "compare_methods", "plan_comparison"]
+__all__ = ["Plan", "compare_methods", "launch_lines", "plan_comparison"]
 
 _BUDGETS_DIFFER = 0.02  # by more than this share they are not the same: a stage has whole steps
 
@@ -75,13 +78,21 @@ def plan_comparison(
     runs = []
     for seed in range(first.seed, first.seed + seeds):
         for name, source in sources.items():
-            own = [
-                f"seed={seed}",
-                f"evaluate.seed={first.evaluation_seed}",
-                f"output={folder / name / f'seed{seed}'}",
-            ]
-            runs.append((name, seed, open_recipe(source, [*overrides, *own])))
+            own = [f"seed={seed}", f"evaluate.seed={first.evaluation_seed}"]
+            file = open_recipe(source, [*overrides, *own])
+            # not an override: what stands there is YAML, and a folder's name may mean something in it
+            runs.append((name, seed, replace(file, recipe=replace(file.recipe, output=folder / name / f"seed{seed}"))))
     return Plan(folder, tuple(sources), tuple(runs))
+
+
+def launch_lines(plan: Plan, overrides: Sequence[str]) -> list[str]:
+    """For each run the command that writes its job scripts. The overrides are those of the comparison."""
+    lines = []
+    for _, seed, file in plan.runs:
+        recipe = file.recipe
+        own = [f"seed={seed}", f"evaluate.seed={recipe.evaluate.seed}", f"output={json.dumps(str(recipe.run_folder))}"]
+        lines.append(shlex.join(["mcore-longctx", "launch", file.file, *overrides, *own]))
+    return lines
 
 
 def compare_methods(plan: Plan) -> Comparison:
@@ -95,7 +106,7 @@ def compare_methods(plan: Plan) -> Comparison:
     for number, (name, seed, file) in enumerate(plan.runs, 1):
         print(f"== {number}/{len(plan.runs)}: {name}, seed {seed}", flush=True)
         run_recipe(file, only=_steps(file, measure_base=number == 1))
-    comparison = compare_arms([_arm(plan, name) for name in plan.methods])
+    comparison = compare_arms([_arm(plan, name) for name in plan.methods], base=_columns(plan.runs[0][2])["before"])
     base = plan.runs[0][2].recipe
     evaluation = f"Base {base.model.path}, {_tokens(base):,} tokens of training each, the same evaluation samples for every run."
     page = write_comparison(comparison, plan.folder, title=f"Methods compared with {plan.methods[0]}", evaluation=evaluation)
@@ -116,9 +127,12 @@ def _arm(plan: Plan, name: str) -> Arm:
     columns = {}
     for method, seed, file in plan.runs:
         if method == name:
-            found = {column.name: column for column in read_run_folder(file.recipe.run_folder).columns}
-            columns[seed] = found[last]
+            columns[seed] = _columns(file)[last]
     return Arm(name, recipe.about, _tokens(recipe), columns)
+
+
+def _columns(file: RecipeFile) -> dict[str, Column]:
+    return {column.name: column for column in read_run_folder(file.recipe.run_folder).columns}
 
 
 def _tokens(recipe: Recipe) -> int:

@@ -173,7 +173,8 @@ def _data_step(recipe: Recipe, resolved: Resolved, folder: Path, stage: Stage) -
         "tokenizer",
         "seed",
     )
-    files = tuple(source.path for source in section.sources)
+    chosen_by = section.sentences.offsets if section.sentences is not None else None
+    files = (*(source.path for source in section.sources), *((chosen_by,) if chosen_by is not None else ()))
     return Step(f"data-{stage.name}", stage.name, tuple(lines), keys, files, (out / "manifest.json",), (), action)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -114,3 +115,19 @@ def test_a_method_that_was_measured_at_another_length_has_no_figure_here() -> No
     assert any("not measured" in line for line in comparison_lines(found))
     with pytest.raises(ValueError, match="nothing to compare"):
         compare_arms([Arm("a", "", 1, {})])
+
+
+def test_one_run_and_a_loss_that_is_no_number_are_valid_json_and_say_so(tmp_path: Path) -> None:
+    found = compare_arms(
+        [Arm("a", "", 1, {1: column(50)}), Arm("b", "", 1, {1: column(60, loss=math.nan)})], base=column(0, loss=3.0)
+    )
+    page = write_comparison(found, tmp_path, title="t", evaluation="e").read_text()
+    cells = re.findall(r"<td[^>]*>(.*?)</td>", page)
+    assert "one run" in cells
+    assert not [cell for cell in cells if "inf" in cell]
+    assert "base, not trained" in page
+    facts = json.loads((tmp_path / "comparison.json").read_text(), parse_constant=pytest.fail)
+    assert facts["methods"][0]["measures"]["short loss"]["low"] is None
+    assert facts["base"]["pass key 4,096"]["right"] == 0
+    lines = comparison_lines(found)
+    assert lines[1].split()[:2] == ["base", "0/60"]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 
 from mcore_longctx.errors import ConfigError
-from mcore_longctx.recipe.load import preset_names
-from mcore_longctx.run.compare import compare_methods, plan_comparison
+from mcore_longctx.recipe.load import open_recipe, preset_names
+from mcore_longctx.run.compare import compare_methods, launch_lines, plan_comparison
 
 SMALL = [
     "stages.extend.seq_length=512",
@@ -79,6 +80,16 @@ def test_the_page_of_methods_names_every_preset() -> None:
 def test_no_seeds_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="0 seeds"):
         plan_comparison("tiny-cpu", ["tiny-masked"], seeds=0, folder=tmp_path)
+
+
+def test_a_folder_is_taken_as_it_is_written_and_launch_is_told_the_same(tmp_path: Path) -> None:
+    folder = tmp_path / "x #1: y"
+    plan = plan_comparison("tiny-cpu", ["tiny-masked"], seeds=1, overrides=["evaluate.needle.samples=3"], folder=folder)
+    assert plan.runs[1][2].recipe.run_folder == folder / "tiny-masked" / "seed1234"
+    for (_, _, file), line in zip(plan.runs, launch_lines(plan, ["evaluate.needle.samples=3"]), strict=True):
+        program, verb, source, *overrides = shlex.split(line)
+        assert (program, verb) == ("mcore-longctx", "launch")
+        assert open_recipe(source, overrides).recipe == file.recipe
 
 
 def test_no_method_is_refused(tmp_path: Path) -> None:

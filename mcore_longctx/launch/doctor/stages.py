@@ -106,6 +106,9 @@ def inputs(recipe: Recipe, *, model_found: bool) -> Iterator[Finding]:
     for name in dict.fromkeys(stage.data for stage in recipe.stages):
         for source in recipe.data[name].sources:
             wanted[source.path] = f"data.{name}.sources.{source.name}"
+        sentences = recipe.data[name].sentences
+        if sentences is not None and sentences.offsets is not None:
+            wanted[sentences.offsets] = f"data.{name}.sentences.offsets"
     for key, path in recipe.evaluate.at_level().texts.items():
         wanted.setdefault(path, f"evaluate.{key}")
     for path, key in wanted.items():
