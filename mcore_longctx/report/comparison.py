@@ -204,6 +204,7 @@ def _figure(measure: Measure, own: Mapping[int, _Value], reference: Mapping[int,
     low, high = change.low, change.high
     if measure.kind == "rate":
         low, high = _wider(change, _newcombe(before, after))
+        low, high = max(-1.0, low), min(1.0, high)
     return replace(figure, difference=change.mean, difference_low=low, difference_high=high)
 
 

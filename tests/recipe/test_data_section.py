@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from mcore_longctx.errors import ConfigError
+from mcore_longctx.recipe.load import load_recipe
 from mcore_longctx.recipe.schema import DataSection, DocumentSource, LengthSampling, TokenCount
 
 
@@ -54,3 +56,16 @@ def test_an_empty_separator_is_called_none(kind: str) -> None:
     with pytest.raises(ValueError, match="separator is empty; for nothing between documents use separator_kind none"):
         DataSection(sources=(source(),), separator="", separator_kind=kind)
     assert DataSection(sources=(source(),), separator="", separator_kind="none").separator_text == "nothing"
+
+
+@pytest.mark.parametrize(
+    ("override", "what"),
+    [
+        ("data.long-documents.prompt_loss=all", "stage extend: prompt_loss is for chats, data set 'long-documents' holds documents"),
+        ("data.chats.sentences={rule: digits}", "stage instruct: sentences are chosen from documents, data set 'chats' holds chats"),
+        ("data.chats.augment={type: cip}", "stage instruct: augment cip is for documents, data set 'chats' holds chats"),
+    ],
+)
+def test_what_belongs_to_the_other_kind_of_data_is_refused_with_the_recipe(override: str, what: str) -> None:
+    with pytest.raises(ConfigError, match=what):
+        load_recipe("tiny-cpu", [override])
