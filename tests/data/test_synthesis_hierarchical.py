@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ from mcore_longctx.data.synthesis.closed_book import answerable_without, same_an
 from mcore_longctx.data.synthesis.documents import ChunkedDocument, read_documents
 from mcore_longctx.data.synthesis.question_plan import QuestionCounts, plan_chat
 from mcore_longctx.data.synthesis.sized import TokenCounter
+from mcore_longctx.data.synthesis.writer import Answers, Writer
 from mcore_longctx.data.tokenizers import load_tokenizer
+from mcore_longctx.errors import DataError
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny-llama"
 WRITER = """\
@@ -351,6 +354,48 @@ def test_a_writer_that_fails_stops_with_one_line_and_keeps_what_it_said(
     assert not list(tmp_path.glob("o*.jsonl"))
     kept = (tmp_path / "o.work" / "answers.jsonl").read_text().count("\n")
     assert kept == (0 if mode == "mute" else 5)
+
+
+LEAVES_A_CHILD = """\
+import os, subprocess, sys
+child = subprocess.Popen(["sleep", "40"], start_new_session=sys.argv[2] == "away")
+with open(sys.argv[1], "w") as file:
+    file.write(str(child.pid))
+if sys.argv[2] == "unread":
+    sys.stdin.buffer.read(1)
+else:
+    sys.stdin.buffer.read()
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("mode", ["near", "unread", "away"])
+def test_the_timeout_holds_though_the_command_leaves_a_child_behind(tmp_path: Path, mode: str) -> None:
+    """The child holds the pipes of the command. It ends with it, unless it went into a session of its own: then nobody waits."""
+    (tmp_path / "w.py").write_text(LEAVES_A_CHILD)
+    writer = Writer(command=(sys.executable, str(tmp_path / "w.py"), str(tmp_path / "pid"), mode), timeout=1.0)
+    requests = [{"id": str(number), "kind": "local", "chunk": "x" * 40_000, "name": "n"} for number in range(10)]
+    begin = time.monotonic()
+    with pytest.raises(DataError, match=r"10 of 10 items have no usable answer .*: no line of the command for 1 s"):
+        Answers(tmp_path / "answers.jsonl").ask(requests, writer, max_rejected=0.1)
+    child = int((tmp_path / "pid").read_text())
+    try:
+        assert time.monotonic() - begin < 20  # the child sleeps for 40
+        deadline = time.monotonic() + 5
+        while mode != "away" and is_running(child):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(child, signal.SIGKILL)
+
+
+def is_running(pid: int) -> bool:
+    """Not gone, and not ended and waiting for a parent that never asks."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_a_writer_of_nonsense_is_ended_soon(

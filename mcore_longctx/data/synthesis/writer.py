@@ -27,6 +27,7 @@ __all__ = ["Answers", "Rejected", "Writer"]
 
 _LINE = 1 << 24  # bytes of an answer at most
 _SHOWN = 200  # characters of a bad line
+_ENDING = 2.0  # seconds for what reads and writes the pipes of a command that was ended
 _ALWAYS = 3  # failures that are fine whatever the share
 _FIELDS = {"summary": ("summary",), "closed_book": ("answer",)}  # all others: question and answer
 _QUESTION = ("question", "answer")
@@ -251,14 +252,12 @@ class _Command:
                 yield None, f"the command ended with exit code {code}{self._last_words()}"
         finally:
             over.set()
-            if process.poll() is None:
+            # always: the command may have ended and left children that hold its pipes
+            with suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
-            for thread in threads:
-                thread.join(5)
-            process.stdout.close()
-            with suppress(BrokenPipeError):
-                process.stdin.close()
+            process.wait()
+            for thread in threads:  # each closes its pipe; one that a child in a session of its own holds is not waited for
+                thread.join(_ENDING)
 
     def _last_words(self) -> str:
         lines = self._errors.read_text("utf-8", "replace").strip().splitlines()
@@ -266,12 +265,9 @@ class _Command:
 
 
 def _feed(stdin: IO[bytes], requests: Mapping[str, Mapping[str, Any]]) -> None:
-    try:
+    with suppress(BrokenPipeError), stdin:  # it ended early: its exit code or the missing answers tell
         for request in requests.values():
             stdin.write(json.dumps(request, ensure_ascii=False).encode() + b"\n")
-        stdin.close()
-    except (BrokenPipeError, ValueError):  # it ended early: its exit code or the missing answers tell
-        pass
 
 
 def _read(stdout: IO[bytes], lines: queue.Queue[bytes | None], over: threading.Event) -> None:
@@ -283,6 +279,7 @@ def _read(stdout: IO[bytes], lines: queue.Queue[bytes | None], over: threading.E
                 continue
             return
 
-    while line := stdout.readline(_LINE):
-        put(line)
-    put(None)
+    with stdout:
+        while line := stdout.readline(_LINE):
+            put(line)
+        put(None)
