@@ -56,6 +56,12 @@ for number, line in enumerate(sys.stdin):
         print(json.dumps({"id": request["id"], "error": "too hard"}))
     elif mode == "twice" and bad:
         print(json.dumps(answer) + "\\n" + json.dumps(answer))
+    elif mode == "deep" and bad:
+        print("[" * 100_000)
+    elif mode == "deep error" and bad:
+        print('{"id": "' + request["id"] + '", "error": ' + "[" * 900 + "]" * 900 + "}")
+    elif mode == "half" and bad:
+        print('{"id": "' + request["id"] + '", "error": "\\\\ud800 is half"}')
     elif mode == "nonsense":
         print("no idea")
     elif mode == "silent" and bad:
@@ -299,7 +305,7 @@ def command(tmp_path: Path) -> Any:
     (tmp_path / "a writer.py").write_text(WRITER)
 
     def line(mode: str = "good", pause: float = 0.0) -> str:
-        return f"{sys.executable} '{tmp_path / 'a writer.py'}' {pause} {tmp_path / 'asked.jsonl'} {mode}"
+        return f"{sys.executable} '{tmp_path / 'a writer.py'}' {pause} {tmp_path / 'asked.jsonl'} '{mode}'"
 
     return line
 
@@ -309,6 +315,9 @@ REASONS = {
     "list": "not an object with an id",
     "empty": "no text 'summary'",
     "error": "the writer says: too hard",
+    "deep": "JSON that is nested too deeply",
+    "deep error": "",  # nested too deeply or not, as the Python has it
+    "half": "the writer says: \\ud800 is half",
     "twice": "was not asked, or is answered already",
     "silent": "no answer",
 }

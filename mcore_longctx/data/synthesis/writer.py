@@ -88,7 +88,7 @@ class Answers:
             try:
                 answer = json.loads(line)
                 self.known[answer["id"]] = answer
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise DataError(
                     "damaged", where=f"{self.path}:{number}", fix="remove the line: its question is asked again"
                 ) from None
@@ -157,7 +157,7 @@ class Answers:
             return Rejected(reason)
         try:
             request = waiting.pop(json.loads(line)["id"], None)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             request = None
         return Rejected(reason, request, line[:_SHOWN])
 
@@ -184,7 +184,7 @@ def _understood(line: str, waiting: Mapping[str, Mapping[str, Any]]) -> tuple[di
     if request is None:
         return None, f"id {answer['id'][:40]!r} was not asked, or is answered already"
     if "error" in answer:
-        return None, f"the writer says: {str(answer['error'])[:_SHOWN]}"
+        return None, f"the writer says: {_shown(answer['error'])}"
     wanted = _FIELDS.get(request["kind"], _QUESTION)
     for name in wanted:
         if not isinstance(answer.get(name), str) or not answer[name].strip():
@@ -195,6 +195,15 @@ def _understood(line: str, waiting: Mapping[str, Mapping[str, Any]]) -> tuple[di
     if not isinstance(quotes, list) or not all(isinstance(quote, str) and quote for quote in quotes):
         return None, "quotes is not a list of texts"
     return {name: answer[name] for name in ("id", *wanted)} | ({"quotes": quotes} if quotes else {}), ""
+
+
+def _shown(error: Any) -> str:
+    """The beginning of what a writer gave as error, fit for a file in UTF-8."""
+    try:
+        text = error if isinstance(error, str) else json.dumps(error)
+    except RecursionError:
+        text = "nested too deeply"
+    return text[:_SHOWN].encode("utf-8", "backslashreplace").decode()
 
 
 class _Command:
