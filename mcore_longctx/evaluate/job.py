@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,12 +13,12 @@ from tqdm import tqdm
 
 from mcore_longctx.errors import CheckpointError
 from mcore_longctx.evaluate.held_out import EvaluationTokenizer
-from mcore_longctx.evaluate.loss_by_position import score_windows
-from mcore_longctx.evaluate.needles import score_needles
+from mcore_longctx.evaluate.loss_by_position import score_windows, window_rows
+from mcore_longctx.evaluate.needles import needle_rows, score_needles
 from mcore_longctx.evaluate.prepare import ColumnTasks, check_section, prepare_tasks
-from mcore_longctx.evaluate.rows import on_first_rank
-from mcore_longctx.evaluate.ruler import score_ruler_tasks
-from mcore_longctx.evaluate.short_suite import score_choices
+from mcore_longctx.evaluate.rows import RowFile, on_first_rank
+from mcore_longctx.evaluate.ruler import ruler_rows, score_ruler_tasks
+from mcore_longctx.evaluate.short_suite import choice_rows, score_choices
 from mcore_longctx.families import ModelShape
 from mcore_longctx.manifest import MANIFEST, sha256_file, verify_manifest
 from mcore_longctx.megatron_compat import device_context
@@ -90,6 +90,7 @@ def evaluate_column(job: EvaluateJob, *, say: Callable[[str], None] = lambda lin
             "rope": job.rope.fingerprint()[:16],
         }
         tasks = prepare_tasks(section, tokenizer, seed=job.seed, cache=job.out.parent / CACHE)
+        rows = _open_rows(job.out, tasks, identity)
         with device_context():
             model = build_gpt_model(
                 job.shape,
@@ -103,7 +104,7 @@ def evaluate_column(job: EvaluateJob, *, say: Callable[[str], None] = lambda lin
             )
             load_model_weights(model, job.checkpoint)
             model.eval()
-            _measure(job, tasks, model, identity, say)
+            _measure(job, tasks, model, rows, say)
     finally:
         destroy_process_groups()
 
@@ -123,7 +124,21 @@ def _check(job: EvaluateJob, section: EvaluateSection) -> EvaluationTokenizer:
     return tokenizer
 
 
-def _measure(job: EvaluateJob, tasks: ColumnTasks, model: Any, identity: dict[str, Any], say: Callable[[str], None]) -> None:
+def _open_rows(out: Path, tasks: ColumnTasks, identity: Mapping[str, Any]) -> dict[str, RowFile]:
+    """The files of all tasks, read and checked: rows that do not go with this evaluation are no news for hours later."""
+    section, found = tasks.section, {}
+    if section.needle is not None:
+        found["needle"] = needle_rows(out, section.needle, identity)
+    if section.ruler is not None:
+        found["ruler"] = ruler_rows(out, section.ruler, identity)
+    if section.loss_by_position is not None:
+        found |= {task: window_rows(out, task, identity) for task in ("loss_by_position", "short_context")}
+    if section.short_suite is not None:
+        found["short_suite"] = choice_rows(out, identity)
+    return found
+
+
+def _measure(job: EvaluateJob, tasks: ColumnTasks, model: Any, rows: Mapping[str, RowFile], say: Callable[[str], None]) -> None:
     is_first, section = dist.get_rank() == 0, tasks.section
     hidden = not (is_first and sys.stdout.isatty())
     with tqdm(total=tasks.samples, desc=job.out.name, file=sys.stdout, disable=hidden, leave=False) as bar:
@@ -134,7 +149,7 @@ def _measure(job: EvaluateJob, tasks: ColumnTasks, model: Any, identity: dict[st
                 say(f"{job.out.name:<10} {line}")
 
         def settings(task: str) -> dict[str, Any]:
-            return {"identity": identity, "say": speak, "step": bar.update, "out": job.out / f"{task}.jsonl"}
+            return {"rows": rows[task], "say": speak, "step": bar.update}
 
         if section.needle is not None:
             score_needles(model, section.needle, tasks.needle, tasks.tokenizer, seed=job.seed, **settings("needle"))

@@ -7,7 +7,7 @@ sums per log-spaced bin are all that leaves a rank. The window is the unit of ev
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from mcore_longctx.evaluate.held_out import Windows
 from mcore_longctx.evaluate.rows import RowFile
 from mcore_longctx.evaluate.slices import local_slice, sum_over_ranks
 
-__all__ = ["FIRST_BIN", "bin_edges", "score_windows", "window_losses"]
+__all__ = ["FIRST_BIN", "bin_edges", "score_windows", "window_losses", "window_rows"]
 
 FIRST_BIN = 16
 
@@ -60,31 +60,34 @@ def window_losses(model: Any, tokens: npt.NDArray[np.int64], edges: list[int]) -
     return counts.astype(np.int64).tolist(), sums.tolist()
 
 
+def window_rows(out: Path, task: str, identity: Mapping[str, Any]) -> RowFile:
+    """The file of a task's rows, in the folder `out`. All ranks call it."""
+    return RowFile(out / f"{task}.jsonl", ("length", "index", "start"), identity)
+
+
 def score_windows(
     model: Any,
     windows: Windows,
     *,
     task: str,
-    out: Path,
-    identity: dict[str, Any],
+    rows: RowFile,
     say: Callable[[str], None],
     step: Callable[[], None],
 ) -> None:
-    """Measure every window; write `out`, one line per window as soon as it is known, and go on from lines that are there.
+    """Measure every window; write `rows`, one line per window as soon as it is known, and go on from lines that are there.
 
     Args:
         model: of `build_gpt_model`.
         windows: held-out text.
         task: `loss_by_position` (counts and sums per bin) or `short_context` (one count and sum).
-        out: the .jsonl file.
-        identity: what every line carries and must agree in (model, rope, seed).
+        rows: of `window_rows`, with the same task.
         say: takes a line of progress, on every rank.
         step: called after each window, also a skipped one.
     """
     length = windows.tokens.shape[1]
     edges = bin_edges(length) if task == "loss_by_position" else [0, length]
     started = time.monotonic()
-    with RowFile(out, ("length", "index", "start"), identity) as rows:
+    with rows:
         for index, (tokens, start) in enumerate(zip(windows.tokens, windows.starts.tolist(), strict=True)):
             if (length, index, start) not in rows:
                 begun = time.monotonic()

@@ -6,7 +6,7 @@ Teacher forcing alone: every token of the answer is the most probable one exactl
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from mcore_longctx.tasks import (
     needle_grid,
 )
 
-__all__ = ["score_needles"]
+__all__ = ["needle_rows", "score_needles"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,13 @@ class _Grid:
         return {"seed": self.seed, "digits": section.digits, "kind": section.kind, "prefix": self.tokenizer.prefix}
 
 
+def needle_rows(out: Path, section: NeedleSection, identity: Mapping[str, Any]) -> RowFile:
+    """The file of a section's rows, in the folder `out`. Rows that were asked for in another way are refused. All ranks call it."""
+    task = "needles_shared" if section.shared else "needle"
+    settings = {"task": task, "kind": section.kind, "digits": section.digits, "shared": section.shared}
+    return RowFile(out / "needle.jsonl", ("length", "depth", "index"), {**identity, **settings})
+
+
 def score_needles(
     model: Any,
     section: NeedleSection,
@@ -67,12 +74,11 @@ def score_needles(
     tokenizer: EvaluationTokenizer,
     *,
     seed: int,
-    out: Path,
-    identity: dict[str, Any],
+    rows: RowFile,
     say: Callable[[str], None],
     step: Callable[[], None],
 ) -> None:
-    """Measure the needle grid; write `out`, one line per sample as soon as it is known, and go on from lines that are there.
+    """Measure the needle grid; write `rows`, one line per sample as soon as it is known, and go on from lines that are there.
 
     All ranks of the model call it. Samples are made on rank 0 and sent to the others: they cost a copy of the text each, and so one
     process of the job holds the text.
@@ -83,15 +89,12 @@ def score_needles(
         haystack: held-out text; on ranks other than 0 it may be None.
         tokenizer: the model's.
         seed: with length, depth and index it decides each sample: the same samples for every column.
-        out: the .jsonl file.
-        identity: what every line carries and must agree in (model, rope, seed).
+        rows: of `needle_rows`, with the same section.
         say: takes a line of progress per length, on every rank.
         step: called after each sample, also a skipped one.
     """
     grid = _Grid(section, haystack, tokenizer, seed)
-    task = "needles_shared" if section.shared else "needle"
-    settings = {"task": task, "kind": section.kind, "digits": section.digits, "shared": section.shared}
-    with RowFile(out, ("length", "depth", "index"), {**identity, **settings}) as rows:
+    with rows:
         for length in sorted(section.lengths):
             started, right, every = time.monotonic(), 0, 0
             scored = _shared_rows(model, grid, int(length), rows) if section.shared else _rows(model, grid, int(length), rows)

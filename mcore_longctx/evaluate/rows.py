@@ -99,7 +99,7 @@ class RowFile:
                 raise ConfigError(
                     f"{wrong[0]} is {row.get(wrong[0])!r}, this evaluation has {self.identity[wrong[0]]!r}",
                     where=where,
-                    fix="remove the file to measure again, or use another column",
+                    fix="remove or move the file to measure again",
                 )
             rows[key] = row
         if len(whole) < len(raw):

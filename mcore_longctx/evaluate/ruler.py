@@ -11,7 +11,7 @@ Both write how probable the answer was, token by token: that moves long before a
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from mcore_longctx.evaluate.scoring import AnswerScore, score_answer
 from mcore_longctx.recipe.schema import RulerSection
 from mcore_longctx.tasks import RULER_TASKS, RulerSample, RulerTexts, make_ruler_sample, score_ruler
 
-__all__ = ["RulerPrompts", "ruler_tasks", "score_ruler_tasks"]
+__all__ = ["RulerPrompts", "ruler_rows", "ruler_tasks", "score_ruler_tasks"]
 
 
 @dataclass(frozen=True)
@@ -55,30 +55,34 @@ def ruler_tasks(section: RulerSection) -> tuple[str, ...]:
     return tuple(task for task in RULER_TASKS if task in section.tasks or not section.tasks)
 
 
+def ruler_rows(out: Path, section: RulerSection, identity: Mapping[str, Any]) -> RowFile:
+    """The file of a section's rows, in the folder `out`. Rows that were scored in another way are refused. All ranks call it."""
+    settings = {"protocol": "ruler-like", "scoring": section.scoring}
+    return RowFile(out / "ruler.jsonl", ("task", "length", "index"), {**identity, **settings})
+
+
 def score_ruler_tasks(
     model: Any,
     prompts: RulerPrompts,
     *,
-    out: Path,
-    identity: dict[str, Any],
+    rows: RowFile,
     say: Callable[[str], None],
     step: Callable[[], None],
 ) -> None:
-    """Measure every task at every length; write `out`, one line per sample as soon as it is known, and go on from lines that are there.
+    """Measure every task at every length; write `rows`, one line per sample as soon as it is known, and go on from lines that are there.
 
     All ranks of the model call it.
 
     Args:
         model: of `build_gpt_model`.
         prompts: the samples, the same for every column.
-        out: the .jsonl file.
-        identity: what every line carries and must agree in (model, rope, seed).
+        rows: of `ruler_rows`, with the section of `prompts`.
         say: takes a line of progress per length, on every rank.
         step: called after each sample, also a skipped one.
     """
     section = prompts.section
     answer = _greedy if section.scoring == "greedy" else _teacher_forced
-    with RowFile(out, ("task", "length", "index"), {**identity, "protocol": "ruler-like", "scoring": section.scoring}) as rows:
+    with rows:
         for length in sorted(section.lengths):
             started, scores = time.monotonic(), []
             for task in ruler_tasks(section):

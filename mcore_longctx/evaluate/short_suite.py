@@ -8,7 +8,7 @@ option. Perplexity on short text is `short_context`, measured with the loss by p
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from mcore_longctx.recipe.schema import ShortSuiteSection
 from mcore_longctx.tasks.choices import ChoiceQuestion, make_choice_question, read_choice_questions
 from mcore_longctx.tasks.tokens import encode_after
 
-__all__ = ["ChoiceTokens", "choice_questions", "encode_choices", "score_choices"]
+__all__ = ["ChoiceTokens", "choice_questions", "choice_rows", "encode_choices", "score_choices"]
 
 ChoiceTokens = tuple[npt.NDArray[np.int64], list[npt.NDArray[np.int64]]]  # of the prompt with its begin token, and of each option
 
@@ -48,17 +48,21 @@ def encode_choices(question: ChoiceQuestion, tokenizer: EvaluationTokenizer) -> 
     return np.array(prompt, dtype=np.int64), [encode_after(tokenizer, question.prompt, option) for option in question.options]
 
 
+def choice_rows(out: Path, identity: Mapping[str, Any]) -> RowFile:
+    """The file of the rows, in the folder `out`. All ranks call it."""
+    return RowFile(out / "short_suite.jsonl", ("task", "index"), identity)
+
+
 def score_choices(
     model: Any,
     questions: Sequence[ChoiceQuestion],
     tokenizer: EvaluationTokenizer,
     *,
-    out: Path,
-    identity: dict[str, Any],
+    rows: RowFile,
     say: Callable[[str], None],
     step: Callable[[], None],
 ) -> None:
-    """Ask every question; write `out`, one line per question as soon as it is known, and go on from lines that are there.
+    """Ask every question; write `rows`, one line per question as soon as it is known, and go on from lines that are there.
 
     All ranks of the model call it.
 
@@ -66,13 +70,12 @@ def score_choices(
         model: of `build_gpt_model`.
         questions: the same for every column.
         tokenizer: the model's.
-        out: the .jsonl file.
-        identity: what every line carries and must agree in (model, rope, seed).
+        rows: of `choice_rows`.
         say: takes a line of progress, on every rank.
         step: called after each question, also a skipped one.
     """
     started, right = time.monotonic(), 0
-    with RowFile(out, ("task", "index"), identity) as rows:
+    with rows:
         for question in questions:
             key = (question.kind, question.index)
             if key not in rows:

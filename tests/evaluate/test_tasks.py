@@ -290,8 +290,9 @@ def test_teacher_forcing_counts_what_greedy_decoding_is_known_to_say(monkeypatch
     assert (row["got"], row["score"], row["correct"], row["tokens_right"]) == (got, score, score == 1, right)
 
 
-def test_how_it_was_asked_is_part_of_a_row(folder, tmp_path):
-    """Rows of another kind of needle, or by another scoring, are refused before they are mixed."""
+def test_how_it_was_asked_is_part_of_a_row(folder, monkeypatch):
+    """Rows of another kind of needle, or by another scoring, are refused before a model is built."""
+    monkeypatch.setattr(job, "build_gpt_model", lambda *args, **kwargs: pytest.fail("a model was built"))
     section = section_of(folder, Parallel())
     assert section.needle is not None
     single = replace(section, needle=replace(section.needle, shared=False), ruler=None, short_suite=None)
@@ -299,6 +300,9 @@ def test_how_it_was_asked_is_part_of_a_row(folder, tmp_path):
         evaluate_column(job_of(folder, "single", single))
     with pytest.raises(ConfigError, match=r"ruler.jsonl:1: scoring is 'teacher_forced', this evaluation has 'greedy'"):
         evaluate_column(job_of(folder, "single", decoded(folder, Parallel())))
+    both = replace(section, ruler=decoded(folder, Parallel()).ruler)  # the needles go on, and would take hours first
+    with pytest.raises(ConfigError, match=r"ruler.jsonl:1: scoring .*; remove or move the file to measure again$"):
+        evaluate_column(job_of(folder, "single", both))
 
 
 def ruler(folder: Path, **changes: object) -> EvaluateSection:
