@@ -20,10 +20,9 @@ from mcore_longctx.tasks import Haystack, RulerTexts, make_needle_sample, make_r
 from mcore_longctx.tasks.choices import make_choice_question
 
 HELD_OUT = Path(__file__).resolve().parents[1] / "documents" / "heldout"
-NEEDLE_RESERVE = 16  # tokens of an answer, as max_gen_toks in needle.yaml
 BEGIN = (0,)  # room for the begin token that a backend may put before the prompt; it is cut off again
 
-Made = tuple[Sequence[int], int, dict[str, Any]]  # tokens of a prompt, tokens to keep free behind it, the rest of its row
+Made = tuple[Sequence[int], int, dict[str, Any]]  # tokens of a prompt, how many its answer takes, the rest of its row
 
 
 class TextTokenizer:
@@ -41,8 +40,8 @@ class TextTokenizer:
         return self._tokenizer.decode(list(ids))
 
 
-def needle(**settings: Any) -> dict[str, datasets.Dataset]:
-    """A pass key at every depth of held-out text."""
+def needle(max_gen_toks: int, **settings: Any) -> dict[str, datasets.Dataset]:
+    """A pass key at every depth of held-out text. `max_gen_toks`: tokens that the backend decodes."""
     tokenizer, seed, haystack = _tokenizer(settings), _seed(settings), _haystack(settings)
     rows = []
     for length in _lengths(settings):
@@ -54,14 +53,14 @@ def needle(**settings: Any) -> dict[str, datasets.Dataset]:
                         haystack, tokenizer, seed=seed, length=room, depth=depth, index=index, digits=7, prefix=BEGIN
                     )
                     row = {"expected": [sample.value], "match": "all", "depth": sample.depth, "index": index}
-                    return sample.tokens[: sample.answer_start], NEEDLE_RESERVE, row
+                    return sample.tokens[: sample.answer_start], len(sample.tokens) - sample.answer_start, row
 
-                rows.append(_fitting(made, length, tokenizer))
+                rows.append(_fitting(made, length, max_gen_toks, tokenizer, task="needle"))
     return {"test": datasets.Dataset.from_list(rows)}
 
 
-def ruler(task: str, **settings: Any) -> dict[str, datasets.Dataset]:
-    """One of the 13 RULER-like tasks."""
+def ruler(task: str, max_gen_toks: int, **settings: Any) -> dict[str, datasets.Dataset]:
+    """One of the 13 RULER-like tasks. `max_gen_toks`: tokens that the backend decodes."""
     tokenizer, seed, texts = _tokenizer(settings), _seed(settings), RulerTexts(_haystack(settings))
     rows = []
     for length in _lengths(settings):
@@ -69,9 +68,10 @@ def ruler(task: str, **settings: Any) -> dict[str, datasets.Dataset]:
 
             def made(room: int, index: int = index) -> Made:
                 sample = make_ruler_sample(task, texts, tokenizer, seed=seed, length=room, index=index, prefix=BEGIN)
-                return sample.tokens, sample.reserve, {"expected": list(sample.expected), "match": sample.match, "index": index}
+                row = {"expected": list(sample.expected), "match": sample.match, "index": index}
+                return sample.tokens, len(sample.answer), row
 
-            rows.append(_fitting(made, length, tokenizer))
+            rows.append(_fitting(made, length, max_gen_toks, tokenizer, task=f"ruler_{task}"))
     return {"test": datasets.Dataset.from_list(rows)}
 
 
@@ -109,13 +109,25 @@ def recall(doc: dict[str, Any], results: Sequence[str]) -> dict[str, float]:
     return {"recall": score, str(doc["length"]): score}
 
 
-def _fitting(make: Callable[[int], Made], length: int, tokenizer: TextTokenizer) -> dict[str, Any]:
-    """The row of a sample whose prompt as text, tokenised again by whoever is asked, leaves the tokens of the answer free."""
+def _fitting(
+    make: Callable[[int], Made], length: int, max_gen_toks: int, tokenizer: TextTokenizer, *, task: str
+) -> dict[str, Any]:
+    """The row of a sample whose prompt as text, tokenised again by whoever is asked, leaves `max_gen_toks` tokens free.
+
+    Raises:
+        DataError: the answer takes more than these: a right one would be cut off.
+    """
     room = length
     for _ in range(8):
-        tokens, reserve, row = make(room)
+        tokens, answer, row = make(room)
+        if answer > max_gen_toks:
+            raise DataError(
+                f"an answer takes {answer} tokens with this tokenizer, max_gen_toks is {max_gen_toks}",
+                where=f"longctx_{task}",
+                fix="raise max_gen_toks in the task's YAML file",
+            )
         prompt = tokenizer.decode(tokens[len(BEGIN) :])
-        excess = len(BEGIN) + len(tokenizer.encode(prompt)) + reserve - length
+        excess = len(BEGIN) + len(tokenizer.encode(prompt)) + max_gen_toks - length
         if excess <= 0:
             return {"prompt": prompt, "length": length, **row}
         room -= excess

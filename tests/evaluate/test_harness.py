@@ -5,6 +5,7 @@ The commands are those of docs/lm_eval.md, on a model that is made in seconds: t
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -21,7 +22,7 @@ import pytest
 
 from mcore_longctx.cli.main import main, parse
 from mcore_longctx.convert import Execution, export_hf, import_hf
-from mcore_longctx.errors import ConfigError
+from mcore_longctx.errors import ConfigError, DataError
 from mcore_longctx.recipe.load import open_recipe
 from mcore_longctx.recipe.resolve import resolve
 from mcore_longctx.rope import write_hf_rope
@@ -274,6 +275,27 @@ def test_every_task_of_the_folder_makes_samples_that_leave_room_for_the_answer(f
             assert 0.8 * doc["length"] < tokens + kept <= doc["length"]
             answer = solve_needle(doc["prompt"]) if name == "longctx_needle" else solve_ruler(name[14:], doc["prompt"])
             assert doc["expected"] == ([answer] if isinstance(answer, str) else list(answer))
+            wanted = doc["expected"] if doc["match"] == "all" else [max(doc["expected"], key=len)]
+            assert len((" " + ", ".join(wanted)).encode()) <= kept  # decoded whole
+
+
+@pytest.fixture
+def makers(monkeypatch):
+    """The functions that the YAML files name."""
+    monkeypatch.syspath_prepend(ROOT / "examples" / "lm_eval_tasks")
+    return importlib.import_module("longctx_tasks")
+
+
+MADE = {"tokenizer": ROOT / "examples" / "tiny-llama", "max_seq_lengths": [2048], "samples": 1, "depths": 1}
+
+
+def test_an_answer_longer_than_max_gen_toks_is_refused(makers):
+    # the tiny tokenizer takes a token for each byte: a space and seven digits; a space and five names of five with ", " between
+    assert len(makers.needle(8, **MADE)["test"]) == len(makers.ruler("vt", 34, **MADE)["test"]) == 1
+    with pytest.raises(DataError, match="longctx_needle: an answer takes 8 tokens with this tokenizer, max_gen_toks is 7; raise"):
+        makers.needle(7, **MADE)
+    with pytest.raises(DataError, match="longctx_ruler_vt: an answer takes 34 tokens with this tokenizer, max_gen_toks is 30; "):
+        makers.ruler("vt", 30, **MADE)
 
 
 def test_answers_end_where_generation_config_says(tmp_path):
