@@ -62,6 +62,9 @@ for number, line in enumerate(sys.stdin):
         print('{"id": "' + request["id"] + '", "error": ' + "[" * 900 + "]" * 900 + "}")
     elif mode == "half" and bad:
         print('{"id": "' + request["id"] + '", "error": "\\\\ud800 is half"}')
+    elif mode.startswith("control ") and bad:
+        name = mode.split()[1]
+        print(json.dumps(answer | {name: answer[name] + "<|eot_id|>"} if name in answer else answer))
     elif mode == "nonsense":
         print("no idea")
     elif mode == "silent" and bad:
@@ -83,6 +86,9 @@ def sentences(seed: int, count: int) -> str:
         rest = f"with {37 * at + seed} barrels" if at % 3 == 0 else f"by the mast of ship {chr(97 + at % 26)}{at}{seed}"
         lines.append(f"On day {at} of voyage {seed} the crew sat down {rest}." + ("\n\n" if at % 6 == 5 else " "))
     return "".join(lines)
+
+
+CONTROL = "<|eot_id|>"
 
 
 @pytest.fixture
@@ -317,6 +323,9 @@ REASONS = {
     "error": "the writer says: too hard",
     "deep": "JSON that is nested too deeply",
     "deep error": "",  # nested too deeply or not, as the Python has it
+    "control question": "'question' holds '<|eot_id|>', the text of a control token",
+    "control answer": "'answer' holds '<|eot_id|>', the text of a control token",
+    "control summary": "'summary' holds '<|eot_id|>', the text of a control token",
     "half": "the writer says: \\ud800 is half",
     "twice": "was not asked, or is answered already",
     "silent": "no answer",
@@ -338,6 +347,38 @@ def test_items_without_a_usable_answer_are_kept_aside_and_counted(
         assert 0 < len(asked - known) < len(asked) / 5
     assert not known - asked
     assert len(records(tmp_path / "o.jsonl")) == 3
+
+
+def test_control_tokens_in_answers_are_never_learned(tmp_path: Path, books: Path, command: Any) -> None:
+    """Those of an earlier start, with another tokenizer, are asked for again."""
+    assert synth(tmp_path / "o.jsonl", books, "--writer", command()) == 0
+    answers = tmp_path / "o.work" / "answers.jsonl"
+    rows = records(answers)
+    for row in rows:
+        name = "answer" if "answer" in row else "summary"
+        row[name] += CONTROL
+    answers.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for path in tmp_path.glob("o*.jsonl"):
+        path.unlink()
+    (tmp_path / "asked.jsonl").unlink()
+    assert synth(tmp_path / "o.jsonl", books, "--writer", command()) == 0
+    assert {row["id"] for row in records(tmp_path / "asked.jsonl")} == {row["id"] for row in rows}
+    assert not any(CONTROL in message["content"] for chat in records(tmp_path / "o.jsonl") for message in chat["messages"])
+    (tmp_path / "asked.jsonl").unlink()
+    for path in tmp_path.glob("o*.jsonl"):
+        path.unlink()
+    assert synth(tmp_path / "o.jsonl", books, "--writer", command()) == 0  # what was answered anew is known
+    assert not (tmp_path / "asked.jsonl").exists()
+
+
+def test_a_closed_book_answer_may_hold_a_control_token(tmp_path: Path) -> None:
+    """It is compared and never learned; many a model ends so."""
+    (tmp_path / "w.py").write_text('print(\'{"id": "a", "answer": "a mast<|eot_id|>"}\')')
+    answers = Answers(tmp_path / "answers.jsonl", forbidden=re.compile(re.escape(CONTROL)))
+    writer = Writer(command=(sys.executable, str(tmp_path / "w.py")))
+    answers.ask([{"id": "a", "kind": "closed_book", "question": "What?"}], writer, max_rejected=0)
+    assert answers.known["a"]["answer"] == "a mast<|eot_id|>"
+    assert not answers.rejected
 
 
 FAILURES = [

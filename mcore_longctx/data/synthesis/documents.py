@@ -13,7 +13,7 @@ from mcore_longctx.data.tokenizers import Tokenizer
 from mcore_longctx.errors import DataError
 from mcore_longctx.recipe.schema import DocumentSource
 
-__all__ = ["ChunkedDocument", "read_documents"]
+__all__ = ["ChunkedDocument", "control_texts", "read_documents"]
 
 _WHOLE = 1 << 62  # a range that no file exceeds
 _BORDERS = (re.compile(r"\n\s*\n"), re.compile(r"\n"), re.compile(r"[.!?]\s"), re.compile(r"\s"))  # the best first
@@ -45,12 +45,11 @@ def read_documents(paths: Sequence[Path], tokenizer: Tokenizer, *, chunk: int) -
     Raises:
         DataError: an input is missing, a record is bad, or there is no document.
     """
-    control = [tokenizer.decode([token]) for token in sorted(tokenizer.control_ids())]
-    forbidden = re.compile("|".join(map(re.escape, control))) if control else None
+    forbidden = control_texts(tokenizer)
     found, left_out = [], 0
     for document in _read(paths):
         text = "".join(part.text for part in document.parts)
-        if not text.strip() or (forbidden is not None and forbidden.search(text)):
+        if not text.strip() or forbidden.search(text):
             left_out += 1
             continue
         tokens = len(tokenizer.encode(text))
@@ -59,6 +58,12 @@ def read_documents(paths: Sequence[Path], tokenizer: Tokenizer, *, chunk: int) -
     if not found:
         raise DataError("no document with text", where=", ".join(map(str, paths)), fix="give documents: JSON lines with a text")
     return found, left_out
+
+
+def control_texts(tokenizer: Tokenizer) -> re.Pattern[str]:
+    """Finds the texts of control tokens, which the chat template would take for such tokens."""
+    texts = [tokenizer.decode([token]) for token in sorted(tokenizer.control_ids())]
+    return re.compile("|".join(re.escape(text) for text in texts if text) or r"(?!)")  # (?!) is found nowhere
 
 
 def _read(paths: Sequence[Path]) -> Iterator[Document]:

@@ -21,7 +21,7 @@ from typing import Any
 
 from mcore_longctx.data.synthesis.assemble import AssembledChat, assemble, quote_fault
 from mcore_longctx.data.synthesis.closed_book import answerable_without, same_answer
-from mcore_longctx.data.synthesis.documents import ChunkedDocument, read_documents
+from mcore_longctx.data.synthesis.documents import ChunkedDocument, control_texts, read_documents
 from mcore_longctx.data.synthesis.question_plan import ChatPlan, QuestionCounts, Slot, plan_chat
 from mcore_longctx.data.synthesis.sized import TokenCounter
 from mcore_longctx.data.synthesis.writer import Answers, Rejected, Writer
@@ -140,7 +140,7 @@ def make_hierarchical_chats(
     prepare_folder(out)
     with lock_folder(work):
         remove_leftovers(work)
-        answers = Answers(work / "answers.jsonl")
+        answers = Answers(work / "answers.jsonl", forbidden=control_texts(count.tokenizer))
         known = len(answers.known)
         asking = _Asking(documents, settings, answers, on_answer)
         items = asking.items([plan for _, _, plan in plans])

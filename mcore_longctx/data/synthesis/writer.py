@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import queue
+import re
 import signal
 import subprocess
 import threading
@@ -29,6 +30,7 @@ _LINE = 1 << 24  # bytes of an answer at most
 _SHOWN = 200  # characters of a bad line
 _ENDING = 2.0  # seconds for what reads and writes the pipes of a command that was ended
 _ALWAYS = 3  # failures that are fine whatever the share
+_NOWHERE = re.compile(r"(?!)")
 _FIELDS = {"summary": ("summary",), "closed_book": ("answer",)}  # all others: question and answer
 _QUESTION = ("question", "answer")
 
@@ -70,11 +72,15 @@ class Rejected:
 class Answers:
     """All answers so far, and the file that holds them.
 
+    A question, answer or summary in which `forbidden` is found is none; from an earlier start, it is asked for again. What a
+    closed-book command answers is compared and never learned, so it may hold anything.
+
     Raises:
         DataError: the file is damaged; a last line that a kill has cut is none.
     """
 
     path: Path
+    forbidden: re.Pattern[str] = _NOWHERE
     known: dict[str, dict[str, Any]] = field(default_factory=dict)
     asked: int = 0  # in this process
     rejected: list[Rejected] = field(default_factory=list)
@@ -87,7 +93,8 @@ class Answers:
         for number, line in enumerate(kept.splitlines(), 1):
             try:
                 answer = json.loads(line)
-                self.known[answer["id"]] = answer
+                if self._fault(answer) is None:
+                    self.known[answer["id"]] = answer
             except (ValueError, KeyError, TypeError, RecursionError):
                 raise DataError(
                     "damaged", where=f"{self.path}:{number}", fix="remove the line: its question is asked again"
@@ -124,6 +131,8 @@ class Answers:
         with self.path.open("a", encoding="utf-8") as file, closing(said) as lines:
             for line, why in lines:
                 answer, reason = (None, why) if line is None else _understood(line, waiting)
+                if answer is not None and (fault := self._fault(answer)) is not None:
+                    answer, reason = None, fault
                 if answer is not None:
                     del waiting[answer["id"]]
                     self.known[answer["id"]] = answer
@@ -149,6 +158,15 @@ class Answers:
                 where=aside,
                 fix="repair it and start the same command again: what is answered is kept (or raise --max-rejected)",
             )
+
+    def _fault(self, answer: Mapping[str, Any]) -> str | None:
+        """What keeps an answer out of a chat."""
+        if "question" not in answer and "summary" not in answer:
+            return None
+        for name in ("question", "answer", "summary"):
+            if found := self.forbidden.search(answer.get(name, "")):
+                return f"{name!r} holds {found[0]!r}, the text of a control token"
+        return None
 
     @staticmethod
     def _reject(line: str | None, reason: str, waiting: dict[str, Mapping[str, Any]]) -> Rejected:
