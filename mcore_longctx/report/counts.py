@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 from mcore_longctx.report.rows import Row
 from mcore_longctx.tasks.statistics import (
@@ -32,11 +32,15 @@ __all__ = [
     "ruler_averages",
     "ruler_counts",
     "ruler_effective_length",
+    "ruler_scorings",
     "ruler_tasks",
+    "same_samples",
+    "shared_samples",
     "suite_changed",
     "suite_counts",
 ]
 
+Key = TypeVar("Key")
 RulerRows = Mapping[tuple[str, int, int], Row]
 SuiteRows = Mapping[tuple[str, int], Row]
 
@@ -155,15 +159,10 @@ def by_cell(row: Row) -> tuple[int, float]:
 def compare(before: Mapping[Any, Row], after: Mapping[Any, Row], length: int | None = None) -> Changed | None:
     """Rows of needles, ruler-like tasks or the short suite on the samples that both measured; None if they share none.
 
-    A sample counts as the same when its seed, its expected answer and the way of scoring are. `length`: of these samples alone.
+    What makes a sample the same: see `shared_samples`. `length`: of these samples alone.
     """
-    pairs = []
-    for key, row in before.items():
-        other = after.get(key)
-        if other is None or (length is not None and row["length"] != length):
-            continue
-        if all(row.get(name) == other.get(name) for name in ("seed", "expected", "scoring")):
-            pairs.append((row, other))
+    old, new = shared_samples(before, after)
+    pairs = [(row, new[key]) for key, row in old.items() if length is None or row["length"] == length]
     if not pairs:
         return None
     if _is_shared(pairs[0][0]):
@@ -171,6 +170,32 @@ def compare(before: Mapping[Any, Row], after: Mapping[Any, Row], length: int | N
     else:
         units = [[_score(row) for row in side] for side in zip(*pairs, strict=True)]
     return Changed(*paired_sign_test(*units), same=len(units[0]))
+
+
+def shared_samples(before: Mapping[Key, Row], after: Mapping[Key, Row]) -> tuple[dict[Key, Row], dict[Key, Row]]:
+    """The rows of the samples that both measured, in the order of the first.
+
+    A sample is the same when its seed, its expected answer, the text it was measured on and the way of scoring are. Rows that do not
+    say their text are the same only where both do not.
+    """
+    same = [key for key, row in before.items() if key in after and _sample(row) == _sample(after[key])]
+    return {key: before[key] for key in same}, {key: after[key] for key in same}
+
+
+def same_samples(columns: Iterable[Mapping[Key, Row]]) -> bool:
+    """Whether all columns that measured anything measured the same samples."""
+    measured = [column for column in columns if column]
+    return all(
+        column.keys() == measured[0].keys() and len(shared_samples(measured[0], column)[0]) == len(column) for column in measured
+    )
+
+
+def _sample(row: Row) -> list[Any]:
+    return [row.get("seed"), row.get("expected"), row.get("text"), _scoring(row)]
+
+
+def _scoring(row: Row) -> str:
+    return str(row.get("scoring", "teacher_forced"))
 
 
 def _score(row: Row) -> float:
@@ -181,6 +206,11 @@ def _score(row: Row) -> float:
 def ruler_tasks(columns: Iterable[RulerRows]) -> list[str]:
     """Tasks in the order in which they were measured."""
     return list(dict.fromkeys(task for rows in columns for task, _, _ in rows))
+
+
+def ruler_scorings(columns: Iterable[RulerRows]) -> list[str]:
+    """Ways in which the rows were scored, in words."""
+    return sorted({_scoring(row).replace("_", " ") for rows in columns for row in rows.values()})
 
 
 def ruler_counts(rows: RulerRows) -> dict[tuple[str, int], Count]:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from mcore_longctx.report.run_folder import Column
+from mcore_longctx.report.run_folder import Column, Window
 from mcore_longctx.tasks.power_law import PowerLaw, fit_power_law
 from mcore_longctx.tasks.statistics import MeanInterval, mean_interval, paired_mean_interval
 
@@ -17,42 +17,61 @@ __all__ = [
     "paired",
     "percent_change",
     "relative_change",
+    "same_windows",
+    "shared",
     "short_loss",
     "signed",
+    "windows_note",
 ]
 
 Bin = tuple[int, int]
 
 
-def loss_bins(column: Column) -> dict[Bin, dict[int, float]]:
+def loss_bins(column: Column) -> dict[Bin, dict[Window, float]]:
     """(first, end) position of each bin -> window -> mean loss in nats per token."""
-    bins: dict[Bin, dict[int, float]] = {}
-    for window, row in sorted(column.loss_by_position.items()):
+    bins: dict[Bin, dict[Window, float]] = {}
+    for window, row in column.loss_by_position.items():
         for first, end, count, total in zip(row["edges"][:-1], row["edges"][1:], row["counts"], row["sums"], strict=True):
             if count:
                 bins.setdefault((first, end), {})[window] = total / count
     return bins
 
 
-def short_loss(column: Column) -> dict[int, float]:
+def short_loss(column: Column) -> dict[Window, float]:
     """Window -> mean loss in nats per token at the base model's own length."""
-    return {window: row["sum"] / row["count"] for window, row in sorted(column.short_context.items())}
+    return {window: row["sum"] / row["count"] for window, row in column.short_context.items()}
 
 
-def paired(before: Mapping[int, float], after: Mapping[int, float]) -> MeanInterval | None:
+def same_windows(columns: Sequence[Mapping[Window, object]]) -> bool:
+    """Whether all columns that measured any windows measured the same ones."""
+    return len({frozenset(column) for column in columns if column}) < 2
+
+
+def windows_note(columns: Sequence[Mapping[Window, object]], own: Mapping[Window, object]) -> str:
+    """For example ` (2 windows)`, where the columns did not measure the same ones and their means are of different text; else nothing."""
+    return "" if same_windows(columns) else f" ({len(own)} window{'s' * (len(own) > 1)})"
+
+
+def shared(before: Mapping[Window, float], after: Mapping[Window, float]) -> tuple[list[float], list[float]]:
+    """Losses of both columns on the windows that both measured, in one order."""
+    same = [window for window in before if window in after]
+    return [before[window] for window in same], [after[window] for window in same]
+
+
+def paired(before: Mapping[Window, float], after: Mapping[Window, float]) -> MeanInterval | None:
     """Interval of after - before over the windows that both measured; None without two of them."""
-    same = sorted(before.keys() & after.keys())
-    if len(same) < 2:
-        return None
-    return paired_mean_interval([before[window] for window in same], [after[window] for window in same])
+    old, new = shared(before, after)
+    return paired_mean_interval(old, new) if len(old) > 1 else None
 
 
-def relative_change(before: Mapping[int, float], after: Mapping[int, float]) -> MeanInterval | None:
+def relative_change(before: Mapping[Window, float], after: Mapping[Window, float]) -> MeanInterval | None:
     """`paired` as a share of the mean before."""
     change = paired(before, after)
     if change is None:
         return None
-    level = mean_interval([before[window] for window in sorted(before.keys() & after.keys())]).mean
+    level = mean_interval(shared(before, after)[0]).mean
+    if level == 0:
+        return None
     return MeanInterval(change.mean / level, change.half_width / level, change.count)
 
 

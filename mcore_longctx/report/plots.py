@@ -12,8 +12,17 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from mcore_longctx.report.counts import Average, Count, by_cell, needle_counts, ruler_averages, ruler_counts, ruler_tasks
-from mcore_longctx.report.losses import loss_bins, loss_law, middle, paired
+from mcore_longctx.report.counts import (
+    Average,
+    Count,
+    by_cell,
+    needle_counts,
+    ruler_averages,
+    ruler_counts,
+    ruler_scorings,
+    ruler_tasks,
+)
+from mcore_longctx.report.losses import loss_bins, loss_law, middle, paired, windows_note
 from mcore_longctx.report.rows import Row
 from mcore_longctx.report.run_folder import Column, RunFolder
 from mcore_longctx.report.style import (
@@ -38,6 +47,7 @@ __all__ = [
     "needle_png",
     "ruler_by_length",
     "ruler_by_task",
+    "ruler_label",
     "training_curves",
 ]
 
@@ -54,7 +64,8 @@ def loss_by_position(folder: RunFolder) -> str | None:
             drawn = True
             x = [middle(one) for one in bins]
             found = [mean_interval(list(windows.values())) for windows in bins.values()]
-            axes.plot(x, [f.mean for f in found], label=column.label, **line(i))
+            label = column.label + windows_note([other.loss_by_position for other in folder.columns], column.loss_by_position)
+            axes.plot(x, [f.mean for f in found], label=label, **line(i))
             if all(f.count > 1 for f in found):
                 axes.fill_between(x, [f.low for f in found], [f.high for f in found], color=colour(i), alpha=0.10, linewidth=0)
             law = loss_law(column)
@@ -119,6 +130,13 @@ def training_curves(stage: str, rows: Sequence[Row]) -> str:
         return svg(figure)
 
 
+def ruler_label(folder: RunFolder, column: Column) -> str:
+    """What a reader calls a column beside other columns' ruler-like scores: with its scoring where they differ in it."""
+    if len(ruler_scorings([other.ruler for other in folder.columns])) < 2:
+        return column.label
+    return f"{column.label} ({', '.join(ruler_scorings([column.ruler]))})"
+
+
 def ruler_by_length(folder: RunFolder) -> str | None:
     """Macro average of the ruler-like tasks by length, with intervals; SVG as a data URI, None without two lengths."""
     tasks = ruler_tasks([column.ruler for column in folder.columns])
@@ -131,7 +149,7 @@ def ruler_by_length(folder: RunFolder) -> str | None:
         axes.axhline(100 * RULER_THRESHOLD, color="#999999", linewidth=0.9)
         for i, (column, found) in enumerate(zip(folder.columns, averages, strict=True)):
             if found:
-                _average_line(axes, i, column, found)
+                _average_line(axes, i, ruler_label(folder, column), found)
         axes.annotate(
             f"{100 * RULER_THRESHOLD:.1f}",
             (1, 100 * RULER_THRESHOLD),
@@ -151,12 +169,12 @@ def ruler_by_length(folder: RunFolder) -> str | None:
         return svg(figure)
 
 
-def _average_line(axes: Any, i: int, column: Column, found: Mapping[int, Average]) -> None:
+def _average_line(axes: Any, i: int, label: str, found: Mapping[int, Average]) -> None:
     x = [length * 1.04**i for length in found]  # beside each other, so that bars do not hide bars
     means = [100 * average.interval.mean for average in found.values()]
     below = [mean - 100 * average.interval.low for mean, average in zip(means, found.values(), strict=True)]
     above = [100 * average.interval.high - mean for mean, average in zip(means, found.values(), strict=True)]
-    axes.errorbar(x, means, yerr=[below, above], capsize=2, elinewidth=1, label=column.label, **line(i))
+    axes.errorbar(x, means, yerr=[below, above], capsize=2, elinewidth=1, label=label, **line(i))
 
 
 def ruler_by_task(folder: RunFolder) -> tuple[int, str] | None:
@@ -181,7 +199,7 @@ def ruler_by_task(folder: RunFolder) -> tuple[int, str] | None:
                 thick * 0.86,
                 xerr=ends,
                 color=colour(i),
-                label=column.label,
+                label=ruler_label(folder, column),
                 error_kw={"elinewidth": 0.8, "ecolor": darker(colour(i))},
             )
         axes.set_yticks(range(len(tasks)), tasks)

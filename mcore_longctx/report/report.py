@@ -52,6 +52,7 @@ def _content(folder: RunFolder) -> dict[str, Any]:
         "trained": folder.trained_length,
         "columns": folder.columns,
         "summary": summary_rows(folder),
+        "same": sections.all_same(folder),
         "needles": sections.needle_sections(folder),
         "ruler": sections.ruler_section(folder),
         "positions": sections.loss_section(folder),

@@ -164,9 +164,20 @@ def _ruler(row: Row) -> None:
         _number({"depths": depth}, "depths", 0, 1)
 
 
-def _loss(row: Row) -> None:
+def _window(row: Row) -> None:
     _whole(row, "index")
     _whole(row, "length", 1)
+    _whole(row, "start")
+    _text_hash(row)
+
+
+def _text_hash(row: Row) -> None:
+    if row.get("text") is not None:
+        _of_type(row, "text", str, "the digits of a hash")
+
+
+def _loss(row: Row) -> None:
+    _window(row)
     for name in ("edges", "counts", "sums"):
         _of_type(row, name, list, "a list")
         for value in row[name]:
@@ -176,8 +187,7 @@ def _loss(row: Row) -> None:
 
 
 def _short_context(row: Row) -> None:
-    _whole(row, "index")
-    _whole(row, "length", 1)
+    _window(row)
     _whole(row, "count", 1)
     _number(row, "sum", finite=False)
 

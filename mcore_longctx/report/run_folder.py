@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ from mcore_longctx.report.rows import (
     read_rows,
 )
 
-__all__ = ["Column", "NeedleKind", "RunFolder", "SampleKey", "read_run_folder"]
+__all__ = ["Column", "NeedleKind", "RunFolder", "SampleKey", "Window", "read_run_folder"]
 
 SampleKey = tuple[int, float, int]
 _PARTS = ("needle", "ruler", "loss_by_position", "short_context", "short_suite")  # files of a column; other folders hold caches
@@ -41,6 +41,14 @@ class NeedleKind(NamedTuple):
         return "pass keys" if self.kind == "passkey" else "facts"
 
 
+class Window(NamedTuple):
+    """A stretch of held-out text. What is the same window in two columns has the same text, whatever its number in its file."""
+
+    length: int
+    start: int  # token of the held-out text
+    text: str | None  # hash of the text; None in rows that do not say
+
+
 @dataclass(frozen=True)
 class Column:
     """One evaluated state of the model: a folder below `evaluate/`.
@@ -50,8 +58,8 @@ class Column:
         label: what a reader calls it.
         needles: kind -> (length, depth, index) -> row.
         ruler: (task, length, index) -> row.
-        loss_by_position: window -> row.
-        short_context: window -> row.
+        loss_by_position: window -> row; the windows of all columns are of one length.
+        short_context: the same at the base's own length.
         short_suite: (task, index) -> row.
     """
 
@@ -59,8 +67,8 @@ class Column:
     label: str
     needles: dict[NeedleKind, dict[SampleKey, Row]] = field(default_factory=dict)
     ruler: dict[tuple[str, int, int], Row] = field(default_factory=dict)
-    loss_by_position: dict[int, Row] = field(default_factory=dict)
-    short_context: dict[int, Row] = field(default_factory=dict)
+    loss_by_position: dict[Window, Row] = field(default_factory=dict)
+    short_context: dict[Window, Row] = field(default_factory=dict)
     short_suite: dict[tuple[str, int], Row] = field(default_factory=dict)
 
     @property
@@ -166,8 +174,8 @@ def _read_columns(path: Path, recipe: Recipe | None, missing: list[str]) -> list
     measured = [name for name in [*wanted, *there] if name in there]
     names = list(dict.fromkeys([*(wanted if recipe is not None else []), *measured]))
     columns = []
-    for name in names:
-        column = _read_column(path / "evaluate" / name, name, _label(name, recipe))
+    every = [_read_column(path / "evaluate" / name, name, _label(name, recipe)) for name in names]
+    for name, column in zip(names, _of_one_length(every, missing), strict=True):
         absent, wanted_parts = _absent(column, recipe)
         if not (column.needles or column.ruler or column.loss_by_position or column.short_context or column.short_suite):
             if wanted_parts:
@@ -187,11 +195,40 @@ def _read_column(folder: Path, name: str, label: str) -> Column:
     for (kind, length, depth, index), row in every.items():
         needles.setdefault(kind, {})[length, depth, index] = row
     ruler = read_rows(paths["ruler"], RULER, lambda row: (str(row["task"]), int(row["length"]), int(row["index"])))
-    loss = read_rows(paths["loss_by_position"], LOSS, lambda row: int(row["index"]))
-    short = read_rows(paths["short_context"], SHORT_CONTEXT, lambda row: int(row["index"]))
+    loss = read_rows(paths["loss_by_position"], LOSS, _window)
+    short = read_rows(paths["short_context"], SHORT_CONTEXT, _window)
     suite = read_rows(paths["short_suite"], SHORT_SUITE, lambda row: (str(row["task"]), int(row["index"])))
     check_identity(dict(zip(paths.values(), (every, ruler, loss, short, suite), strict=True)))
     return Column(name, label, needles, ruler, loss, short, suite)
+
+
+def _window(row: Row) -> Window:
+    return Window(int(row["length"]), int(row["start"]), row.get("text"))
+
+
+def _of_one_length(columns: list[Column], missing: list[str]) -> list[Column]:
+    """The columns with windows of one length alone, for each part the one that most columns measured, then the longest.
+
+    Means over windows of different lengths mean nothing, and no two of them can be compared. What is left out is named.
+    """
+    for part in ("loss_by_position", "short_context"):
+        lengths = [{window.length for window in getattr(column, part)} for column in columns]
+        chosen = max(set().union(*lengths), key=lambda one: (sum(one in found for found in lengths), one), default=None)
+        for i, (column, found) in enumerate(zip(columns, lengths, strict=True)):
+            if found - {chosen}:
+                others = ", ".join(f"{length:,}" for length in sorted(found - {chosen}))
+                missing.append(
+                    f"evaluate/{column.name}: {part} also has windows of {others} tokens, left out beside those of {chosen:,}"
+                    if chosen in found
+                    else f"evaluate/{column.name}: {part} has windows of {others} tokens, left out: other columns have {chosen:,}"
+                )
+                columns[i] = _without(column, {window for window in getattr(column, part) if window.length != chosen}, part)
+    return columns
+
+
+def _without(column: Column, windows: set[Window], part: str) -> Column:
+    rows = {window: row for window, row in getattr(column, part).items() if window not in windows}
+    return replace(column, loss_by_position=rows) if part == "loss_by_position" else replace(column, short_context=rows)
 
 
 def _needle_kind(row: Row) -> NeedleKind:

@@ -14,11 +14,12 @@ from mcore_longctx.report.counts import (
     p_value,
     percent_interval,
     ruler_averages,
+    ruler_scorings,
     ruler_tasks,
     suite_counts,
 )
-from mcore_longctx.report.losses import loss_bins, percent_change, relative_change, short_loss
-from mcore_longctx.report.run_folder import RunFolder, read_run_folder
+from mcore_longctx.report.losses import loss_bins, percent_change, relative_change, short_loss, windows_note
+from mcore_longctx.report.run_folder import RunFolder, Window, read_run_folder
 from mcore_longctx.report.verdict import judge
 from mcore_longctx.tasks.statistics import mean_interval, score_interval
 
@@ -46,11 +47,18 @@ def _needle_rows(folder: RunFolder) -> list[SummaryRow]:
 
 
 def _ruler_rows(folder: RunFolder) -> list[SummaryRow]:
-    tasks = ruler_tasks([column.ruler for column in folder.columns])
-    averages = [ruler_averages(column.ruler, tasks) for column in folder.columns]
-    lengths = sorted({length for found in averages for length in found})
+    """Columns that were scored in two ways stand in rows of their own: they are not comparable."""
+    rulers = [column.ruler for column in folder.columns]
+    tasks = ruler_tasks(rulers)
     of = f", {len(tasks)} tasks" if len(tasks) > 1 else ""
-    return [(f"ruler-like at {tokens(length)}{of}", [_average(found.get(length)) for found in averages]) for length in lengths]
+    ways = ruler_scorings(rulers)
+    rows = []
+    for way in ways:
+        averages = [ruler_averages(rows, tasks) if ruler_scorings([rows]) == [way] else {} for rows in rulers]
+        for length in sorted({length for found in averages for length in found}):
+            scored = f", {way}" if len(ways) > 1 else ""
+            rows.append((f"ruler-like at {tokens(length)}{of}{scored}", [_average(found.get(length)) for found in averages]))
+    return rows
 
 
 def _average(average: Average | None) -> str:
@@ -68,7 +76,7 @@ def _loss_rows(folder: RunFolder) -> list[SummaryRow]:
     bins = [loss_bins(column) for column in folder.columns]
     last = sorted({one for found in bins for one in found})[-_BINS:]
     return [
-        (f"loss at positions {tokens(first)}-{tokens(end)}", [_loss(found.get((first, end))) for found in bins])
+        (f"loss at positions {tokens(first)}-{tokens(end)}", _losses([found.get((first, end), {}) for found in bins]))
         for first, end in last
     ]
 
@@ -84,7 +92,7 @@ def _short_rows(folder: RunFolder) -> list[SummaryRow]:
         "-" if column is folder.base or change is None else percent_change(change)
         for column, change in zip(folder.columns, changes, strict=True)
     ]
-    return [(f"loss, windows of {tokens(max(lengths))}", [_loss(found) for found in short]), ("  its change, paired", cells)]
+    return [(f"loss, windows of {tokens(max(lengths))}", _losses(short)), ("  its change, paired", cells)]
 
 
 def _suite_rows(folder: RunFolder) -> list[SummaryRow]:
@@ -112,8 +120,11 @@ def tokens(count: int) -> str:
     return f"{count:,}"
 
 
-def _loss(windows: Mapping[int, float] | None) -> str:
-    return f"{mean_interval(list(windows.values())).mean:.3f}" if windows else "-"
+def _losses(columns: Sequence[Mapping[Window, float]]) -> list[str]:
+    return [
+        f"{mean_interval(list(windows.values())).mean:.3f}{windows_note(columns, windows)}" if windows else "-"
+        for windows in columns
+    ]
 
 
 def summary_table(run_folder: Path) -> str:

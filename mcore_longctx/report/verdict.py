@@ -12,7 +12,9 @@ from mcore_longctx.report.counts import (
     p_value,
     ruler_averages,
     ruler_effective_length,
+    ruler_scorings,
     ruler_tasks,
+    shared_samples,
     suite_changed,
     suite_counts,
 )
@@ -118,7 +120,7 @@ def _grew(folder: RunFolder, base: Column, final: Column) -> tuple[bool | None, 
         return grew, sentences
     last = last_bin(base, final)
     if last is None:
-        return None, ["Neither needle nor loss by position was measured before and after."]
+        return None, ["Neither needle nor loss by position was measured on the same text before and after."]
     (first, end), change = last
     return change.high < 0, [f"Loss at positions {first:,} to {end:,} changed by {signed(change)} nats per token."]
 
@@ -156,7 +158,7 @@ def _beats_scaling(folder: RunFolder, scaled: Column | None, final: Column) -> t
 def _kept_short_context(base: Column, final: Column) -> tuple[bool | None, str]:
     change = relative_change(short_loss(base), short_loss(final))
     if change is None:
-        return None, "Short-context loss was not measured before and after."
+        return None, "Short-context loss was not measured on the same windows before and after."
     kept = change.mean <= SHORT_CONTEXT_LIMIT
     within = "within" if kept else "more than"
     return (
@@ -166,16 +168,21 @@ def _kept_short_context(base: Column, final: Column) -> tuple[bool | None, str]:
 
 
 def _beside(base: Column, final: Column) -> list[str]:
-    """What else was measured before and after; it decides nothing."""
+    """What else was measured before and after, on the same samples; it decides nothing."""
     sentences = []
-    tasks = ruler_tasks([base.ruler, final.ruler])
-    averages = [ruler_averages(column.ruler, tasks) for column in (base, final)]
+    rulers = shared_samples(base.ruler, final.ruler)
+    tasks = ruler_tasks(rulers)
+    averages = [ruler_averages(rows, tasks) for rows in rulers]
+    if base.ruler and final.ruler and not rulers[0]:
+        ways = ruler_scorings([base.ruler, final.ruler])
+        why = f"scored in two ways ({' and '.join(ways)})" if len(ways) > 1 else "measured on other samples"
+        sentences.append(f"The ruler-like tasks were {why} before and after: not comparable.")
     same = sorted(averages[0].keys() & averages[1].keys())
     if same:
         before, after = (100 * found[same[-1]].interval.mean for found in averages)
         lengths = [ruler_effective_length(found).mean for found in averages]
         effective = " to ".join(f"{length:,}" if length is not None else "none" for length in lengths)
-        changed = compare(base.ruler, final.ruler, same[-1])
+        changed = compare(*rulers, same[-1])
         words = f" ({_won_and_lost(changed)})" if changed is not None else ""
         sentences.append(
             f"Ruler-like average at {same[-1]:,} tokens: {before:.1f} to {after:.1f} of 100{words}; effective length {effective}."

@@ -14,6 +14,7 @@ import pytest
 
 from mcore_longctx.report import summary_table, write_report
 from mcore_longctx.report.counts import Count, compare, needle_counts, ruler_averages
+from mcore_longctx.report.losses import last_bin, paired, relative_change, short_loss
 from mcore_longctx.report.run_folder import NeedleKind, read_run_folder
 from mcore_longctx.report.sections.ruler import published_lines
 from mcore_longctx.report.verdict import judge
@@ -356,3 +357,107 @@ def test_points_are_never_rounded_to_all_or_nothing():
         "7.5/10",
         "1/10",
     ]
+
+
+def test_losses_are_paired_on_the_same_text_whatever_the_number_of_a_window(tmp_path):
+    """The loss hangs on the text alone, so a few windows of it against many change nothing."""
+    run = tmp_path / "run"
+    for column, count in (("before", 9), ("extend", 3)):  # windows are spread over the text: 0, 100, ... and 0, 400, 800
+        starts = [800 * i // (count - 1) for i in range(count)]
+        short = rows_of.short_rows(column, 512, 1.0, windows=count)
+        long = rows_of.loss_rows(column, 4096, 4096, windows=count)
+        short = [row | {"start": at, "sum": row["count"] * (2 + at / 100)} for row, at in zip(short, starts, strict=True)]
+        long = [
+            row | {"start": at, "sums": [one * (2 + at / 100) for one in row["counts"]]}
+            for row, at in zip(long, starts, strict=True)
+        ]
+        made_up.write_lines(run / "evaluate" / column / "short_context.jsonl", short)
+        made_up.write_lines(run / "evaluate" / column / "loss_by_position.jsonl", long)
+    folder = read_run_folder(run)
+    change = relative_change(short_loss(folder.base), short_loss(folder.final))
+    assert (change.mean, change.half_width, change.count) == (0, 0, 3)
+    one, change = last_bin(folder.base, folder.final)
+    assert (one, change.mean, change.count) == ((2048, 4096), 0, 3)
+    assert "Short-context loss changed by +0.0 ± 0.0 %" in judge(folder).sentences[-1]
+    page = write_report(run).read_text(encoding="utf-8")
+    assert "6.00 → 6.00" in page  # both over the windows at 0, 400 and 800
+    assert page.count("The columns did not measure the same windows") == 2
+    assert "All columns are measured on the same" not in page
+    assert re.search(r"loss, windows of 512 +6\.000 \(9 windows\) +6\.000 \(3 windows\)", summary_table(run))
+
+
+def test_windows_of_another_text_at_the_same_place_are_not_paired(copy):
+    for column, words in (("before", "00aa"), ("extend", "00aa"), ("instruct", "00bb")):
+        file = copy / "evaluate" / column / "short_context.jsonl"
+        made_up.write_lines(file, [row | {"text": words} for row in lines(copy, column, "short_context")])
+    folder = read_run_folder(copy)
+    losses = {column.name: short_loss(column) for column in folder.columns}
+    assert paired(losses["before"], losses["extend"]).count == len(losses["before"])
+    assert paired(losses["before"], losses["instruct"]) is None
+    assert paired(losses["before"], losses["scaled"]) is None  # which does not say what its text was
+    assert judge(folder).extended is None
+
+
+def test_windows_of_another_length_are_left_out_and_named(copy):
+    other = [row | {"index": 90 + row["index"]} for row in rows_of.short_rows("instruct", 64, 3.0, windows=4)]
+    file = copy / "evaluate" / "instruct" / "short_context.jsonl"
+    before = summary_table(copy)
+    made_up.write_lines(file, [*lines(copy, "instruct", "short_context"), *other])
+    assert summary_table(copy) == before
+    assert "short_context also has windows of 64 tokens, left out beside those of 8,192" in write_report(copy).read_text()
+    made_up.write_lines(file, other)
+    assert not read_run_folder(copy).final.short_context
+    assert "windows of 64 tokens, left out: other columns have 8,192" in write_report(copy).read_text()
+
+
+def test_averages_scored_in_two_ways_are_shown_apart_and_called_not_comparable(copy):
+    file = copy / "evaluate" / "instruct" / "ruler.jsonl"
+    made_up.write_lines(
+        file, [row | {"scoring": "greedy", "score": 1, "correct": True} for row in lines(copy, "instruct", "ruler")]
+    )
+    sentences = judge(read_run_folder(copy)).sentences
+    assert (
+        "The ruler-like tasks were scored in two ways (greedy and teacher forced) before and after: not comparable." in sentences
+    )
+    assert not any("Ruler-like average" in sentence for sentence in sentences)
+    page = write_report(copy).read_text(encoding="utf-8")
+    assert "ruler-like at 4,194,304" not in page  # no figure at the top
+    assert "All columns are measured on the same samples" not in page
+    assert "The columns are scored in two ways" in section(page, "ruler")
+    assert [row[0] for row in table_rows(section(page, "ruler"))][::3] == ["base (teacher forced)", "after SFT (greedy)"]
+    shown = [line for line in summary_table(copy).splitlines() if line.startswith("ruler-like at 4M")]
+    assert [re.search("teacher forced|greedy", line)[0] for line in shown[:2]] == ["greedy", "teacher forced"]
+
+
+def test_averages_before_and_after_are_over_the_samples_that_both_measured(copy):
+    file = copy / "evaluate" / "instruct" / "ruler.jsonl"
+    rows = [row for row in lines(copy, "before", "ruler") if row["index"] < 4]  # the base again, on fewer samples
+    extra = [row | {"index": 100 + row["index"], "score": 1, "correct": True} for row in rows]
+    same = {"model": "model of instruct"[:16], "rope": "rope of instruct"[:16]}
+    made_up.write_lines(file, [row | same for row in rows + extra])
+    sentence = next(s for s in judge(read_run_folder(copy)).sentences if s.startswith("Ruler-like average"))
+    before, after = re.search(r"tokens: ([\d.]+) to ([\d.]+) of 100 \(0 won, 0 lost", sentence).groups()
+    assert before == after
+    page = write_report(copy).read_text(encoding="utf-8")
+    assert f"{before} → {after}" in page
+    assert "All columns are measured on the same samples" not in page
+
+
+@pytest.mark.parametrize("part", ["needle", "ruler", "short_suite"])
+def test_samples_of_another_text_are_not_paired(copy, part):
+    for column, words in (("before", "00aa"), ("extend", "00aa"), ("instruct", "00bb")):
+        file = copy / "evaluate" / column / f"{part}.jsonl"
+        made_up.write_lines(file, [row | {"text": words} for row in lines(copy, column, part)])
+    columns = [
+        column.needles[NeedleKind("passkey", False)] if part == "needle" else getattr(column, part)
+        for column in read_run_folder(copy).columns
+    ]
+    base, scaled, extend, instruct = columns
+    assert compare(base, extend).same == len(base)
+    assert compare(base, instruct) is None
+    assert compare(base, scaled) is None
+    assert "All columns are measured on the same samples" not in write_report(copy).read_text(encoding="utf-8")
+
+
+def test_columns_of_the_same_samples_are_said_to_be(page):
+    assert "All columns are measured on the same samples and windows of held-out text." in page

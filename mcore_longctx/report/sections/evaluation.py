@@ -7,7 +7,7 @@ from typing import Any
 
 from mcore_longctx.report import plots
 from mcore_longctx.report.counts import Count, compare, p_value, percent_interval, suite_changed, suite_counts
-from mcore_longctx.report.losses import loss_bins, loss_law, paired, relative_change, short_loss
+from mcore_longctx.report.losses import loss_bins, loss_law, paired, relative_change, same_windows, short_loss, windows_note
 from mcore_longctx.report.run_folder import RunFolder
 from mcore_longctx.report.verdict import worst_drop
 from mcore_longctx.tasks.statistics import mean_interval
@@ -22,21 +22,23 @@ def loss_section(folder: RunFolder) -> dict[str, Any] | None:
         return None
     columns = [column for column in folder.columns if column.loss_by_position]
     bins = {column.name: loss_bins(column) for column in columns}
+    windows = [column.loss_by_position for column in columns]
     rows = []
     for one in sorted({one for found in bins.values() for one in found}):
         cells = []
         for column in columns:
-            windows = bins[column.name].get(one)
-            level = mean_interval(list(windows.values())) if windows else None
+            here = bins[column.name].get(one)
+            level = mean_interval(list(here.values())) if here else None
             base = bins.get("before", {}).get(one)
-            change = paired(base, windows) if base and windows and column.name != "before" else None
+            change = paired(base, here) if base and here and column.name != "before" else None
             cells.append((level, change))
         rows.append((one, cells))
     return {
         "picture": picture,
         "change": plots.change_by_position(folder),
-        "labels": [column.label for column in columns],
+        "labels": [column.label + windows_note(windows, own) for column, own in zip(columns, windows, strict=True)],
         "rows": rows,
+        "same": same_windows(windows),
         "windows": max(len(column.loss_by_position) for column in columns),
         "has_base": "before" in bins,
         "laws": [(column.label, loss_law(column)) for column in columns],
@@ -61,7 +63,11 @@ def short_section(folder: RunFolder) -> dict[str, Any] | None:
                 None if own else relative_change(base, losses),
             )
         )
-    return {"rows": rows, "length": max(int(row["length"]) for column in columns for row in column.short_context.values())}
+    return {
+        "rows": rows,
+        "same": same_windows([column.short_context for column in columns]),
+        "length": max(window.length for column in columns for window in column.short_context),
+    }
 
 
 def suite_section(folder: RunFolder) -> dict[str, Any] | None:

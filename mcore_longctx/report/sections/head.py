@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from mcore_longctx.report.counts import by_length, compare, needle_counts, percent_interval, ruler_averages, ruler_tasks
-from mcore_longctx.report.losses import loss_bins, paired, percent_change, relative_change, short_loss
+from mcore_longctx.report.counts import (
+    by_length,
+    compare,
+    needle_counts,
+    percent_interval,
+    ruler_averages,
+    ruler_tasks,
+    same_samples,
+    shared_samples,
+)
+from mcore_longctx.report.losses import loss_bins, paired, percent_change, relative_change, same_windows, shared, short_loss
 from mcore_longctx.report.run_folder import Column, RunFolder
 from mcore_longctx.report.sections.training import duration
 from mcore_longctx.report.style import short_count
 from mcore_longctx.tasks.statistics import mean_interval
 
-__all__ = ["subtitle", "tiles"]
+__all__ = ["all_same", "subtitle", "tiles"]
 
 Tile = tuple[str, str, str]
 
@@ -19,6 +28,18 @@ def subtitle(folder: RunFolder) -> str:
     lengths = [f"{length:,}" for length in (folder.original_length, folder.trained_length) if length is not None]
     model = str(folder.recipe.model.path) if folder.recipe is not None else "an unknown model"
     return f"{model}, {' → '.join(lengths)} tokens of context" if len(lengths) == 2 else model
+
+
+def all_same(folder: RunFolder) -> bool:
+    """Whether the columns measured each part on the same samples and windows, where they measured it."""
+    columns = folder.columns
+    return (
+        all(same_samples([column.needles.get(kind, {}) for column in columns]) for kind in folder.needle_kinds)
+        and same_samples([column.ruler for column in columns])
+        and same_samples([column.short_suite for column in columns])
+        and same_windows([column.loss_by_position for column in columns])
+        and same_windows([column.short_context for column in columns])
+    )
 
 
 def tiles(folder: RunFolder) -> list[Tile]:
@@ -39,8 +60,9 @@ def _retrieval(folder: RunFolder, base: Column, final: Column) -> list[Tile]:
     for length in sorted(before.keys() & after.keys())[-1:]:
         note = f"base {percent_interval(before[length])}, {final.label} {percent_interval(after[length])}"
         found.append((f"{folder.needle_kinds[0].plural} at {length:,}", f"{before[length]} → {after[length]}", note))
-    tasks = ruler_tasks([base.ruler, final.ruler])
-    averages = [ruler_averages(column.ruler, tasks) for column in (base, final)]
+    rulers = shared_samples(base.ruler, final.ruler)
+    tasks = ruler_tasks(rulers)
+    averages = [ruler_averages(rows, tasks) for rows in rulers]
     for length in sorted(averages[0].keys() & averages[1].keys())[-1:]:
         intervals = [one[length].interval for one in averages]
         note = f"points of 100, {len(tasks)} tasks; {percent_interval(intervals[0])}, {percent_interval(intervals[1])}"
@@ -52,7 +74,10 @@ def _losses(base: Column, final: Column) -> list[Tile]:
     found = []
     bins_before, bins_after = loss_bins(base), loss_bins(final)
     for one in sorted(bins_before.keys() & bins_after.keys())[-1:]:
-        levels = [mean_interval(list(bins[one].values())).mean for bins in (bins_before, bins_after)]
+        same = shared(bins_before[one], bins_after[one])
+        if not same[0]:
+            continue
+        levels = [mean_interval(losses).mean for losses in same]
         change = paired(bins_before[one], bins_after[one])
         note = f"paired {change.mean:+.3f} ± {change.half_width:.3f} nats" if change else "nats per token"
         found.append((f"loss at {short_count(one[0])}–{short_count(one[1])}", f"{levels[0]:.2f} → {levels[1]:.2f}", note))
@@ -61,7 +86,9 @@ def _losses(base: Column, final: Column) -> list[Tile]:
         found.append(("short-context loss", percent_change(change), f"paired, {change.count} windows"))
     changed = compare(base.short_suite, final.short_suite)
     if changed is not None:
-        right = [sum(bool(row["correct"]) for row in column.short_suite.values()) for column in (base, final)]
-        number = f"{right[0]} → {right[1]} of {len(final.short_suite)}"
+        right = [
+            sum(bool(row["correct"]) for row in rows.values()) for rows in shared_samples(base.short_suite, final.short_suite)
+        ]
+        number = f"{right[0]} → {right[1]} of {changed.same}"
         found.append(("short suite", number, f"{changed.won} won, {changed.lost} lost"))
     return found

@@ -17,6 +17,7 @@ from mcore_longctx.report.counts import (
     ruler_averages,
     ruler_counts,
     ruler_effective_length,
+    ruler_scorings,
     ruler_tasks,
 )
 from mcore_longctx.report.run_folder import Column, RunFolder
@@ -38,15 +39,19 @@ def ruler_section(folder: RunFolder) -> dict[str, Any] | None:
     averages = {column.name: ruler_averages(column.ruler, tasks) for column in columns}
     lengths = sorted({length for found in averages.values() for length in found})
     every = [row for column in columns for row in column.ruler.values()]
+    scorings = ruler_scorings([column.ruler for column in columns])
     samples = [average.samples for found in averages.values() for average in found.values()]
     return {
-        "columns": [(column.label, _table_row(columns[0], column, averages[column.name], lengths)) for column in columns],
+        "columns": [
+            (plots.ruler_label(folder, column), _table_row(columns[0], column, averages[column.name], lengths))
+            for column in columns
+        ],
         "lengths": [(length, short_count(length)) for length in lengths],
-        "base": columns[0].label,
+        "base": plots.ruler_label(folder, columns[0]),
         "threshold": 100 * RULER_THRESHOLD,
         "tasks": len(tasks),
         "samples": (min(low for low, _ in samples), max(high for _, high in samples)),
-        "scoring": sorted({str(row.get("scoring", "teacher_forced")).replace("_", " ") for row in every}),
+        "scoring": scorings,
         "unique_share": min((float(row["unique_share"]) for row in every if row.get("unique_share") is not None), default=None),
         "by_length": plots.ruler_by_length(folder),
         "by_task": plots.ruler_by_task(folder),
@@ -89,7 +94,7 @@ def _table_row(base: Column, column: Column, averages: Mapping[int, Average], le
 
 def _task_grid(folder: RunFolder, column: Column, tasks: list[str], lengths: list[int]) -> dict[str, Any]:
     counts = {(length, task): count for (task, length), count in ruler_counts(column.ruler).items()}
-    return grid(column.label, {task: task for task in tasks}, lengths, counts) | {
+    return grid(plots.ruler_label(folder, column), {task: task for task in tasks}, lengths, counts) | {
         "lengths": grid_lengths(folder, column, lengths)
     }
 
@@ -106,7 +111,7 @@ def _depth_grid(folder: RunFolder, column: Column) -> dict[str, Any] | None:
     lengths = sorted({length for length, _ in scores})
     titles = {part: f"{100 * part // DEPTHS}–{100 * (part + 1) // DEPTHS} %" for part in range(DEPTHS)}
     counts = {key: Count.of_scores(values) for key, values in scores.items()}
-    return grid(column.label, titles, lengths, counts) | {"lengths": grid_lengths(folder, column, lengths)}
+    return grid(plots.ruler_label(folder, column), titles, lengths, counts) | {"lengths": grid_lengths(folder, column, lengths)}
 
 
 def published_lines() -> dict[str, Any]:
