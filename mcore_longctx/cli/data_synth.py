@@ -15,6 +15,7 @@ from mcore_longctx.errors import ConfigError
 
 __all__ = ["add_synth", "synth"]
 
+_LONGEST_TIMEOUT = 10**9  # seconds; no clock of the system waits for ever
 _DESCRIPTION = """\
 Long chats as JSON lines, which `data build` (stages of kind sft) and `data tokenize --chats` read. docs/synthesis.md
 
@@ -139,8 +140,8 @@ def _hierarchical(args: argparse.Namespace, wanted: list[Any], workers: int) -> 
     from mcore_longctx.data.synthesis.question_plan import QuestionCounts
     from mcore_longctx.data.synthesis.writer import Writer
 
-    if not args.timeout > 0:
-        raise ConfigError(f"--timeout {args.timeout}: expected more than 0 seconds")
+    if not 0 < args.timeout <= _LONGEST_TIMEOUT:  # not for nan either
+        raise ConfigError(f"--timeout {args.timeout}: expected more than 0 seconds, at most {_LONGEST_TIMEOUT:,}")
     writers = [
         None if text is None else Writer(command=_command(text, option), timeout=args.timeout)
         for option, text in (("--writer", args.writer), ("--closed-book", args.closed_book))

@@ -564,6 +564,9 @@ REFUSED = [
     (["--follow-up-probability", "2"], {}, "follow-up-probability is 2.0, expected 0 to 1"),
     (["--max-rejected", "1"], {}, "max-rejected is 1.0, expected 0 or more and less than 1"),
     (["--timeout", "0"], {}, "--timeout 0.0: expected more than 0 seconds"),
+    (["--timeout", "inf", "--writer", "cat"], {}, "--timeout inf: expected more than 0 seconds, at most 1,000,000,000"),
+    (["--timeout", "nan", "--writer", "cat"], {}, "--timeout nan: expected more than 0 seconds, at most 1,000,000,000"),
+    (["--timeout", "1e10", "--writer", "cat"], {}, "--timeout 10000000000.0: expected more than 0 seconds, at most"),
     (["--writer", " "], {}, "--writer is empty; give a program and its arguments"),
     (["--writer", "a 'b"], {}, "cannot be split into words"),
     ([], {"chunk": 0}, "chunk is 0, expected 1 or more tokens"),
@@ -578,6 +581,10 @@ def test_bad_input_is_one_line_and_nothing_is_written(
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
     assert [path.name for path in tmp_path.iterdir()] == ["books.jsonl"]
+
+
+def test_the_longest_timeout_can_be_waited_for(tmp_path: Path, books: Path, command: Any) -> None:
+    assert synth(tmp_path / "o.jsonl", books, "--writer", command(), "--timeout", "1e9") == 0
 
 
 def test_bad_documents_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
