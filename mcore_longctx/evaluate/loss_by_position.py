@@ -86,15 +86,15 @@ def score_windows(
     """
     length = windows.tokens.shape[1]
     edges = bin_edges(length) if task == "loss_by_position" else [0, length]
-    started = time.monotonic()
+    started, scores = time.monotonic(), []  # of these windows alone: the file may hold others, of another number of windows
     with rows:
         for index, (tokens, start) in enumerate(zip(windows.tokens, windows.starts.tolist(), strict=True)):
             if (length, index, start) not in rows:
                 begun = time.monotonic()
                 counts, sums = window_losses(model, tokens, edges)
                 rows.add(_row(task, length, index, start, edges, counts, sums, time.monotonic() - begun))
+            scores.append(rows.rows[length, index, start]["score"])
             step()
-        scores = [row["score"] for row in rows.rows.values()]
     mean = float(np.mean(scores))
     say(
         f"{task.replace('_', ' ')}  {len(scores)} windows of {length:,}  {mean:.4f} nats per token  {time.monotonic() - started:.0f} s"
