@@ -127,14 +127,18 @@ def _check(job: EvaluateJob, section: EvaluateSection) -> EvaluationTokenizer:
 def _open_rows(out: Path, tasks: ColumnTasks, identity: Mapping[str, Any]) -> dict[str, RowFile]:
     """The files of all tasks, read and checked: rows that do not go with this evaluation are no news for hours later."""
     section, found = tasks.section, {}
+
+    def of(task: str) -> dict[str, Any]:
+        return {**identity, "text": tasks.texts[task]}
+
     if section.needle is not None:
-        found["needle"] = needle_rows(out, section.needle, identity)
+        found["needle"] = needle_rows(out, section.needle, of("needle"))
     if section.ruler is not None:
-        found["ruler"] = ruler_rows(out, section.ruler, identity)
+        found["ruler"] = ruler_rows(out, section.ruler, of("ruler"))
     if section.loss_by_position is not None:
-        found |= {task: window_rows(out, task, identity) for task in ("loss_by_position", "short_context")}
+        found |= {task: window_rows(out, task, of(task)) for task in ("loss_by_position", "short_context")}
     if section.short_suite is not None:
-        found["short_suite"] = choice_rows(out, identity)
+        found["short_suite"] = choice_rows(out, of("short_suite"))
     return found
 
 

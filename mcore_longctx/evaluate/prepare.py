@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
 
 from mcore_longctx import __version__
 from mcore_longctx.errors import ConfigError, DataError
@@ -15,6 +20,7 @@ from mcore_longctx.evaluate.rows import on_first_rank
 from mcore_longctx.evaluate.ruler import RulerPrompts, ruler_tasks
 from mcore_longctx.evaluate.short_suite import choice_questions, encode_choices
 from mcore_longctx.layout import check_seq_length
+from mcore_longctx.manifest import sha256_file
 from mcore_longctx.recipe.schema import EvaluateSection, LossByPositionSection, NeedleSection, RulerSection
 from mcore_longctx.tasks import (
     Haystack,
@@ -27,7 +33,7 @@ from mcore_longctx.tasks import (
     needle_depths,
     ruler_minimum_length,
 )
-from mcore_longctx.tasks.choices import ChoiceQuestion
+from mcore_longctx.tasks.choices import CHOICE_KINDS, ChoiceQuestion, make_choice_question
 
 __all__ = ["ColumnTasks", "check_section", "prepare_tasks"]
 
@@ -43,6 +49,7 @@ class ColumnTasks:
         long: windows of the loss by position.
         short: windows of the short-context loss.
         questions: of the short suite.
+        texts: what each file of rows is measured on: 16 hexadecimal digits over its text as tokens, or over its questions.
         longest: tokens of the longest sequence that the model sees, padded for the layout.
     """
 
@@ -53,6 +60,7 @@ class ColumnTasks:
     long: Windows | None
     short: Windows | None
     questions: tuple[ChoiceQuestion, ...]
+    texts: Mapping[str, str]
     longest: int
 
     @property
@@ -118,6 +126,7 @@ def prepare_tasks(section: EvaluateSection, tokenizer: EvaluationTokenizer, *, s
         long=read.long,
         short=read.short,
         questions=read.questions,
+        texts=read.texts,
         longest=-(-longest // unit) * unit,
     )
 
@@ -131,6 +140,7 @@ class _Read:
     questions: tuple[ChoiceQuestion, ...]
     longest_question: int  # tokens
     texts_sha256: str  # of the texts of the RULER-like tasks, as tokens
+    texts: dict[str, str]  # of every file of rows
 
 
 def _read(section: EvaluateSection, tokenizer: EvaluationTokenizer, seed: int, cache: Path, texts: dict[Path, Haystack]) -> _Read:
@@ -140,18 +150,46 @@ def _read(section: EvaluateSection, tokenizer: EvaluationTokenizer, seed: int, c
     ):
         documents = read_documents(path)
         texts[path] = cached_haystack(documents, tokenizer, tokenizer_sha256=tokenizer.sha256, folder=cache, where=path)
+    found: dict[str, str] = {}
     if section.needle is not None:
         _try_needles(section.needle, texts[section.needle.haystack], tokenizer, seed)
-    digest = hashlib.sha256()
+        found["needle"] = _sha256([texts[section.needle.haystack].tokens])
+    ruler = ""
     if section.ruler is not None:
         _try_ruler(section.ruler, texts, tokenizer, seed)
-        for text in (section.ruler.haystack, section.ruler.code):
-            digest.update(b"-" if text is None else texts[text].tokens.astype("<i4").tobytes())
-    long, short = _windows(section.loss_by_position, tokenizer) if section.loss_by_position is not None else (None, None)
-    questions = tuple(choice_questions(section.short_suite, seed=seed)) if section.short_suite is not None else ()
+        ruler = _sha256(None if text is None else texts[text].tokens for text in (section.ruler.haystack, section.ruler.code))
+        found["ruler"] = ruler
+    long = short = None
+    if section.loss_by_position is not None:
+        tokens = _text(section.loss_by_position, tokenizer)
+        long, short = _windows(section.loss_by_position, tokens, tokenizer)
+        found["loss_by_position"] = found["short_context"] = _sha256([tokens])
+    questions: tuple[ChoiceQuestion, ...] = ()
+    if section.short_suite is not None:
+        questions = tuple(choice_questions(section.short_suite, seed=seed))
+        found["short_suite"] = _questions_sha256(section.short_suite.choices, seed)
     encoded = [encode_choices(question, tokenizer) for question in questions]
     longest = max((len(prompt) + max(map(len, options)) for prompt, options in encoded), default=0)
-    return _Read(long, short, questions, longest, digest.hexdigest())
+    return _Read(long, short, questions, longest, ruler, {task: sha256[:16] for task, sha256 in found.items()})
+
+
+def _sha256(texts: Iterable[npt.NDArray[np.integer] | None]) -> str:
+    """Of texts as tokens."""
+    digest = hashlib.sha256()
+    for tokens in texts:
+        digest.update(b"-" if tokens is None else tokens.astype("<i4").tobytes())
+    return digest.hexdigest()
+
+
+def _questions_sha256(choices: Path | None, seed: int) -> str:
+    """Of the file of questions, or of the first that is made of each kind: a maker that was changed makes others.
+
+    How many are asked is no part of it, so that more can be asked later.
+    """
+    if choices is not None:
+        return sha256_file(choices)
+    first = [asdict(make_choice_question(seed=seed, index=index)) for index in range(len(CHOICE_KINDS))]
+    return hashlib.sha256(json.dumps(first).encode()).hexdigest()
 
 
 def _ruler(
@@ -220,9 +258,14 @@ def _check_unique(haystack: Haystack, length: int, key: str, path: Path) -> None
         )
 
 
-def _windows(section: LossByPositionSection, tokenizer: EvaluationTokenizer) -> tuple[Windows, Windows]:
+def _text(section: LossByPositionSection, tokenizer: EvaluationTokenizer) -> npt.NDArray[np.int64]:
     text = "".join(document if document.endswith("\n") else document + "\n" for document in read_documents(section.path))
-    tokens = tokenizer.encode_array(text)
+    return tokenizer.encode_array(text)
+
+
+def _windows(
+    section: LossByPositionSection, tokens: npt.NDArray[np.int64], tokenizer: EvaluationTokenizer
+) -> tuple[Windows, Windows]:
     return (
         cut_windows(tokens, tokenizer.prefix, count=section.windows, length=section.seq_length, where=section.path),
         cut_windows(tokens, tokenizer.prefix, count=section.short_windows, length=section.short_length, where=section.path),

@@ -43,10 +43,11 @@ class RowFile:
     Args:
         path: the .jsonl file; it may be there already.
         key_fields: fields that name a sample.
-        identity: fields that every row must have with these values (model, rope, seed, how it is asked): a file of another model is refused.
+        identity: fields that every row must have with these values (model, rope, seed, text, how it is asked): a file of another model
+            or text is refused, and one whose rows do not say: nobody knows then what they would be mixed with.
 
     Raises:
-        ConfigError: the file holds rows of another model, rope or seed, or a damaged line.
+        ConfigError: the file holds rows of another model, rope, seed or text, or a damaged line.
     """
 
     def __init__(self, path: Path, key_fields: tuple[str, ...], identity: Mapping[str, Any]) -> None:
@@ -96,8 +97,10 @@ class RowFile:
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise ConfigError("damaged line", where=where, fix="remove the file and measure again") from None
             if wrong:
+                name = wrong[0]
+                there = f"is {row[name]!r}" if name in row else "is not stated (rows of an earlier version)"
                 raise ConfigError(
-                    f"{wrong[0]} is {row.get(wrong[0])!r}, this evaluation has {self.identity[wrong[0]]!r}",
+                    f"{name} {there}, this evaluation has {self.identity[name]!r}",
                     where=where,
                     fix="remove or move the file to measure again",
                 )
