@@ -11,6 +11,7 @@ from mcore_longctx.recipe.values import TokenCount
 
 __all__ = ["AugmentSection", "ChunkSet", "DataSection", "DocumentSource", "LengthSampling", "SentenceSection"]
 
+_MOST_PIECES = 1024  # of a document: utk makes a label for every piece of a sample, and two knots for every cut
 _MOST_COPIES = 1_000_000  # of a document: each is drawn by itself, in memory
 
 
@@ -87,6 +88,8 @@ class AugmentSection:
     def __post_init__(self) -> None:
         if not self.chunks or min(self.chunks) < 1 or max(self.chunks) < 2:
             raise ValueError(f"chunks is {list(self.chunks)}, expected numbers of pieces, one of them 2 or more")
+        if max(self.chunks) > _MOST_PIECES:
+            raise ValueError(f"chunks is {list(self.chunks)}, expected at most {_MOST_PIECES:,} pieces of a document")
         if self.type == "cip" and len(self.chunks) != 1:
             raise ValueError(f"chunks is {list(self.chunks)}, cip takes one number")
         if not 0.0 < self.probability <= 1.0:

@@ -7,6 +7,7 @@ import pytest
 
 from mcore_longctx.errors import ConfigError
 from mcore_longctx.recipe.load import load_recipe
+from mcore_longctx.recipe.data import AugmentSection
 from mcore_longctx.recipe.schema import DataSection, DocumentSource, LengthSampling, TokenCount
 
 
@@ -51,6 +52,13 @@ def test_a_source_has_a_name_that_can_be_written(name: str) -> None:
     assert source("théses 2/a$").name == "théses 2/a$"
 
 
+@pytest.mark.parametrize(("kind", "chunks"), [("utk", (2, 1_000_000_000)), ("utk", (1025,)), ("cip", (1025,))])
+def test_a_document_is_cut_in_a_number_of_pieces_that_labels_can_be_made_for(kind: str, chunks: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"chunks is \[.*\], expected at most 1,024 pieces of a document"):
+        AugmentSection(type=kind, chunks=chunks)
+    assert AugmentSection(type=kind, chunks=(1024,)).chunks == (1024,)
+
+
 @pytest.mark.parametrize("kind", ["text", "token"])
 def test_an_empty_separator_is_called_none(kind: str) -> None:
     with pytest.raises(ValueError, match="separator is empty; for nothing between documents use separator_kind none"):
@@ -61,8 +69,14 @@ def test_an_empty_separator_is_called_none(kind: str) -> None:
 @pytest.mark.parametrize(
     ("override", "what"),
     [
-        ("data.long-documents.prompt_loss=all", "stage extend: prompt_loss is for chats, data set 'long-documents' holds documents"),
-        ("data.chats.sentences={rule: digits}", "stage instruct: sentences are chosen from documents, data set 'chats' holds chats"),
+        (
+            "data.long-documents.prompt_loss=all",
+            "stage extend: prompt_loss is for chats, data set 'long-documents' holds documents",
+        ),
+        (
+            "data.chats.sentences={rule: digits}",
+            "stage instruct: sentences are chosen from documents, data set 'chats' holds chats",
+        ),
         ("data.chats.augment={type: cip}", "stage instruct: augment cip is for documents, data set 'chats' holds chats"),
     ],
 )
