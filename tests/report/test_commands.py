@@ -13,8 +13,11 @@ import pytest
 import yaml
 
 from mcore_longctx.convert.checks.commands import GPU_BYTES, serve_commands, smallest_layout
+from mcore_longctx.recipe.load import open_recipe
 from mcore_longctx.report import write_report
 from mcore_longctx.report.commands import LM_EVAL_FOLDER, LM_EVAL_TASKS, export_commands
+from mcore_longctx.report.run_folder import RunFolder
+from mcore_longctx.report.sections.export import _settings
 
 from . import made_up_run as made_up
 from .test_report import Words
@@ -96,3 +99,22 @@ def test_the_transformers_lines_run_as_they_are(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip()
+
+
+@pytest.mark.parametrize(
+    ("settings", "wanted"),
+    [
+        (["evaluate.seed=7"], {"seed": 7}),
+        (["evaluate.level=publish"], {"samples": 100}),
+        (["evaluate.ruler=null"], {"max_seq_lengths": None, "samples": None}),
+        (["evaluate.ruler=null", "evaluate.needle=null"], {"haystack": None, "max_seq_lengths": None, "samples": None}),
+    ],
+)
+def test_lm_eval_is_given_the_settings_that_the_run_measured_with(tmp_path, settings, wanted):
+    recipe = open_recipe("tiny-cpu", settings).recipe
+    plain = open_recipe("tiny-cpu", []).recipe
+    found = _settings(RunFolder(tmp_path, recipe, {}, [], {}, {}, {}, None, []))
+    expected = {"seed": plain.seed, "haystack": str(plain.evaluate.needle.haystack)}
+    expected |= {"max_seq_lengths": [int(one) for one in plain.evaluate.ruler.lengths], "samples": plain.evaluate.ruler.samples}
+    assert str(plain.evaluate.ruler.haystack) == expected["haystack"]
+    assert found == {key: value for key, value in (expected | wanted).items() if value is not None}

@@ -33,11 +33,14 @@ def export_section(folder: RunFolder) -> list[tuple[str, list[str]]] | None:
 def _settings(folder: RunFolder) -> dict[str, Any]:
     """Of the tasks, as the run measured them."""
     assert folder.recipe is not None
-    ruler, seed = folder.recipe.evaluate.ruler, {"seed": folder.recipe.seed}
-    if ruler is None:
-        return seed
-    lengths = [int(length) for length in ruler.lengths]
-    return {"max_seq_lengths": lengths, "haystack": str(ruler.haystack), "samples": ruler.samples, **seed}
+    measured = folder.recipe.evaluate.at_level()
+    settings: dict[str, Any] = {"seed": folder.recipe.evaluation_seed}
+    if measured.ruler is not None:
+        lengths = [int(length) for length in measured.ruler.lengths]
+        settings |= {"max_seq_lengths": lengths, "haystack": str(measured.ruler.haystack), "samples": measured.ruler.samples}
+    elif measured.needle is not None:
+        settings |= {"haystack": str(measured.needle.haystack)}
+    return settings
 
 
 def verify_section(verify: Mapping[str, Any] | None) -> list[tuple[str, str]] | None:
