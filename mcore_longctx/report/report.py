@@ -34,7 +34,7 @@ def write_report(run_folder: Path) -> Path:
     page = environment().get_template("report.html.j2").render(_content(folder))
     plots.needle_png(folder, run_folder / NEEDLE_PICTURE)
     path = run_folder / REPORT
-    write_atomic(path, page)
+    write_atomic(path, page.encode("utf-8", "replace").decode())  # half a surrogate pair, as an answer may hold, is no UTF-8
     return path
 
 

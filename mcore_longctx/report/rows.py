@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +30,8 @@ Row = Mapping[str, Any]
 Key = TypeVar("Key")
 
 RULER_LIKE = "ruler-like"
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_LARGEST = 2**63 - 1
 _FIX = "remove the file and measure again"
 
 
@@ -71,10 +74,12 @@ def read_rows(path: Path, kind: RowKind, key: Callable[[Row], Key]) -> dict[Key,
             kind.check(row)
             first = first or row
             _same_identity(first, row, "the first line")
+            if row.get("protocol") == RULER_LIKE:
+                _same_scoring(first, row)
             rows[key(row)] = row
         except _Wrong as error:
             raise ConfigError(f"damaged line: {error}", where=f"{path}:{number}", fix=_FIX) from None
-        except (ValueError, RecursionError) as error:
+        except (ValueError, OverflowError, RecursionError) as error:
             raise ConfigError(f"damaged line: {_short(str(error))}", where=f"{path}:{number}", fix=_FIX) from None
     return rows
 
@@ -104,6 +109,13 @@ def _same_identity(first: Row, row: Row, where: str) -> None:
             raise _Wrong(f"{name} {_short(row[name])}, but {_short(first[name])} in {where}")
 
 
+def _same_scoring(first: Row, row: Row) -> None:
+    """Scores of two ways in one file would be averaged: they are no scores of one thing."""
+    old, new = (one.get("scoring", "teacher_forced") for one in (first, row))
+    if old != new:
+        raise _Wrong(f"scoring {_short(new)}, but {_short(old)} in the first line")
+
+
 def _short(value: object) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
     return repr(text if len(text) <= 80 else text[:80] + "…")
@@ -121,6 +133,8 @@ def _whole(row: Row, name: str, low: int = 0, high: float = math.inf) -> None:
     _number(row, name, low, high)
     if not isinstance(row[name], int):
         raise _Wrong(f"{name!r} is {row[name]}, expected a whole number")
+    if abs(row[name]) > _LARGEST:
+        raise _Wrong(f"{name!r} is beyond 64 bits")
 
 
 def _of_type(row: Row, name: str, kind: type, words: str) -> None:
@@ -132,7 +146,32 @@ def _right_or_wrong(row: Row) -> None:
     _of_type(row, "correct", bool, "true or false")
 
 
+def _plain_task(row: Row) -> None:
+    _of_type(row, "task", str, "a text")
+    if _PLAIN_NAME.fullmatch(row["task"]) is None:
+        raise _Wrong(f"task {_short(row['task'])}, expected a name of letters, digits, '_', '.' and '-'")
+
+
+def _optional(row: Row) -> None:
+    """What the page shows of a row where it is there."""
+    if row.get("length") is not None:
+        _whole(row, "length", 1)
+    if row.get("depth") is not None:
+        _number(row, "depth", 0, 1)
+    if row.get("unique_share") is not None:
+        _number(row, "unique_share", 0, 1)
+    for name in ("depths", "options"):
+        if row.get(name) is not None:
+            _of_type(row, name, list, "a list")
+    for depth in row.get("depths") or ():
+        _number({"depths": depth}, "depths", 0, 1)
+    if row.get("scoring") is not None:
+        _of_type(row, "scoring", str, "a text")
+    _text_hash(row)
+
+
 def _needle(row: Row) -> None:
+    _optional(row)
     _whole(row, "length", 1)
     _number(row, "depth", 0, 1)
     _whole(row, "index")
@@ -147,7 +186,8 @@ def _needle(row: Row) -> None:
 
 
 def _ruler(row: Row) -> None:
-    _of_type(row, "task", str, "a text")
+    _plain_task(row)
+    _optional(row)
     if row.get("protocol") != RULER_LIKE:  # published RULER has other prompts and texts: never in one table with ours
         raise _Wrong(f"protocol {_short(row.get('protocol'))}, expected {RULER_LIKE!r}")
     _whole(row, "length", 1)
@@ -157,11 +197,6 @@ def _ruler(row: Row) -> None:
     _right_or_wrong(row)
     if row["correct"] != (row["score"] == 1):
         raise _Wrong(f"'correct' is {row['correct']} at a score of {row['score']}".lower())
-    depths = row.get("depths", [])
-    if not isinstance(depths, list):
-        raise _Wrong(f"'depths' is {_short(depths)}, expected a list")
-    for depth in depths:
-        _number({"depths": depth}, "depths", 0, 1)
 
 
 def _window(row: Row) -> None:
@@ -181,7 +216,10 @@ def _loss(row: Row) -> None:
     for name in ("edges", "counts", "sums"):
         _of_type(row, name, list, "a list")
         for value in row[name]:
-            _number({name: value}, name, finite=False)
+            if name == "sums":
+                _number({name: value}, name, 0, finite=False)
+            else:
+                _whole({name: value}, name)
     if not len(row["edges"]) - 1 == len(row["counts"]) == len(row["sums"]) or row["edges"] != sorted(set(row["edges"])):
         raise _Wrong("edges, counts and sums do not belong together")
 
@@ -189,11 +227,12 @@ def _loss(row: Row) -> None:
 def _short_context(row: Row) -> None:
     _window(row)
     _whole(row, "count", 1)
-    _number(row, "sum", finite=False)
+    _number(row, "sum", 0, finite=False)
 
 
 def _short_suite(row: Row) -> None:
-    _of_type(row, "task", str, "a text")
+    _plain_task(row)
+    _optional(row)
     _whole(row, "index")
     _whole(row, "seed", -(1 << 63))
     _right_or_wrong(row)
@@ -203,6 +242,9 @@ def _metrics(row: Row) -> None:
     _whole(row, "step")
     for name in ("loss", "lr", "grad_norm"):
         _number(row, name, finite=False)
+    for name in ("tokens_per_second", "memory_bytes", "seconds"):
+        if row.get(name) is not None:
+            _number(row, name, 0)
 
 
 NEEDLE = RowKind("needle", ("needle", "needles_shared"), _needle)

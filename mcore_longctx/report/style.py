@@ -57,6 +57,7 @@ _STYLE: dict[str, Any] = {
     "xtick.color": "#555555",
     "ytick.color": "#555555",
     "text.color": INK,
+    "text.parse_math": False,  # names come from files: a dollar sign is a dollar sign
     "legend.frameon": False,
     "legend.fontsize": 9,
     "svg.fonttype": "none",  # text stays text: sharp, selectable, small

@@ -5,6 +5,7 @@ import pytest
 from mcore_longctx.cli.main import main
 from mcore_longctx.errors import ConfigError
 from mcore_longctx.report import write_report
+from mcore_longctx.report.style import figure_in_style, svg
 
 from . import made_up_rows as rows_of
 from . import made_up_run as made_up
@@ -46,6 +47,22 @@ DAMAGE = [
     (broken("loss_by_position", {"edges": "0 to 9"}), "'edges' is '0 to 9', expected a list"),
     (broken("short_context", {"count": 0}), "'count' is 0, expected 1 to inf"),
     (broken("short_suite", {"correct": None}), "no 'correct'"),
+    (broken("short_suite", {"options": 4}), "'options' is '4', expected a list"),
+    (broken("short_suite", {"length": "long"}), "'length' is 'long', expected a number"),
+    (broken("short_suite", {"depths": 5}), "'depths' is '5', expected a list"),
+    (broken("short_suite", {"task": "$\\frac$"}), "expected a name of letters, digits"),
+    (broken("ruler", {"task": "$\\frac$"}), "expected a name of letters, digits"),
+    (broken("ruler", {"task": ""}), "expected a name of letters, digits"),
+    (broken("ruler", {"unique_share": "x"}), "'unique_share' is 'x', expected a number"),
+    (broken("ruler", {"scoring": "greedy"}), "scoring 'greedy', but 'teacher_forced' in the first line"),
+    (broken("ruler", {"text": 5}), "'text' is '5', expected the digits of a hash"),
+    (broken("ruler", {"index": 1 << 64}), "'index' is beyond 64 bits"),
+    (broken("ruler", {"index": 10**400}), "damaged line"),
+    (broken("needle", {"unique_share": "q"}), "'unique_share' is 'q', expected a number"),
+    (broken("needle", {"depths": 7}), "'depths' is '7', expected a list"),
+    (broken("loss_by_position", {"counts": [-1] * len(LOSS[1]["counts"])}), "'counts' is -1, expected 0 to inf"),
+    (broken("loss_by_position", {"start": ...}), "no number 'start'"),
+    (broken("short_context", {"start": "here"}), "'start' is 'here', expected a number"),
 ]
 
 
@@ -87,3 +104,24 @@ def test_every_kind_of_file_is_read_and_text_may_hold_any_line_separator(tmp_pat
     odd = [row | {"got": "one\u2028two\x85three\x0cfour"} for row in FILES[part]]
     file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in odd), encoding="utf-8")
     assert write_report(tmp_path).is_file()
+
+
+def test_half_a_surrogate_pair_in_an_answer_ends_no_page(tmp_path):
+    rows = [row | {"got": "half \ud800 a pair", "correct": False, "score": 0.0} for row in RULER]
+    made_up.write_lines(tmp_path / "evaluate" / "before" / "ruler.jsonl", rows)
+    assert "half ? a pair" in write_report(tmp_path).read_text(encoding="utf-8")
+
+
+def test_a_name_from_a_file_is_no_formula_in_a_picture():
+    with figure_in_style() as figure:
+        figure.suptitle("after $\\frac$")
+        assert svg(figure).startswith("data:image/svg+xml")
+
+
+@pytest.mark.parametrize("name", ["seconds", "memory_bytes", "tokens_per_second"])
+def test_a_damaged_step_is_one_clear_line(tmp_path, name):
+    made_up.write_metrics(tmp_path / "metrics" / "extend.jsonl", 3.0, 2.0, 3)
+    file = tmp_path / "metrics" / "extend.jsonl"
+    made_up.write_lines(file, [json.loads(line) | {name: "much"} for line in file.read_text().splitlines()])
+    with pytest.raises(ConfigError, match=rf"extend\.jsonl:1: damaged line: '{name}' is 'much', expected a number"):
+        write_report(tmp_path)

@@ -32,7 +32,7 @@ def training_section(folder: RunFolder) -> list[dict[str, Any]]:
             facts.append(("tokens per second, median", f"{speeds[len(speeds) // 2]:,.0f}"))
         if memory:
             facts.append(("peak memory", f"{max(memory) / 2**30:.2f} GiB"))
-        facts.append(("time in steps", duration(sum(float(row.get("seconds", 0)) for row in rows))))
+        facts.append(("time in steps", duration(sum(float(row.get("seconds") or 0) for row in rows))))
         stages.append({"name": name, "picture": plots.training_curves(name, rows), "facts": facts})
     return stages
 
