@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from mcore_longctx.errors import ConfigError
-from mcore_longctx.recipe.load import load_recipe
 from mcore_longctx.recipe.data import AugmentSection
+from mcore_longctx.recipe.load import load_recipe
 from mcore_longctx.recipe.schema import DataSection, DocumentSource, LengthSampling, TokenCount
 
 
