@@ -73,7 +73,7 @@ class Recipe:
         if masked and self.model.backend == "te":
             raise ValueError(f"stage {masked[0]}: cross_document_mask is computed by backend local only, model.backend is te")
         _refuse_combinations(self)
-        reserved = {"base", "before", "scaled", *(f"{stage.name}-merged" for stage in self.stages)} & set(names)
+        reserved = {"base", "before", "scaled", "cache", *(f"{stage.name}-merged" for stage in self.stages)} & set(names)
         if reserved:
             raise ValueError(f"no stage may be called {reserved.pop()!r}: the run folder uses this name")
 

@@ -138,3 +138,10 @@ def test_bad_input_ends_in_one_line_and_exit_code_2(folder, capsys, arguments, m
     assert message in said
     assert said.count("\n") == 1
     assert not (folder / "run" / "x").exists()
+
+
+def test_no_stage_may_take_the_folder_of_the_cache(tmp_path, capsys):
+    recipe = tmp_path / "cache.yaml"
+    recipe.write_text(RECIPE.format(folder=tmp_path).replace("name: extend", "name: cache"))
+    assert main(["evaluate", str(recipe), "--checkpoint", "base", "--rope", "own", "--column", "before"]) == 2
+    assert "no stage may be called 'cache': the run folder uses this name" in capsys.readouterr().err
