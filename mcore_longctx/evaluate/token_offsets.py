@@ -11,17 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from mcore_longctx.data.methods.sentences import write_offsets
-from mcore_longctx.data.tokenizers import check_vocabulary, load_tokenizer
+from mcore_longctx.data.tokenizers import Tokenizer, check_vocabulary, load_tokenizer
 from mcore_longctx.errors import CheckpointError, ConfigError, DataError
 from mcore_longctx.evaluate.held_out import read_documents
 from mcore_longctx.evaluate.logits import check_memory
 from mcore_longctx.evaluate.model_sources import ModelSource, RunningModel, read_source, running
 
 __all__ = ["measure_token_offsets"]
+
+Ids = npt.NDArray[np.int64]
 
 _LEAST_WINDOW = 2
 _ROWS = 256  # whose probabilities are summed at once
@@ -56,9 +59,11 @@ def measure_token_offsets(
 
     Raises:
         ConfigError: a window that no model takes, a share that is none, or a model that does not fit into memory.
-        CheckpointError: a folder cannot be read, or the two have different vocabularies.
+        CheckpointError: a folder cannot be read, or the two have different vocabularies, or tokenizers that cut the text differently.
         DataError: the text or the tokenizer cannot be read, or the text is too short.
     """
+    if not 0.0 < share <= 1.0:  # not for nan either; seen before the models run
+        raise ConfigError(f"share is {share}, expected more than 0, at most 1", where="token-offsets")
     sources = read_source(before, config), read_source(after, config)
     if sources[0].shape.vocab_size != sources[1].shape.vocab_size:
         raise CheckpointError(
@@ -72,7 +77,9 @@ def measure_token_offsets(
     check_vocabulary(tokenizer, sources[0].shape.vocab_size)
     for source in sources:
         check_memory(source)
-    windows = _windows(tokenizer.encode, text, window, most_tokens)
+    documents = _documents(tokenizer.encode, text, most_tokens)
+    _check_same_tokens(tokenizer, sources[1], documents)
+    windows = _windows([ids for _, ids in documents], text, window)
     found = [_scores(source, windows, window) for source in sources]
     tokens = np.concatenate([ids[1:] for ids in windows])
     offset = (found[1] - found[0]).abs().numpy()
@@ -97,21 +104,47 @@ def measure_token_offsets(
     )
 
 
-def _windows(encode: Any, text: Path, window: int, most: int) -> list[np.ndarray[Any, np.dtype[np.int64]]]:
-    """Ids of the documents in windows, each of one document; one of a single token predicts nothing and is left out."""
-    windows, left = [], most
+def _documents(encode: Any, text: Path, most: int) -> list[tuple[str, Ids]]:
+    """The documents and their ids, `most` ids in all; the last document may have more text than ids."""
+    documents, left = [], most
     for document in read_documents(text):
         ids = encode(document)[:left].astype(np.int64)
         left -= len(ids)
-        windows += [part for at in range(0, len(ids), window) if len(part := ids[at : at + window]) >= _LEAST_WINDOW]
+        documents.append((document, ids))
         if not left:
             break
+    return documents
+
+
+def _check_same_tokens(tokenizer: Tokenizer, after: ModelSource, documents: list[tuple[str, Ids]]) -> None:
+    """Refuse a model with a tokenizer that gives other ids for this text. One without a tokenizer is taken to have the same."""
+    folder = after.tokenizer_folder
+    if not any(path for name in ("tokenizer.json", "*.model", "*.tiktoken") for path in folder.glob(name)):
+        return
+    other = load_tokenizer(folder)
+    if other.sha256 == tokenizer.sha256:
+        return
+    for number, (document, ids) in enumerate(documents):
+        theirs = other.encode(document)
+        if not np.array_equal(theirs[: len(ids)], ids) or (number + 1 < len(documents) and len(theirs) != len(ids)):
+            raise CheckpointError(
+                f"its tokenizer gives other tokens for document {number + 1:,} of the text than {tokenizer.path}",
+                where=other.path,
+                fix="compare a model with itself after training, with one tokenizer",
+            )
+
+
+def _windows(documents: list[Ids], text: Path, window: int) -> list[Ids]:
+    """Ids of the documents in windows, each of one document; one of a single token predicts nothing and is left out."""
+    windows = [
+        part for ids in documents for at in range(0, len(ids), window) if len(part := ids[at : at + window]) >= _LEAST_WINDOW
+    ]
     if not windows:
         raise DataError("holds fewer than two tokens", where=text, fix="give a longer text")
     return windows
 
 
-def _scores(source: ModelSource, windows: list[np.ndarray[Any, np.dtype[np.int64]]], window: int) -> Tensor:
+def _scores(source: ModelSource, windows: list[Ids], window: int) -> Tensor:
     """Log-probability of each token of the windows but their first ones, float64."""
     with running(source, window) as model:
         return torch.cat([_window_scores(model, torch.from_numpy(ids)) for ids in windows])

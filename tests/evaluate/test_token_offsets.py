@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections import defaultdict
 from pathlib import Path
 
@@ -78,3 +79,58 @@ def test_the_table_is_what_transformers_says(models: Path, tmp_path: Path, capsy
         assert main([*words, "--out", str(tmp_path / "t.json"), "--window", str(WINDOW), *wrong]) == 2
         assert line in capsys.readouterr().err
     assert not (tmp_path / "t.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("share", "other", "line"),
+    [
+        ("nan", False, "token-offsets: share is nan, expected more than 0, at most 1"),
+        ("0", False, "token-offsets: share is 0.0, expected more than 0, at most 1"),
+        ("0.2", True, "tokenizer.json: its tokenizer gives other tokens for document 1 of the text than "),
+    ],
+)
+def test_what_cannot_be_compared_is_seen_before_a_model_runs(
+    models: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    share: str,
+    other: bool,
+    line: str,
+) -> None:
+    def no_model(*arguments: object) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("mcore_longctx.evaluate.token_offsets.running", no_model)
+    after = models / "trained"
+    if other:
+        after = tmp_path / "after"
+        shutil.copytree(models / "trained", after)
+        change_tokenizer(after, swap=("a", "b"))
+    words = ["data", "token-offsets", str(models / "base"), str(after), "--text", str(models / "text.jsonl")]
+    assert main([*words, "--out", str(tmp_path / "t.json"), "--window", str(WINDOW), "--share", share]) == 2
+    assert line in capsys.readouterr().err
+    assert not (tmp_path / "t.json").exists()
+
+
+def test_a_tokenizer_that_is_another_file_and_gives_the_same_tokens_is_taken(models: Path, tmp_path: Path) -> None:
+    """Z stands nowhere in the text; with 100 tokens of it the first document is not read whole."""
+    after = tmp_path / "after"
+    shutil.copytree(models / "trained", after)
+    change_tokenizer(after, swap=("Y", "Z"))
+    words = ["data", "token-offsets", str(models / "base"), str(after), "--text", str(models / "text.jsonl")]
+    for more in ([], ["--tokens", "100"]):
+        out = tmp_path / f"t{len(more)}.json"
+        assert main([*words, "--out", str(out), "--window", str(WINDOW), *more]) == 0
+    (after / "tokenizer.json").unlink()
+    assert main([*words, "--out", str(tmp_path / "none.json"), "--window", str(WINDOW)]) == 0
+    assert read_offsets(tmp_path / "none.json")["types"] == read_offsets(tmp_path / "t0.json")["types"]
+
+
+def change_tokenizer(folder: Path, swap: tuple[str, str]) -> None:
+    """Two letters get each other's id."""
+    path = folder / "tokenizer.json"
+    spec = json.loads(path.read_text())
+    vocabulary = spec["model"]["vocab"]
+    vocabulary[swap[0]], vocabulary[swap[1]] = vocabulary[swap[1]], vocabulary[swap[0]]
+    path.write_text(json.dumps(spec))
