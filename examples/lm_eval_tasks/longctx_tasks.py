@@ -43,6 +43,7 @@ class TextTokenizer:
 def needle(max_gen_toks: int, **settings: Any) -> dict[str, datasets.Dataset]:
     """A pass key at every depth of held-out text. `max_gen_toks`: tokens that the backend decodes."""
     tokenizer, seed, haystack = _tokenizer(settings), _seed(settings), _haystack(settings)
+    _check_unique(haystack, settings)
     rows = []
     for length in _lengths(settings):
         for depth in needle_depths(_count(settings, "depths", 5)):
@@ -61,7 +62,7 @@ def needle(max_gen_toks: int, **settings: Any) -> dict[str, datasets.Dataset]:
 
 def ruler(task: str, max_gen_toks: int, **settings: Any) -> dict[str, datasets.Dataset]:
     """One of the 13 RULER-like tasks. `max_gen_toks`: tokens that the backend decodes."""
-    tokenizer, seed, texts = _tokenizer(settings), _seed(settings), RulerTexts(_haystack(settings))
+    tokenizer, seed, texts = _tokenizer(settings), _seed(settings), _checked_texts(settings)
     rows = []
     for length in _lengths(settings):
         for index in range(_count(settings, "samples", 25)):
@@ -151,6 +152,30 @@ def _texts(settings: dict[str, Any]) -> list[str]:
 
 def _haystack(settings: dict[str, Any]) -> Haystack:
     return Haystack.from_documents(_texts(settings), _tokenizer(settings), where=settings.get("haystack") or HELD_OUT)
+
+
+def _checked_texts(settings: dict[str, Any]) -> RulerTexts:
+    """Texts that refuse to be read when they are short. Tasks that make their whole context do not read them."""
+
+    class Checked(RulerTexts):
+        def of(self, index: int) -> Haystack:
+            haystack = super().of(index)
+            _check_unique(haystack, settings)
+            return haystack
+
+    return Checked(_haystack(settings))
+
+
+def _check_unique(haystack: Haystack, settings: dict[str, Any]) -> None:
+    """Refuse a text that samples of the longest length would repeat: a model ignores what it has seen before, and finds the rest."""
+    there, longest = len(haystack.tokens), _lengths(settings)[-1]
+    if there < longest:
+        raise DataError(
+            f"{there:,} tokens of text: a sample of {longest:,} would hold them {longest / there:.1f} times, "
+            f"{1 - there / longest:.0%} of it repeated",
+            where=f"haystack: {settings.get('haystack') or HELD_OUT}",
+            fix="give more text (--metadata haystack), or ask for shorter lengths",
+        )
 
 
 def _lengths(settings: dict[str, Any]) -> list[int]:

@@ -26,7 +26,7 @@ from mcore_longctx.errors import ConfigError, DataError
 from mcore_longctx.recipe.load import open_recipe
 from mcore_longctx.recipe.resolve import resolve
 from mcore_longctx.rope import write_hf_rope
-from mcore_longctx.tasks import RULER_TASKS, solve_needle, solve_ruler
+from mcore_longctx.tasks import RULER_TASKS, ruler_minimum_length, solve_needle, solve_ruler
 from tests.multiproc import run_processes
 
 ROOT = Path(__file__).parents[2]
@@ -56,6 +56,7 @@ def make_run(folder: Path) -> None:
     """A folder like a clone in which `make demo` has run, but the model was not trained: the tiny Llama with the recipe's rope."""
     for name in ("examples", "docs"):
         (folder / name).symlink_to(ROOT / name)
+    (folder / "short.txt").write_text("Nineteen characters\n")
     resolved = resolve(open_recipe("tiny-cpu"))
     hf = folder / "scaled"
     hf.mkdir()
@@ -208,6 +209,10 @@ GOOD = ["--include-path", "examples/lm_eval_tasks", "--tasks", "longctx_needle"]
             "--metadata: max_seq_lengths is '4096', expected a list of numbers",
         ),
         ([*GOOD, "--metadata", '{"max_seq_lengths": [16]}'], "a needle sample of 7 digits needs more than"),
+        (
+            [*GOOD, "--metadata", '{"haystack": "short.txt"}'],
+            "haystack: short.txt: 20 tokens of text: a sample of 4,096 would hold",
+        ),
         ([*GOOD, "--limit", "0"], "--limit: 0 is too small"),
         ([*GOOD, "model.backend=te"], "model.backend: te: options and decoding keep keys and values"),
         (
@@ -296,6 +301,31 @@ def test_an_answer_longer_than_max_gen_toks_is_refused(makers):
         makers.needle(7, **MADE)
     with pytest.raises(DataError, match="longctx_ruler_vt: an answer takes 34 tokens with this tokenizer, max_gen_toks is 30; "):
         makers.ruler("vt", 30, **MADE)
+
+
+def test_a_text_that_a_sample_would_repeat_is_refused_by_those_who_read_it(makers, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("A line of forty characters, no one more.\n" * 24)  # 984 tokens
+    settings = {**MADE, "haystack": short, "max_seq_lengths": [1024, 1_000_000]}
+    repeated = (
+        "haystack: .*short.txt: 984 tokens of text: a sample of 1,000,000 would hold them 1016.3 times, 100% of it repeated; "
+    )
+    with pytest.raises(DataError, match=repeated):
+        makers.needle(16, **settings)
+    readers = []
+    for task in RULER_TASKS:
+        least = ruler_minimum_length(task, makers._tokenizer(settings), makers.BEGIN)
+        try:
+            makers.ruler(task, 120, **settings | {"max_seq_lengths": [max(985, 2 * least)]})
+        except DataError as error:
+            if "of it repeated" not in str(error):
+                raise
+            readers.append(task)
+    said = (ROOT / "examples" / "lm_eval_tasks" / "README.md").read_text(encoding="utf-8")
+    (line,) = [line for line in said.splitlines() if "make their whole context" in line]
+    assert set(re.findall(r"`(\w+)`", line)) == set(RULER_TASKS) - set(readers)
+    exact = {**settings, "max_seq_lengths": [984]}
+    assert len(makers.needle(16, **exact)["test"]) == 1
 
 
 def test_answers_end_where_generation_config_says(tmp_path):

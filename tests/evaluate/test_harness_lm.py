@@ -30,6 +30,7 @@ class OneProcess:
 
     def __init__(self, hf: Any, decode: Any) -> None:
         self.hf, self.decode, self.prefills, self.longest = hf, decode, 0, 0
+        self.whole: list[int] = []  # the last text that was scored whole
 
     def logits(self, tokens: Any) -> torch.Tensor:
         self.longest = max(self.longest, len(tokens))
@@ -46,6 +47,7 @@ class OneProcess:
         return found
 
     def log_probability(self, tokens: Any, start: int) -> float:
+        self.whole = [int(token) for token in tokens]
         return self.option_scores(tokens[:start], [tokens[start:]])[0].log_probability
 
     def generate(self, context: Any, wanted: Any) -> list[list[int]]:
@@ -100,9 +102,23 @@ def test_any_text_becomes_the_same_tokens(both: SimpleNamespace, context: str, c
     assert both.ours._encode_pair(context, continuation) == both.theirs._encode_pair(context, continuation)
 
 
-def test_a_begin_token_is_added_where_the_tokenizer_adds_one_and_never_twice(both: SimpleNamespace) -> None:
+def test_a_prompt_gets_a_begin_token_where_the_tokenizer_adds_one_and_never_a_second(both: SimpleNamespace) -> None:
     assert both.ours.tok_encode("ab") == [*([256] if both.adds else []), 97, 98]
     assert both.ours.tok_encode("<s>ab") == [256, 97, 98]
+
+
+def test_a_whole_text_has_one_more_begin_token_before_it(both: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs: list[tuple[list[int], list[int]]] = []
+
+    def scored(requests: Any, **_: Any) -> list[tuple[float, bool]]:
+        theirs.extend((list(context), list(continuation)) for _text, context, continuation in requests)
+        return [(0.0, True)] * len(requests)
+
+    monkeypatch.setattr(both.theirs, "_loglikelihood_tokens", scored)
+    both.theirs.loglikelihood_rolling([asked("ab")], disable_tqdm=True)
+    both.ours.loglikelihood_rolling([asked("ab")], disable_tqdm=True)
+    ((before, after),) = theirs
+    assert both.ranks.whole == [*before, *after] == [256, *([256] if both.adds else []), 97, 98]
 
 
 PAIRS = [
@@ -303,4 +319,4 @@ def test_the_other_ranks_end_when_rank_0_is_done_and_when_it_fails() -> None:
 @pytest.mark.multiproc
 def test_an_error_inside_a_step_ends_every_rank_with_it() -> None:
     with pytest.raises(ProcessFailed, match="no memory"):
-        run_processes(led, 2, "in a step", timeout=60)
+        run_processes(led, 2, "in a step")
