@@ -130,7 +130,7 @@ def test_every_answer_about_dictionaries_follows_from_the_text(count: TokenCount
         lines = messages[0]["content"].split("\n")
         entries: dict[tuple[int, ...], tuple[int, int]] = {}  # the numbers of a key, sorted: value, dictionary
         for line in lines[1:-1]:
-            number = int(re.match(r"Dictionary \[(\d+)\] \{", line)[1])  # type: ignore[index]
+            (number,) = map(int, re.findall(r"^Dictionary \[(\d+)\] \{", line))
             for key, value in re.findall(r"(\(.*?\)|\d+): (\d+)", line.split("]", 1)[1]):
                 name = tuple(sorted(map(int, re.findall(r"\d+", key))))
                 assert name not in entries

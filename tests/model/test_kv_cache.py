@@ -15,7 +15,7 @@ from mcore_longctx.layout import zigzag_positions
 from mcore_longctx.megatron_compat import device_context
 from mcore_longctx.model import builder, destroy_process_groups
 from mcore_longctx.model.kv_cache import Branch, extend, prefill
-from mcore_longctx.recipe.schema import Parallel
+from mcore_longctx.recipe.schema import CpCommType, Parallel
 from tests.model.llama import SHAPE as FOUR_LAYERS
 from tests.model.llama import build
 from tests.multiproc import run_processes
@@ -44,9 +44,9 @@ def kept_rows(model: Any, rank: int, size: int) -> dict[str, Any]:
     return {"rows": positions[positions < len(PROMPT)], "prompt": cache.layers, "bytes": cache.bytes, "new": branch.layers}
 
 
-def kept_of_rank(comm: str) -> dict[str, Any]:
+def kept_of_rank(comm: CpCommType) -> dict[str, Any]:
     with device_context():
-        model = build(Parallel(context_parallel_size=2, cp_comm_type=comm), shape=SHAPE).double().eval()  # type: ignore[arg-type]
+        model = build(Parallel(context_parallel_size=2, cp_comm_type=comm), shape=SHAPE).double().eval()
     return kept_rows(model, torch.distributed.get_rank(), 2)
 
 
