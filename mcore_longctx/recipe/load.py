@@ -249,7 +249,9 @@ class _Builder:
 
     def dataclass_value(self, kind: Any, node: yaml.Node | None, at: str, overrides: list[_Override]) -> Any:
         node, overrides = _replaced(node, overrides, kind)
-        place = self.place(node)
+        # what is wrong with the whole stands in the recipe that was opened, not in the one that it extends
+        is_another = not at and node is not None and str(node.start_mark.name) != self.file
+        place = self.file if is_another else self.place(node)
         if node is not None and not isinstance(node, yaml.MappingNode):
             raise _mismatch(kind, node, at, place)
         fields = {field.name: field for field in dataclasses.fields(kind)}

@@ -95,3 +95,10 @@ def test_the_example_of_the_docs_is_read(tmp_path: Path) -> None:
     (block,) = re.findall(r"```yaml\n(  extends:.*?)```", page, re.DOTALL)
     recipe = load_recipe(written(tmp_path, block))
     assert (recipe.name, recipe.stages[0].cross_document_mask) == ("tiny-masked", True)
+
+
+def test_what_is_wrong_with_the_whole_stands_in_the_recipe_that_was_opened(tmp_path: Path) -> None:
+    path = written(tmp_path, "extends: tiny-utk\nchanges: {stages.extend.cross_document_mask: true}\n")
+    with pytest.raises(ConfigError, match="use one of them") as caught:
+        load_recipe(path)
+    assert caught.value.where == str(path)
