@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -406,38 +407,73 @@ def test_a_writer_that_fails_stops_with_one_line_and_keeps_what_it_said(
     assert kept == (0 if mode == "mute" else 5)
 
 
-LEAVES_A_CHILD = """\
-import os, subprocess, sys
-child = subprocess.Popen(["sleep", "40"], start_new_session=sys.argv[2] == "away")
-with open(sys.argv[1], "w") as file:
-    file.write(str(child.pid))
-if sys.argv[2] == "unread":
+KEEPS_ON = """\
+import json, os, subprocess, sys, time
+mode, noted = sys.argv[1:]
+out = subprocess.DEVNULL if "closes" in mode else None
+child = subprocess.Popen(["sleep", "60"], stdout=out, start_new_session="away" in mode)
+with open(noted, "w") as file:
+    file.write(f"{child.pid} {os.getpid()}")
+if "unread" in mode:
     sys.stdin.buffer.read(1)
-else:
-    sys.stdin.buffer.read()
+    os._exit(0)
+for line in sys.stdin:
+    print(json.dumps({"id": json.loads(line)["id"], "question": "What?", "answer": "a mast"}), end="\\n", flush=True)
+if "closes" in mode:
+    os.close(1)
+if "stays" in mode:
+    time.sleep(60)
+print("[" * 200_000, end="", flush=True)  # after the last answer: more than a pipe holds
 os._exit(0)
 """
+MANY = [{"id": str(number), "kind": "local", "chunk": "x" * 40_000, "name": "n"} for number in range(10)]
 
 
-@pytest.mark.parametrize("mode", ["near", "unread", "away"])
-def test_the_timeout_holds_though_the_command_leaves_a_child_behind(tmp_path: Path, mode: str) -> None:
-    """The child holds the pipes of the command. It ends with it, unless it went into a session of its own: then nobody waits."""
-    (tmp_path / "w.py").write_text(LEAVES_A_CHILD)
-    writer = Writer(command=(sys.executable, str(tmp_path / "w.py"), str(tmp_path / "pid"), mode), timeout=1.0)
-    requests = [{"id": str(number), "kind": "local", "chunk": "x" * 40_000, "name": "n"} for number in range(10)]
-    begin = time.monotonic()
-    with pytest.raises(DataError, match=r"10 of 10 items have no usable answer .*: no line of the command for 1 s"):
-        Answers(tmp_path / "answers.jsonl").ask(requests, writer, max_rejected=0.1)
-    child = int((tmp_path / "pid").read_text())
-    try:
-        assert time.monotonic() - begin < 20  # the child sleeps for 40
-        deadline = time.monotonic() + 5
-        while mode != "away" and is_running(child):
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-    finally:
+@pytest.fixture
+def keeps_on(tmp_path: Path) -> Iterator[Any]:
+    """keeps_on(mode): a writer that answers and leaves something; whose is_running says what of it runs, and who ends it after."""
+    (tmp_path / "w.py").write_text(KEEPS_ON)
+    noted = tmp_path / "pids"
+
+    def writer(mode: str) -> tuple[Writer, Callable[[], list[bool]]]:
+        command = (sys.executable, str(tmp_path / "w.py"), mode, str(noted))
+        return Writer(command=command, timeout=30.0), lambda: [is_running(int(pid)) for pid in noted.read_text().split()]
+
+    yield writer
+    for pid in noted.read_text().split():
         with suppress(ProcessLookupError):
-            os.kill(child, signal.SIGKILL)
+            os.kill(int(pid), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("mode", ["near", "away", "near stays", "near closes stays", "away closes stays"])
+def test_what_is_answered_is_taken_though_somebody_holds_the_pipes_or_keeps_running(
+    tmp_path: Path, keeps_on: Any, mode: str
+) -> None:
+    """The child holds the pipes of the command. It ends with it, unless it went into a session of its own: then nobody waits."""
+    writer, running = keeps_on(mode)
+    answers = Answers(tmp_path / "answers.jsonl")
+    open_before, begin = len(list(Path("/proc/self/fd").iterdir())), time.monotonic()
+    answers.ask(MANY, writer, max_rejected=0.1)
+    assert time.monotonic() - begin < 15  # far below the timeout, and than what is left behind runs
+    assert len(answers.known) == 10
+    assert all("nested" in one.reason or "not JSON" in one.reason for one in answers.rejected)
+    assert len(answers.rejected) == ("stays" not in mode)  # the line after the last answer is read to its end
+    assert all(len(one.line or "") == 200 for one in answers.rejected)
+    deadline = time.monotonic() + 5
+    while running() != ["away" in mode, False]:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert len(list(Path("/proc/self/fd").iterdir())) == open_before
+
+
+@pytest.mark.parametrize("mode", ["near unread", "away unread"])
+def test_a_command_that_ends_without_an_answer_is_not_waited_for(tmp_path: Path, keeps_on: Any, mode: str) -> None:
+    writer, running = keeps_on(mode)
+    begin = time.monotonic()
+    with pytest.raises(DataError, match=r"10 of 10 items have no usable answer .*, the first: no answer"):
+        Answers(tmp_path / "answers.jsonl").ask(MANY, writer, max_rejected=0.1)
+    assert time.monotonic() - begin < 15
+    assert not running()[1]
 
 
 def is_running(pid: int) -> bool:

@@ -6,15 +6,20 @@ often the work is killed. An answer that cannot be used is kept aside with the r
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import queue
 import re
+import select
 import signal
+import struct
 import subprocess
+import termios
 import threading
-from collections.abc import Callable, Generator, Mapping, Sequence
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +33,8 @@ __all__ = ["Answers", "Rejected", "Writer"]
 
 _LINE = 1 << 24  # bytes of an answer at most
 _SHOWN = 200  # characters of a bad line
+_PIECE = 1 << 16  # bytes read at once
+_LEAVING = 5.0  # seconds that a command has to end by itself when it has nothing more to say
 _ENDING = 2.0  # seconds for what reads and writes the pipes of a command that was ended
 _ALWAYS = 3  # failures that are fine whatever the share
 _NOWHERE = re.compile(r"(?!)")
@@ -127,7 +134,7 @@ class Answers:
         self.asked += len(missing)
         allowed = max(_ALWAYS, max_rejected * len(missing))
         before, failed, waiting = len(self.rejected), 0, dict(missing)
-        said = _offline(missing) if not writer.command else _Command(writer, self.path).run(missing)
+        said = _offline(missing) if not writer.command else _Command(writer, self.path).run(missing, waiting)
         with self.path.open("a", encoding="utf-8") as file, closing(said) as lines:
             for line, why in lines:
                 answer, reason = (None, why) if line is None else _understood(line, waiting)
@@ -230,15 +237,63 @@ class _Command:
     def __init__(self, writer: Writer, beside: Path) -> None:
         self._writer, self._errors = writer, beside.with_name("writer.stderr")
 
-    def run(self, requests: Mapping[str, Mapping[str, Any]]) -> Generator[_Said, None, None]:
+    def run(
+        self, requests: Mapping[str, Mapping[str, Any]], waiting: Mapping[str, Mapping[str, Any]]
+    ) -> Generator[_Said, None, None]:
         """Its lines as they come. What goes wrong with the command itself is said last.
+
+        It is over when the command has ended, whoever else holds its pipes. One that has closed its stdout, or that nothing is
+        waited for any more, has a moment to end by itself. What it started ends with it.
+
+        Args:
+            requests: what it is asked.
+            waiting: those of them without an answer; the caller takes out what it gets.
 
         Raises:
             ConfigError: it cannot be started.
         """
+        process = self._start()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        lines: queue.Queue[bytes | None] = queue.Queue(maxsize=64)
+        over, ended = threading.Event(), _Ended(process)
+        threads = [
+            threading.Thread(target=_feed, args=(process.stdin, requests), daemon=True),
+            threading.Thread(target=_read, args=(process.stdout, ended.pipe, lines, over), daemon=True),
+            threading.Thread(target=ended.watch, daemon=True),
+        ]
+        for thread in threads:
+            thread.start()
+        patience = self._writer.timeout
+        try:
+            leave = None  # when a command that has answered everything is ended
+            while True:
+                if not waiting and leave is None:
+                    leave = time.monotonic() + min(_LEAVING, patience)
+                try:
+                    raw = lines.get(timeout=patience if leave is None else max(0.0, leave - time.monotonic()))
+                except queue.Empty:
+                    if leave is None:
+                        yield None, f"no line of the command for {patience:g} s"
+                    return
+                if raw is None:
+                    break
+                if raw.strip():
+                    yield raw.decode("utf-8", "replace").rstrip("\r\n"), ""
+            # it has ended, or has closed its stdout: what it did not answer is known without its end
+            if ended.event.wait(min(_LEAVING, patience)) and (code := process.wait()):
+                yield None, f"the command ended with exit code {code}{self._last_words()}"
+        finally:
+            over.set()
+            _end_group(process)
+            process.wait()
+            for thread in threads:  # each closes its pipe; a stdin that a child in a session of its own holds is not waited for
+                thread.join(_ENDING)
+
+    def _start(self) -> subprocess.Popen[bytes]:
         with self._errors.open("wb") as errors:
             try:
-                process = subprocess.Popen(
+                return subprocess.Popen(
                     self._writer.command,
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
@@ -249,46 +304,33 @@ class _Command:
                 raise ConfigError(
                     f"cannot be started ({error.strerror})", where=self._writer.command[0], fix="give a program and its arguments"
                 ) from None
-        assert process.stdin is not None
-        assert process.stdout is not None
-        lines: queue.Queue[bytes | None] = queue.Queue(maxsize=64)
-        over = threading.Event()
-        threads = [
-            threading.Thread(target=_feed, args=(process.stdin, requests), daemon=True),
-            threading.Thread(target=_read, args=(process.stdout, lines, over), daemon=True),
-        ]
-        for thread in threads:
-            thread.start()
-        try:
-            while True:
-                try:
-                    raw = lines.get(timeout=self._writer.timeout)
-                except queue.Empty:
-                    yield None, f"no line of the command for {self._writer.timeout:g} s"
-                    return
-                if raw is None:
-                    break
-                if raw.strip():
-                    yield raw.decode("utf-8", "replace").rstrip("\r\n"), ""
-            try:
-                code = process.wait(self._writer.timeout)
-            except subprocess.TimeoutExpired:
-                yield None, f"the command did not end for {self._writer.timeout:g} s after its last line"
-                return
-            if code:
-                yield None, f"the command ended with exit code {code}{self._last_words()}"
-        finally:
-            over.set()
-            # always: the command may have ended and left children that hold its pipes
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-            for thread in threads:  # each closes its pipe; one that a child in a session of its own holds is not waited for
-                thread.join(_ENDING)
 
     def _last_words(self) -> str:
         lines = self._errors.read_text("utf-8", "replace").strip().splitlines()
         return f": {lines[-1][:_SHOWN]}" if lines else ""
+
+
+class _Ended:
+    """The end of a process, as an event and as a pipe that is closed then. What it started is ended first."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self._process, self.event = process, threading.Event()
+        self.pipe, self._other_end = os.pipe()
+
+    def watch(self) -> None:
+        """Wait for it, without taking its exit code: as long as nobody has, no other process gets its number."""
+        with suppress(ChildProcessError):
+            os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
+        _end_group(self._process)
+        self.event.set()
+        os.close(self._other_end)
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    """End a command and what it started in its session; nothing where its exit code was taken: then that was done before."""
+    if process.returncode is None:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _feed(stdin: IO[bytes], requests: Mapping[str, Mapping[str, Any]]) -> None:
@@ -297,7 +339,9 @@ def _feed(stdin: IO[bytes], requests: Mapping[str, Mapping[str, Any]]) -> None:
             stdin.write(json.dumps(request, ensure_ascii=False).encode() + b"\n")
 
 
-def _read(stdout: IO[bytes], lines: queue.Queue[bytes | None], over: threading.Event) -> None:
+def _read(stdout: IO[bytes], ended: int, lines: queue.Queue[bytes | None], over: threading.Event) -> None:
+    """Put the lines of `stdout` into the queue, then None. Closes both files."""
+
     def put(line: bytes | None) -> None:
         while not over.is_set():
             try:
@@ -307,6 +351,39 @@ def _read(stdout: IO[bytes], lines: queue.Queue[bytes | None], over: threading.E
             return
 
     with stdout:
-        while line := stdout.readline(_LINE):
+        for line in _lines_of(_pieces(stdout.fileno(), ended)):
             put(line)
         put(None)
+    os.close(ended)
+
+
+def _pieces(stdout: int, ended: int) -> Iterator[bytes]:
+    """What can be read of `stdout` until it is closed, or until `ended` is: then what stands in the pipe, and no more."""
+    poll = select.poll()
+    for file in (stdout, ended):
+        poll.register(file, select.POLLIN)
+    while ended not in (file for file, _ in poll.poll()):
+        piece = os.read(stdout, _PIECE)
+        if not piece:
+            return
+        yield piece
+    left: int = struct.unpack("i", fcntl.ioctl(stdout, termios.FIONREAD, bytes(4)))[0]
+    while left > 0 and (piece := os.read(stdout, min(left, _PIECE))):
+        left -= len(piece)
+        yield piece
+
+
+def _lines_of(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Lines without their ends; one that is longer than `_LINE` in several."""
+    line = bytearray()
+    for piece in pieces:
+        first, *others = piece.split(b"\n")
+        line += first
+        for other in others:
+            yield bytes(line)
+            line = bytearray(other)
+        if len(line) >= _LINE:
+            yield bytes(line)
+            line.clear()
+    if line:
+        yield bytes(line)
