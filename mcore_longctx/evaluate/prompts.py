@@ -86,12 +86,13 @@ def _write(path: Path, sample: RulerSample) -> None:
     aside = partial_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_bytes(buffer.getbuffer())
-        aside.replace(path)
+        try:
+            aside.write_bytes(buffer.getbuffer())
+            aside.replace(path)
+        finally:
+            aside.unlink(missing_ok=True)
     except OSError as error:
         raise StorageError(f"cannot be written ({error.strerror})", where=path) from None
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def _read(path: Path) -> RulerSample | None:

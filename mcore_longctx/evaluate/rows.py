@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from mcore_longctx.errors import ConfigError, LongctxError
+from mcore_longctx.errors import ConfigError, LongctxError, StorageError
 
 __all__ = ["RowFile", "on_first_rank"]
 
@@ -23,6 +25,7 @@ def on_first_rank(action: Callable[[], Result]) -> Result:
 
     Raises:
         LongctxError: what `action` raised, on every rank, so that none waits for another.
+        StorageError: the same of a file that `action` could not read or write.
     """
     outcome: list[Any] = [None, None]
     if dist.get_rank() == 0:
@@ -30,6 +33,8 @@ def on_first_rank(action: Callable[[], Result]) -> Result:
             outcome[0] = action()
         except LongctxError as error:
             outcome[1] = error
+        except OSError as error:
+            outcome[1] = StorageError(error.strerror or str(error), where=error.filename)
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
         raise outcome[1]
@@ -46,19 +51,18 @@ class RowFile:
         identity: fields that every row must have with these values (model, rope, seed, text, how it is asked): a file of another model
             or text is refused, and one whose rows do not say: nobody knows then what they would be mixed with.
 
-    Raises:
+    Raises (all ranks alike, here and when a row is added, so that none waits for another):
+        StorageError: the file cannot be read or written.
         ConfigError: the file holds rows of another model, rope, seed or text, or a damaged line.
     """
 
     def __init__(self, path: Path, key_fields: tuple[str, ...], identity: Mapping[str, Any]) -> None:
         self.path, self.key_fields, self.identity = path, key_fields, dict(identity)
         self.rows: dict[tuple[Any, ...], dict[str, Any]] = on_first_rank(self._read)
-        self._file: IO[bytes] | None = None
+        self._file: io.FileIO | None = None
 
     def __enter__(self) -> RowFile:
-        if dist.get_rank() == 0:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("ab")
+        on_first_rank(self._open)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -70,22 +74,32 @@ class RowFile:
         return key in self.rows
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Write one row, on disk before this returns."""
+        """Write one row, on disk before this returns. All ranks call it."""
         whole = {**row, **self.identity}
+        on_first_rank(lambda: self._append(json.dumps(whole).encode() + b"\n"))
         self.rows[self._key(whole)] = whole
-        if self._file is not None:
-            self._file.write(json.dumps(whole).encode() + b"\n")
-            self._file.flush()
-            os.fsync(self._file.fileno())
 
     def _key(self, row: Mapping[str, Any]) -> tuple[Any, ...]:
         return tuple(row[name] for name in self.key_fields)
 
+    def _open(self) -> None:
+        with _refused(self.path, "written"):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("ab", buffering=0)  # what a full disk refused is not tried again when the file is closed
+
+    def _append(self, line: bytes) -> None:
+        assert self._file is not None, "rows are added inside `with`"
+        with _refused(self.path, "written"):
+            while line:
+                line = line[self._file.write(line) :]
+            os.fsync(self._file.fileno())
+
     def _read(self) -> dict[tuple[Any, ...], dict[str, Any]]:
         """Rows that are there. A last line that a kill cut off is removed from the file."""
-        if not self.path.exists():
-            return {}
-        raw = self.path.read_bytes()
+        with _refused(self.path, "read"):
+            if not self.path.exists():
+                return {}
+            raw = self.path.read_bytes()
         whole = raw[: raw.rfind(b"\n") + 1]
         rows = {}
         for number, line in enumerate(whole.splitlines(), 1):
@@ -106,6 +120,16 @@ class RowFile:
                 )
             rows[key] = row
         if len(whole) < len(raw):
-            with self.path.open("r+b") as file:
+            with _refused(self.path, "written"), self.path.open("r+b") as file:
                 file.truncate(len(whole))
         return rows
+
+
+@contextmanager
+def _refused(path: Path, what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(
+            f"cannot be {what} ({error.strerror})", where=path, fix="mend that and run it again: it goes on from what is there"
+        ) from None

@@ -152,7 +152,7 @@ def cached_haystack(
 
     Raises:
         DataError: as `Haystack.from_documents`.
-        StorageError: the file cannot be written.
+        StorageError: the file cannot be read or written.
     """
     digest = hashlib.sha256(f"{_FORMAT} {tokenizer_sha256} {len(documents)}".encode())
     for text in documents:
@@ -166,6 +166,8 @@ def cached_haystack(
         pass
     except DataError as error:
         say(f"{error}; it is made again")
+    except OSError as error:
+        raise StorageError(f"cannot be read ({error.strerror})", where=path) from None
     with _refused(folder):  # before the long work
         folder.mkdir(parents=True, exist_ok=True)
     _write(Haystack.from_documents(documents, tokenizer, where=where), path, name)

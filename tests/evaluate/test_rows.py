@@ -1,13 +1,17 @@
 """Files of rows: of one text, and what is said of rows of another number of windows."""
 
 import json
+import resource
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from mcore_longctx.errors import ConfigError
+from mcore_longctx.errors import ConfigError, StorageError
 from mcore_longctx.evaluate import EvaluateJob, evaluate_column, job, prepare
+from mcore_longctx.evaluate.prompts import PromptCache
+from mcore_longctx.evaluate.rows import RowFile, on_first_rank
 from mcore_longctx.recipe.schema import (
     EvaluateSection,
     LossByPositionSection,
@@ -16,7 +20,9 @@ from mcore_longctx.recipe.schema import (
     ShortSuiteSection,
     TokenCount,
 )
+from mcore_longctx.tasks import RulerSample
 
+from ..multiproc import run_processes
 from . import tiny_checkpoint as tiny
 
 
@@ -137,3 +143,64 @@ def test_the_mean_that_is_said_is_of_the_windows_that_are_asked_for(folder):
     mean = sum(row["score"] for row in (rows[0], rows[2], rows[3])) / 3
     assert three[0].split() == ["loss", "by", "position", "3", "windows", "of", "256", f"{mean:.4f}", "nats", "per", "token"]
     assert said(2) == two
+
+
+def sample() -> RulerSample:
+    """A prompt of three tokens."""
+    facts = {
+        "match": "all",
+        "expected": (),
+        "reserve": 1,
+        "depths": (),
+        "needle_starts": (),
+        "haystack_start": 0,
+        "unique_share": 1.0,
+    }
+    return RulerSample(task="vt", tokens=np.arange(3), answer=np.arange(1), **facts)
+
+
+def fill_the_disk(folder: Path) -> list[str]:
+    """Every rank: what it is told when rows cannot be read, when they have no place, and when a line fits in half."""
+    import torch.distributed as dist
+
+    told = []
+    for path in (folder, folder / "file" / "rows.jsonl"):
+        with pytest.raises(StorageError) as raised, RowFile(path, ("index",), {}):
+            pass
+        told.append(str(raised.value))
+    prompts = PromptCache(folder / "file", {}, dear_seconds=-1)
+    for action in (lambda: prompts.get({}, sample), lambda: on_first_rank((folder / "nowhere").read_bytes)):
+        with pytest.raises(StorageError) as raised:
+            action()
+        told.append(str(raised.value))
+    with RowFile(folder / "rows.jsonl", ("index",), {}) as rows:
+        rows.add({"index": 0, "text": "x" * 40})
+        usual = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if dist.get_rank() == 0:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, usual[1]))
+        with pytest.raises(StorageError) as raised:
+            rows.add({"index": 1, "text": "x" * 40})
+        resource.setrlimit(resource.RLIMIT_FSIZE, usual)  # ranks meet through a file
+        told.append(str(raised.value))
+        assert (1,) not in rows
+    size = (folder / "rows.jsonl").stat().st_size
+    dist.barrier()
+    again = RowFile(folder / "rows.jsonl", ("index",), {})
+    return [*told, f"{size} bytes, {len(again.rows)} row"]
+
+
+@pytest.mark.multiproc
+def test_a_full_disk_is_one_line_on_every_rank_and_the_rows_go_on(tmp_path):
+    (tmp_path / "file").write_text("")
+    one, two = run_processes(fill_the_disk, 2, tmp_path, timeout=60)
+    assert one == two
+    prompts = PromptCache(tmp_path / "file", {})
+    again = "mend that and run it again: it goes on from what is there"
+    assert one == [
+        f"{tmp_path}: cannot be read (Is a directory); {again}",
+        f"{tmp_path}/file/rows.jsonl: cannot be written (File exists); {again}",
+        f"{prompts.path({})}: cannot be written (File exists)",
+        f"{tmp_path}/nowhere: No such file or directory",
+        f"{tmp_path}/rows.jsonl: cannot be written (File too large); {again}",
+        "100 bytes, 1 row",
+    ]

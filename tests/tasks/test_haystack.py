@@ -205,6 +205,15 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
         cached(tmp_path / "file")
 
 
+def test_a_file_that_cannot_be_read_is_one_line(tmp_path):
+    cached(tmp_path)
+    (path,) = tmp_path.iterdir()
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(StorageError, match=r"\.tokens: cannot be read \(Is a directory\)"):
+        cached(tmp_path)
+
+
 def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(28, "No space left on device")
