@@ -248,7 +248,10 @@ class _Builder:
         return _scalar(kind, node, at, place)
 
     def dataclass_value(self, kind: Any, node: yaml.Node | None, at: str, overrides: list[_Override]) -> Any:
+        given_node = node
         node, overrides = _replaced(node, overrides, kind)
+        if node is not given_node:
+            self.lines[at] = self.place(node)
         # what is wrong with the whole stands in the recipe that was opened, not in the one that it extends
         is_another = not at and node is not None and str(node.start_mark.name) != self.file
         place = self.file if is_another else self.place(node)

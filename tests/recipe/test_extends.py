@@ -53,6 +53,10 @@ def test_values_know_the_line_of_the_change_and_the_dump_stands_alone(tmp_path: 
     path = written(tmp_path, "extends: tiny-cpu\nchanges:\n  seed: 7\n")
     read = open_recipe(path)
     assert read.where("seed") == f"{path}:3: seed"
+    path = written(tmp_path, "extends: tiny-cpu\nchanges:\n  seed: 7\n  rope: {type: bands, factor: 8}\n", "whole.yaml")
+    assert open_recipe(path).where("rope") == f"{path}:4: rope"
+    whole = "rope={type: bands, factor: 8}"
+    assert open_recipe("tiny-cpu", [whole]).where("rope") == f"override {whole!r}: rope"
     again = written(tmp_path, dump_recipe(read.recipe), "again.yaml")
     assert load_recipe(again) == read.recipe
 
