@@ -142,6 +142,8 @@ def hf_inverse_frequencies(scaling: RopeScaling) -> Tensor:
         base = ntk_base(dim, base, scaling.factor)
     pos_freqs = base ** (torch.arange(0, dim, 2, dtype=torch.int64).to(torch.float) / dim)
     inv_freq = 1.0 / pos_freqs
+    if scaling.type in ("bands", "longrope"):
+        return 1.0 / (torch.tensor(scaling.divisors(), dtype=torch.float32) * pos_freqs)
     if scaling.type == "linear":
         return inv_freq / scaling.factor
     if scaling.type == "llama3":

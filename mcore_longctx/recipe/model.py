@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from mcore_longctx.recipe.values import TokenCount
-from mcore_longctx.rope import RopeScaling, RopeType
+from mcore_longctx.rope import RopeBand, RopeScaling, RopeType
 
 __all__ = ["ModelSection", "RopeSection"]
 
@@ -46,6 +46,8 @@ class RopeSection:
     attention_factor: float | None = None
     mscale: float | None = None
     mscale_all_dim: float | None = None
+    bands: tuple[RopeBand, ...] | None = None
+    long_factor: tuple[float, ...] | None = None
     max_position_embeddings: TokenCount | None = None  # None: follows from factor and the original length
     phase_dtype: Literal["float32", "float64"] = "float32"
 
@@ -69,4 +71,6 @@ class RopeSection:
             attention_factor=self.attention_factor,
             mscale=self.mscale,
             mscale_all_dim=self.mscale_all_dim,
+            bands=self.bands,
+            long_factor=self.long_factor,
         )

@@ -10,6 +10,7 @@ libraries, are taken with `decimal`; what is left is IEEE addition, multiplicati
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from decimal import Context, Decimal
 from functools import lru_cache
 
@@ -20,7 +21,9 @@ __all__ = [
     "FloatArray",
     "abf_frequencies",
     "attention_factor_of_yarn",
+    "band_divisor",
     "blend",
+    "divided_frequencies",
     "dynamic_frequencies",
     "linear_frequencies",
     "llama3_frequencies",
@@ -98,6 +101,31 @@ def ntk_base(head_dim: int, rope_theta: float, factor: float) -> float:
 def ntk_frequencies(head_dim: int, rope_theta: float, factor: float) -> FloatArray:
     """Plain rope with `ntk_base` (static NTK-aware scaling)."""
     return plain_frequencies(head_dim, ntk_base(head_dim, rope_theta, factor))
+
+
+def band_divisor(head_dim: int, pair: int, factor: float, ntk_share: float) -> float:
+    """What pair i is divided by where its frequency is (1 - m) w / s + m w / s^(2i/(d-2)); m = `ntk_share`.
+
+    m 0 is linear scaling: exactly s. m 1 is NTK-aware scaling, from 1 for the fastest pair to exactly s for the slowest.
+
+    >>> [band_divisor(8, pair, 8.0, 1.0) for pair in range(4)], band_divisor(8, 0, 8.0, 0.5)
+    ([1.0, 2.0, 4.0, 8.0], 1.7777777777777777)
+
+    Source: GIRAFFE, arXiv 2412.12735, code `mrope_plus_mokey_patch.py` (m is `ntk_factor`; its s for NTK is (target - 1) / (length - 1)).
+    """
+    s, share = Decimal(factor), Decimal(ntk_share)
+    exponent = _DECIMAL.divide(Decimal(2 * pair), Decimal(head_dim - 2))
+    ntk = _DECIMAL.exp(_DECIMAL.multiply(exponent, _DECIMAL.ln(s)))
+    linear_part = _DECIMAL.divide(_DECIMAL.subtract(Decimal(1), share), s)
+    return float(_DECIMAL.divide(Decimal(1), _DECIMAL.add(linear_part, _DECIMAL.divide(share, ntk))))
+
+
+def divided_frequencies(head_dim: int, rope_theta: float, divisors: Sequence[float]) -> FloatArray:
+    """Each pair has a divisor f of its own: w' = w / f, [d/2].
+
+    Source: LongRoPE, arXiv 2402.13753; transformers modeling_rope_utils `_compute_longrope_parameters`.
+    """
+    return plain_frequencies(head_dim, rope_theta) / np.array(divisors, dtype=np.float64)
 
 
 def dynamic_frequencies(head_dim: int, rope_theta: float, factor: float, trained_length: int, seq_length: int) -> FloatArray:

@@ -7,6 +7,7 @@ that programs are known to read differently, is refused instead of guessed at (`
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -24,6 +25,7 @@ _REQUIRED: dict[str, tuple[str, ...]] = {
     "dynamic": ("factor",),
     "llama3": ("factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor", "original_max_position_embeddings"),
+    "longrope": ("short_factor", "long_factor", "attention_factor"),
 }
 _OPTIONAL: dict[str, tuple[str, ...]] = {
     "default": (),
@@ -31,17 +33,21 @@ _OPTIONAL: dict[str, tuple[str, ...]] = {
     "dynamic": ("original_max_position_embeddings",),
     "llama3": (),
     "yarn": ("beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim"),
+    "longrope": ("factor", "original_max_position_embeddings", "short_mscale", "long_mscale"),
 }
+# Temperatures of longrope: transformers reads the first, servers the others.
+_NO_TEMPERATURE = ("attention_factor", "short_mscale", "long_mscale")
 
 
 def read_hf_rope(config: Mapping[str, Any], *, where: object = "config.json") -> RopeScaling:
     """The rope of a Hugging Face config (the parsed `config.json` of a Llama-family model).
 
     A plain rope is read as `none`, whatever its base: the file does not say whether the base was ever changed. So `abf` and `ntk`
-    come back as `none` with the changed base, and the same fingerprint.
+    come back as `none` with the changed base, and the same fingerprint; `bands` as `longrope`. `longrope` is read where its two lists
+    are equal and its attention factor is 1.
 
     Raises:
-        ConfigError: an unknown rope type, `longrope`, spellings that disagree, a key that is missing, unknown or of the wrong type,
+        ConfigError: an unknown rope type, any other `longrope`, spellings that disagree, a key that is missing, unknown or of the wrong type,
             settings per layer, or partly rotated heads.
     """
     sections = {name: _section(config, name, where) for name in ("rope_scaling", "rope_parameters")}
@@ -56,7 +62,9 @@ def write_hf_rope(scaling: RopeScaling) -> dict[str, Any]:
 
     Both spellings say the same, floats are floats. `ntk` and `abf` are written as a plain rope with the changed base, yarn over
     rotations without a temperature as the llama3 that it is. For `linear`, `max_position_embeddings` is the unscaled length, which
-    vLLM and SGLang multiply by the factor.
+    vLLM and SGLang multiply by the factor. `bands` and `longrope` are written as a longrope with two equal lists, whose original
+    length is the whole length and whose factor is 1: the length at which other programs change lists makes no difference, and no
+    temperature follows from the two lengths (vLLM and SGLang take theirs from these, not from attention_factor).
 
     Raises:
         ConfigError: a rope that a Hugging Face config cannot hold (`dynamic`; yarn over rotations with a temperature; yarn with a
@@ -79,6 +87,8 @@ def write_hf_rope(scaling: RopeScaling) -> dict[str, Any]:
         _refuse(
             f"rope type {scaling.type}: the model's length is not known", fix="set max_position_embeddings beside the rope type"
         )
+    if scaling.type in ("bands", "longrope"):
+        settings = _longrope_settings(scaling, length)
     return {
         "rope_theta": base,
         "rope_scaling": None if settings["rope_type"] == "default" else settings,
@@ -138,7 +148,7 @@ def _agreed(spellings: Mapping[str, dict[str, Any]], where: object) -> dict[str,
         for key in (*old, *new):
             if old.get(key) != new.get(key):
                 _refuse(
-                    f"rope_scaling and rope_parameters disagree: {key} is {old.get(key)!r} and {new.get(key)!r}",
+                    f"rope_scaling and rope_parameters disagree: {key} is {_shown(old.get(key))} and {_shown(new.get(key))}",
                     where,
                     "other programs pick one silently: make them equal or remove one",
                 )
@@ -161,7 +171,27 @@ def _settings(section: Mapping[str, Any], name: str, where: object) -> dict[str,
     for key in _REQUIRED[rope_type]:
         if key not in settings:
             _refuse(f"{name}.{key} is missing (rope type {rope_type})", where, "write it down: other programs guess it or stop")
+    if rope_type == "longrope":
+        _check_one_table(settings, name, where)
     return settings
+
+
+def _check_one_table(settings: Mapping[str, Any], name: str, where: object) -> None:
+    """Refuse a longrope that is more than one divisor for each pair."""
+    if settings["short_factor"] != settings["long_factor"]:
+        _refuse_two_tables("longrope", name, where)
+    for key in _NO_TEMPERATURE:
+        if settings.get(key, 1.0) != 1.0:
+            what = f"{name}.{key} is {settings[key]:.6g}: a longrope that multiplies cos and sin is not supported"
+            _refuse(what, where, "start from a model with plain, linear, llama3 or yarn rope")
+
+
+def _refuse_two_tables(rope_type: str, name: str, where: object) -> NoReturn:
+    _refuse(
+        f"{name}: rope type {rope_type} switches between two frequency tables by sequence length; no one table can be trained",
+        where,
+        "start from a model with plain, linear, llama3 or yarn rope",
+    )
 
 
 def _rope_type(section: Mapping[str, Any], name: str, where: object) -> str:
@@ -173,23 +203,27 @@ def _rope_type(section: Mapping[str, Any], name: str, where: object) -> str:
             _refuse(f"{name}.rope_type is missing", where, f"known are {', '.join(_REQUIRED)}")
         return "default"
     rope_type = types[0]
-    if rope_type in ("longrope", "su"):
-        _refuse(
-            f"{name}: rope type {rope_type} switches between two frequency tables by sequence length; no one table can be trained",
-            where,
-            "start from a model with plain, linear, llama3 or yarn rope",
-        )
+    if rope_type == "su":
+        _refuse_two_tables(rope_type, name, where)
     if not isinstance(rope_type, str) or rope_type not in _REQUIRED:
         _refuse(f"{name}: rope type {rope_type!r} is unknown", where, f"known are {', '.join(_REQUIRED)}")
     return rope_type
 
 
-def _value(key: str, value: object, name: str, where: object) -> bool | int | float:
+def _value(key: str, value: object, name: str, where: object) -> bool | int | float | tuple[float, ...]:
+    if key in ("short_factor", "long_factor"):
+        if not isinstance(value, list | tuple):
+            _refuse(f"{name} is {reprlib.repr(value)}, expected a list of numbers", where)
+        return tuple(_float(entry, f"{name}[{pair}]", where) for pair, entry in enumerate(value))
     if key == "truncate":
         if not isinstance(value, bool):
             _refuse(f"{name} is {value!r}, expected true or false", where)
         return value
     return _whole(value, name, where) if key == "original_max_position_embeddings" else _float(value, name, where)
+
+
+def _shown(value: object) -> str:
+    return reprlib.repr(value) if isinstance(value, tuple) else repr(value)
 
 
 def _float(value: object, name: str, where: object) -> float:
@@ -235,6 +269,9 @@ def _scaling(config: Mapping[str, Any], settings: Mapping[str, Any], base: float
         )
     elif rope_type == "yarn":
         _settle_attention_factor(values, where)
+    elif rope_type == "longrope":
+        for key in ("short_factor", "factor", "original_max_position_embeddings", *_NO_TEMPERATURE):
+            values.pop(key, None)  # with equal lists and a temperature of 1 they decide nothing
     try:
         return RopeScaling(type="none" if rope_type == "default" else rope_type, max_position_embeddings=length, **values)
     except ValueError as error:
@@ -318,6 +355,17 @@ def _yarn_settings(scaling: RopeScaling) -> dict[str, Any]:
         "mscale_all_dim": scaling.mscale_all_dim,
     }
     return {key: value for key, value in settings.items() if value is not None}
+
+
+def _longrope_settings(scaling: RopeScaling, length: int) -> dict[str, Any]:
+    return {
+        "rope_type": "longrope",
+        "factor": 1.0,
+        "original_max_position_embeddings": length,
+        "attention_factor": 1.0,
+        "short_factor": list(scaling.divisors()),
+        "long_factor": list(scaling.divisors()),
+    }
 
 
 def _unscaled_length(scaling: RopeScaling) -> int | None:

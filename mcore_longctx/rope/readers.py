@@ -6,6 +6,7 @@ versions are part of the statement.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -66,9 +67,7 @@ class _Spelled:
         return bool(old) and bool(new) and old != new
 
     def number(self, key: str, default: float) -> float:
-        value = self.settings.get(key, default)
-        usable = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1e100  # false for NaN
-        return float(value) if usable else default
+        return _number(self.settings.get(key), default)
 
     def has(self, key: str) -> bool:
         return self.settings.get(key) is not None
@@ -99,9 +98,30 @@ class _Spelled:
         )
 
     @property
+    def temperature_of_lengths(self) -> float:
+        """What vLLM and SGLang multiply cos and sin by under longrope: it follows from the two lengths."""
+        length = _number(self.config.get("max_position_embeddings"), 0.0)
+        original = _number(
+            self.config.get("original_max_position_embeddings"), self.number("original_max_position_embeddings", length)
+        )
+        return math.sqrt(1 + math.log(length / original) / math.log(original)) if 1 < original < length else 1.0
+
+    @property
+    def has_other_longrope_temperature(self) -> bool:
+        """An attention factor that is not the one of the lengths, and no mscale, which servers would heed."""
+        differs = abs(self.number("attention_factor", 1.0) - self.temperature_of_lengths) > 1e-6
+        return self.has("attention_factor") and differs and not (self.has("short_mscale") or self.has("long_mscale"))
+
+    @property
     def is_llama_31(self) -> bool:
         """Has the bounds that Megatron's llama3 has built in."""
         return all(self.settings.get(key) == value for key, value in _MEGATRON_LLAMA3.items())
+
+
+def _number(value: object, default: float) -> float:
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= 1e100:  # false for NaN
+        return float(value)
+    return default
 
 
 def _section(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -220,6 +240,12 @@ _RULES = (
     _Rule("older Megatron-Bridge", "linear", lambda rope: True, "drops linear scaling before 2026-07, silently", "Megatron-Bridge 0.3.1, read"),
     _Rule(_BRIDGE, "dynamic", lambda rope: True, "takes no scaling, silently", _READ_BRIDGE),
     _Rule(_MEGATRON, "dynamic", lambda rope: True, "has no such rope", _READ_MEGATRON),
+    _Rule(_VLLM, "longrope", lambda rope: rope.has_other_longrope_temperature,
+          "drops attention_factor: cos and sin times {temperature_of_lengths:.6g}, by the two lengths", "vLLM 17d618b, read"),
+    _Rule(_SGLANG, "longrope", lambda rope: rope.has_other_longrope_temperature,
+          "drops attention_factor: cos and sin times {temperature_of_lengths:.6g}, by the two lengths", "SGLang 0b1fd02, read"),
+    _Rule(_LLAMA_CPP, "longrope", lambda rope: True,
+          "drops both lists of a Llama model when it is converted", "llama.cpp 0274f0f conversion/llama.py, read"),
     _Rule(_BRIDGE, "longrope", lambda rope: True, "takes no scaling, silently", _READ_BRIDGE),
     _Rule(_MEGATRON, "longrope", lambda rope: True, "has no such rope", _READ_MEGATRON),
     _Rule(_MEGATRON, None, lambda rope: isinstance(base := rope.config.get("rope_theta"), float) and not base.is_integer(),
@@ -243,9 +269,13 @@ def misreadings(config: Mapping[str, Any]) -> list[Misreading]:
     ['transformers 4']
     """
     rope = _Spelled(config, _section(config, "rope_scaling") or _section(config, "rope_parameters"))
-    factor = rope.factor
+    numbers = {
+        "factor": rope.factor,
+        "temperature": temperature(rope.factor),
+        "temperature_of_lengths": rope.temperature_of_lengths,
+    }
     return [
-        Misreading(rule.program, rule.does.format(factor=factor, temperature=temperature(factor)), rule.source)
+        Misreading(rule.program, rule.does.format(**numbers), rule.source)
         for rule in _RULES
         if rule.type in (None, rope.type) and rule.when(rope)
     ]

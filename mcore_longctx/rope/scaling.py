@@ -11,12 +11,13 @@ import numpy as np
 
 from mcore_longctx.errors import ConfigError
 from mcore_longctx.rope import frequencies as formulas
+from mcore_longctx.rope.bands import RopeBand, divisors_of_bands
 from mcore_longctx.rope.frequencies import FloatArray
 from mcore_longctx.rope.words import describe
 
 __all__ = ["RopeScaling", "RopeType", "used_fields"]
 
-RopeType = Literal["none", "linear", "ntk", "dynamic", "abf", "llama3", "yarn"]
+RopeType = Literal["none", "linear", "ntk", "dynamic", "abf", "llama3", "yarn", "bands", "longrope"]
 
 _COMMON = frozenset({"type", "head_dim", "rope_theta", "max_position_embeddings"})
 _WITH_FACTOR = frozenset({"factor", "original_max_position_embeddings"})
@@ -27,6 +28,8 @@ _USES: dict[str, frozenset[str]] = {
     "linear": _WITH_FACTOR,
     "ntk": _WITH_FACTOR,
     "llama3": _WITH_FACTOR | {"low_freq_factor", "high_freq_factor"},
+    "bands": _WITH_FACTOR | {"bands"},
+    "longrope": frozenset({"long_factor"}),
     "yarn index": _WITH_FACTOR | {"ramp", "beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim"},
     "yarn rotations": _WITH_FACTOR | {"ramp", "alpha", "beta", "attention_factor"},
 }
@@ -74,6 +77,10 @@ class RopeScaling:
         yarn      factor, original_..., attention_factor, and by `ramp`
           index       beta_fast, beta_slow, truncate, mscale pair           ramp over the pair index (what libraries call yarn)
           rotations   alpha, beta                                           ramp over rotations (YaRN as published)
+        bands     factor, original_... (optional), bands                    each range of pairs as none, linear, ntk, or a mix
+        longrope  long_factor, a number for each pair                       w / f
+
+    `bands` is exported as `longrope`, and comes back as that. LongRoPE itself switches between two lists: here there is one.
 
     `max_position_embeddings` is the longest sequence that the model is made for. None: it follows from factor x
     original_max_position_embeddings, see `resolved_max_position_embeddings`. For `dynamic` it is the trained length and required.
@@ -99,6 +106,8 @@ class RopeScaling:
     attention_factor: float | None = None
     mscale: float | None = None
     mscale_all_dim: float | None = None
+    bands: tuple[RopeBand, ...] | None = None
+    long_factor: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.type not in get_args(RopeType):
@@ -110,6 +119,7 @@ class RopeScaling:
         for name in _LARGEST:
             self._check_number(name)
         self._check_used()
+        self._check_lists()
         self._check_ranges()
 
     def _check_number(self, name: str) -> None:
@@ -137,10 +147,26 @@ class RopeScaling:
         if self.type == "dynamic" and self.max_position_embeddings is None:
             raise ValueError("rope type dynamic needs max_position_embeddings, the trained length")
 
+    def _check_lists(self) -> None:
+        """Refuse lists that are not one entry for each pair, or a band for each; what fits becomes a tuple."""
+        if self.type == "bands":
+            if not isinstance(self.bands, list | tuple) or not all(isinstance(band, RopeBand) for band in self.bands):
+                raise ValueError("rope type bands needs bands, a list of pairs and rule")
+            object.__setattr__(self, "bands", tuple(self.bands))
+        elif self.type == "longrope":
+            if not isinstance(self.long_factor, list | tuple):
+                raise ValueError("rope type longrope needs long_factor, a list of one number for each pair")
+            for pair, value in enumerate(self.long_factor):
+                if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _LARGEST["factor"]:
+                    raise ValueError(
+                        f"long_factor of pair {pair} is {value!r}, expected a number above 0 and up to {_LARGEST['factor']:,.15g}"
+                    )
+            object.__setattr__(self, "long_factor", tuple(float(value) for value in self.long_factor))
+
     def _check_ranges(self) -> None:
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}, expected an even number (rope turns pairs)")
-        if self.type in ("ntk", "dynamic") and self.head_dim < 4:
+        if self.type in ("ntk", "dynamic", "bands") and self.head_dim < 4:
             raise ValueError(f"rope type {self.type} needs a head_dim of 4 or more")
         if self.rope_theta <= 1.0:
             raise ValueError(f"rope_theta is {self.rope_theta:g}, expected more than 1")
@@ -157,6 +183,8 @@ class RopeScaling:
             raise ValueError("give attention_factor or the pair mscale and mscale_all_dim, not both")
         if self._kind == "yarn index":
             self.share_kept()  # refuses a ramp that ends before it starts
+        if self.type in ("bands", "longrope"):
+            self.divisors()  # refuses lists that are too long or too short
 
     @property
     def original_length(self) -> int:
@@ -206,6 +234,22 @@ class RopeScaling:
             return formulas.share_kept_by_rotations(inv_freq, self.original_length, self.low_freq_factor, self.high_freq_factor)
         raise ValueError(f"rope type {self.type} has no ramp")
 
+    def divisors(self) -> tuple[float, ...]:
+        """What each pair's frequency is divided by under bands or longrope, [d/2].
+
+        Raises:
+            ValueError: another type, or a list that is too long or too short.
+        """
+        if self.bands is not None:
+            return divisors_of_bands(self.head_dim, self.factor, self.bands)
+        if self.long_factor is None:
+            raise ValueError(f"rope type {self.type} has no divisors")
+        if len(self.long_factor) != self.head_dim // 2:
+            raise ValueError(
+                f"long_factor has {len(self.long_factor)} numbers, a head of {self.head_dim} has {self.head_dim // 2} pairs"
+            )
+        return self.long_factor
+
     def frequencies(self, seq_length: int | None = None) -> tuple[FloatArray, float]:
         """Inverse frequencies (float64 [d/2], radians per token) and the attention factor that multiplies cos and sin.
 
@@ -228,6 +272,8 @@ class RopeScaling:
             inv_freq = formulas.blend(formulas.plain_frequencies(d, base), s, self.share_kept())
             if self.type == "yarn":
                 attention_factor = formulas.attention_factor_of_yarn(s, self.attention_factor, self.mscale, self.mscale_all_dim)
+        elif self.type in ("bands", "longrope"):
+            inv_freq = formulas.divided_frequencies(d, base, self.divisors())
         else:
             inv_freq = formulas.plain_frequencies(d, base)
         return inv_freq, attention_factor
@@ -273,7 +319,12 @@ class RopeScaling:
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON form: the fields that this type uses."""
         used = used_fields(self.type, self.ramp)
-        return {field.name: getattr(self, field.name) for field in fields(self) if field.name in used}
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name in used}
+        if self.bands is not None:
+            values["bands"] = [band.as_dict() for band in self.bands]
+        if self.long_factor is not None:
+            values["long_factor"] = list(self.long_factor)
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RopeScaling:
@@ -287,4 +338,6 @@ class RopeScaling:
             raise ValueError(f"unknown rope field {unknown[0]!r}")
         if missing := sorted({"type", "head_dim", "rope_theta"} - set(values)):
             raise ValueError(f"rope has no {missing[0]}")
+        if isinstance(values.get("bands"), list):
+            values = {**values, "bands": tuple(RopeBand.from_dict(band) for band in values["bands"])}
         return cls(**values)

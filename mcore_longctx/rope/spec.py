@@ -20,7 +20,8 @@ from mcore_longctx.units import parse_count
 
 __all__ = ["MissingField", "parse_rope_spec", "usable_rope"]
 
-_TYPES: tuple[RopeType, ...] = get_args(RopeType)
+_WITH_LISTS = ("bands", "longrope")
+_TYPES: tuple[RopeType, ...] = tuple(known for known in get_args(RopeType) if known not in _WITH_LISTS)
 _EXAMPLE = "write TYPE:FACTOR,key=value, for example llama3:128 or yarn:32,original=8192"
 
 
@@ -95,6 +96,12 @@ def parse_rope_spec(text: str, own: RopeScaling) -> RopeScaling:
         return own
     head, *parts = text.split(",")
     name, colon, factor = head.partition(":")
+    if name in _WITH_LISTS:
+        raise ConfigError(
+            f"rope type {name} has a list, which does not fit into one line",
+            where=where,
+            fix="write it into the rope section of a recipe",
+        )
     rope_type = next((known for known in _TYPES if known == name), None)
     if rope_type is None:
         raise ConfigError(f"rope type {name[:40]!r} is unknown", where=where, fix=f"known are keep, {', '.join(_TYPES)}")

@@ -40,12 +40,36 @@ def _pair_groups(rope: RopeScaling) -> str:
     return "pairs " + ", ".join(groups)
 
 
+def _band_groups(rope: RopeScaling) -> str:
+    """For example `pairs 0-15 kept, 16-39 mixed (0.5 ntk, 0.5 linear), 40-63 as ntk`."""
+    factor, groups, first = _number(rope.factor), [], 0
+    for band in rope.bands or ():
+        meaning = {
+            "none": "kept",
+            "linear": f"divided by {factor}",
+            "ntk": "as ntk",
+            "mix": f"mixed ({band.ntk_share:g} ntk, {1 - band.ntk_share:g} linear)" if band.ntk_share is not None else "",
+        }
+        groups.append(f"{_pairs(np.arange(first, first + band.pairs))} {meaning[band.rule]}")
+        first += band.pairs
+    return "pairs " + ", ".join(groups)
+
+
+def _divided_groups(rope: RopeScaling) -> str:
+    divisors = np.array(rope.divisors())
+    kept = np.flatnonzero(divisors == 1.0)
+    text = f"{len(kept)} of {len(divisors)} pairs kept, " if len(kept) else ""
+    return f"{text}each pair divided by a number of its own, from {_number(divisors.min())} to {_number(divisors.max())}"
+
+
 def describe(rope: RopeScaling) -> str:
     """`rope` in words, one line."""
     if rope.type in ("llama3", "yarn"):
         return _describe_ramp(rope)
     base, factor = f"base {_number(rope.rope_theta)}", _number(rope.factor)
     texts = {
+        "bands": lambda: f"bands factor {factor}, {base}: {_band_groups(rope)}",
+        "longrope": lambda: f"longrope with one list, {base}: {_divided_groups(rope)}",
         "none": lambda: f"none: no scaling, {base}",
         "abf": lambda: f"abf: base changed to {_number(rope.rope_theta)}, no other scaling",
         "linear": lambda: f"linear factor {factor}, {base}: every pair divided by {factor}",

@@ -17,6 +17,7 @@ from mcore_longctx.recipe import CheckpointCard, read_card, write_card
 from mcore_longctx.rope import RopeScaling, read_hf_rope
 from tests.convert.hf_folders import LLAMA3_ROPE, llama_config, random_weights, read_weights, write_folder
 
+ONE_LIST = {"rope_type": "longrope", "short_factor": [1.0, 1.5] * 4, "long_factor": [1.0, 1.5] * 4, "attention_factor": 1.0}
 MODELS = {
     "untied": llama_config(),
     "tied": llama_config(tie_word_embeddings=True),
@@ -24,6 +25,7 @@ MODELS = {
     "one group": llama_config(num_key_value_heads=1),
     "vocabulary of 128": llama_config(vocab_size=128),
     "vocabulary of 129": llama_config(vocab_size=129),
+    "longrope of one list": llama_config(rope_scaling=ONE_LIST, max_position_embeddings=65536),
     "llama3 rope": llama_config(rope_scaling=LLAMA3_ROPE, max_position_embeddings=65536),
 }
 

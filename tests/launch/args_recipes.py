@@ -44,6 +44,8 @@ def _extend(key: str, value: str, *given: str) -> Change:
 
 YARN = "rope={type: yarn, factor: 4, original_max_position_embeddings: 2M, rope_theta: 500000%s}"
 _INDEX = YARN % ""
+BANDS = "rope={type: bands, factor: 4, original_max_position_embeddings: 2M, rope_theta: 500000, bands: [{pairs: 64, rule: ntk}]}"
+LONGROPE = f"rope={{type: longrope, long_factor: {[1.5] * 64}, rope_theta: 500000, max_position_embeddings: 4M}}"
 _ROTATIONS = YARN % ", ramp: rotations, alpha: 2, beta: 8, attention_factor: 1.0"
 
 CHANGES: dict[str, Change] = {
@@ -107,6 +109,8 @@ CHANGES: dict[str, Change] = {
     "rope.beta": Change("rope.beta=16", (_ROTATIONS,)),
     "rope.truncate": Change("rope.truncate=false", (_INDEX,)),
     "rope.attention_factor": Change("rope.attention_factor=1.25", (_INDEX,)),
+    "rope.bands": Change("rope.bands=[{pairs: 32, rule: none}, {pairs: 32, rule: ntk}]", (BANDS,)),
+    "rope.long_factor": Change(f"rope.long_factor={[2.0] * 64}", (LONGROPE,)),
     "rope.mscale": Change("rope.mscale=0.5", (YARN % ", mscale: 1.0, mscale_all_dim: 1.0",)),
     "rope.mscale_all_dim": Change("rope.mscale_all_dim=0.5", (YARN % ", mscale: 1.0, mscale_all_dim: 1.0",)),
     "rope.max_position_embeddings": Change("rope.max_position_embeddings=5M"),

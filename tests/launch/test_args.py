@@ -23,7 +23,7 @@ from mcore_longctx.recipe.load import open_recipe
 from mcore_longctx.recipe.resolve import resolve
 from mcore_longctx.recipe.schema import Activations, OptimizerSection, Parallel, RopeSection, Stage
 from mcore_longctx.rope import RopeScaling, read_hf_rope
-from tests.launch.args_recipes import CHANGES, MAKERS, TIMEOUT, YARN, command, line, run_of
+from tests.launch.args_recipes import BANDS, CHANGES, LONGROPE, MAKERS, TIMEOUT, YARN, command, line, run_of
 
 SECTIONS = {
     "stage.": (Stage, {"optimizer", "parallel", "activations"}),
@@ -115,6 +115,8 @@ values = st.fixed_dictionaries(
                 "{type: abf, rope_theta: 500000000, max_position_embeddings: 4M}",
                 "{type: abf, rope_theta: 500000000.5, max_position_embeddings: 4M}",
                 "{type: ntk, factor: 4, original_max_position_embeddings: 2M, rope_theta: 500000}",
+                BANDS.removeprefix("rope="),
+                LONGROPE.removeprefix("rope="),
             ]
         ),
         "stages.extend.async_save": st.sampled_from(["true", "false"]),
@@ -249,6 +251,8 @@ A2A = "stages.extend.parallel={context_parallel_size: 32, cp_comm_type: a2a, dat
             r"rope: Megatron's YaRN has its ramp over the pair index, this one over rotations",
         ),
         (["rope={type: ntk, factor: 4, original_max_position_embeddings: 2M, rope_theta: 500000}"], r"no flag for rope type ntk"),
+        ([BANDS], r"rope: Megatron has no flag for rope type bands"),
+        ([LONGROPE], r"rope: Megatron has no flag for rope type longrope"),
         (["rope.phase_dtype=float64"], r"rope\.phase_dtype: pretrain_gpt\.py computes angles in float32"),
         (["stages.extend.kind=sft"], r"stages\.extend\.kind: pretrain_gpt\.py would learn questions as well as answers"),
         (["data.long-documents.separator_loss=false"], r"separator_loss: pretrain_gpt\.py would learn the separators too"),

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from mcore_longctx.launch.args import StageRun, as_line
-from tests.launch.args_recipes import MAKERS, PLAIN, YARN, command, line, run_of
+from tests.launch.args_recipes import BANDS, LONGROPE, MAKERS, PLAIN, YARN, command, line, run_of
 from tests.megatron_lm.program import needs_program
 
 PRESETS = ["tiny-cpu", "ultralong-8b-1m", "ultralong-8b-2m", "ultralong-8b-4m"]
@@ -197,6 +197,8 @@ ONLY_OURS = {
     "base with a fraction": ["rope.rope_theta=500000.25"],
     "rotations": [YARN % ", ramp: rotations, attention_factor: 1.0"],
     "ntk": ["rope={type: ntk, factor: 4, original_max_position_embeddings: 2M, rope_theta: 500000}"],
+    "bands": [BANDS],
+    "longrope": [LONGROPE],
     "float64": ["rope.phase_dtype=float64"],
 }
 

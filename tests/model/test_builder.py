@@ -20,7 +20,7 @@ from mcore_longctx.model import (
     transformer_config,
 )
 from mcore_longctx.recipe.schema import Parallel
-from mcore_longctx.rope import RopeScaling
+from mcore_longctx.rope import RopeBand, RopeScaling
 from tests.model.llama import PLAIN_ROPE, SHAPE, build, hf_llama, megatron_names
 
 TOLERANCE = 1e-5  # relative to the largest logit: float32 sums in another order
@@ -34,12 +34,14 @@ WIDE = ModelShape(
     vocab_size=264,
 )
 COMMON = {"head_dim": 32, "rope_theta": 10_000.0, "original_max_position_embeddings": 64}
+BANDS = (RopeBand(pairs=4, rule="none"), RopeBand(pairs=6, rule="mix", ntk_share=0.3), RopeBand(pairs=6, rule="ntk"))
 ROPES = {
     "none": RopeScaling(type="none", head_dim=32, rope_theta=10_000.0),
     "linear": RopeScaling(type="linear", factor=4, **COMMON),
     "abf": RopeScaling(type="abf", head_dim=32, rope_theta=500_000.0),
     "ntk": RopeScaling(type="ntk", factor=4, **COMMON),
     "llama3": RopeScaling(type="llama3", factor=8, **COMMON),
+    "bands": RopeScaling(type="bands", factor=8, bands=BANDS, **COMMON),
     "yarn": RopeScaling(type="yarn", factor=8, **COMMON),
     "yarn with attention_factor": RopeScaling(type="yarn", factor=8, attention_factor=1.7, **COMMON),
     "yarn with attention_factor 1": RopeScaling(type="yarn", factor=8, attention_factor=1.0, **COMMON),

@@ -19,9 +19,10 @@ from mcore_longctx.errors import ConfigError
 from mcore_longctx.layout.packed import pack_from_cu_seqlens
 from mcore_longctx.layout.zigzag import zigzag_positions
 from mcore_longctx.model.rotary import LongContextRotary, hf_inverse_frequencies
-from mcore_longctx.rope import RopeScaling, write_hf_rope
+from mcore_longctx.rope import RopeBand, RopeScaling, write_hf_rope
 
 LLAMA = {"head_dim": 128, "rope_theta": 500_000.0, "original_max_position_embeddings": 8192}
+BANDS = (RopeBand(pairs=16, rule="none"), RopeBand(pairs=24, rule="mix", ntk_share=0.3), RopeBand(pairs=24, rule="ntk"))
 ROPES = {
     "none": RopeScaling(type="none", head_dim=128, rope_theta=500_000.0),
     "abf": RopeScaling(type="abf", head_dim=64, rope_theta=3_580_165_449.0),
@@ -33,6 +34,8 @@ ROPES = {
     "yarn x512, 4/1": RopeScaling(type="yarn", factor=512, beta_fast=4, **LLAMA),
     "yarn not truncated": RopeScaling(type="yarn", factor=16, truncate=False, **LLAMA),
     "yarn attention factor": RopeScaling(type="yarn", factor=4, attention_factor=1.1, **LLAMA),
+    "bands": RopeScaling(type="bands", factor=8, bands=BANDS, **LLAMA),
+    "longrope": RopeScaling(type="longrope", long_factor=[1 + pair / 7 for pair in range(64)], head_dim=128, rope_theta=1e6),
     "yarn mscale pair": RopeScaling(type="yarn", factor=40, mscale=0.707, mscale_all_dim=1.0, **LLAMA),
 }
 NEAR_4M = torch.tensor([[0, 1, 511, 131_071, 1_048_575, 4_194_303]])

@@ -9,11 +9,12 @@ import pytest
 
 from mcore_longctx.errors import CheckpointError
 from mcore_longctx.recipe import CARD, CheckpointCard, ModelShape, read_card, write_card
-from mcore_longctx.rope import RopeScaling
+from mcore_longctx.rope import RopeBand, RopeScaling
 
 SHAPE = ModelShape(
     num_layers=2, hidden_size=64, ffn_hidden_size=128, num_attention_heads=4, num_query_groups=2, kv_channels=16, vocab_size=262
 )
+BANDS = (RopeBand(pairs=2, rule="none"), RopeBand(pairs=3, rule="mix", ntk_share=0.5), RopeBand(pairs=3, rule="ntk"))
 ROPE = RopeScaling(type="llama3", head_dim=16, rope_theta=10000.0, factor=8, original_max_position_embeddings=512)
 
 
@@ -26,6 +27,30 @@ def card_in(folder: Path) -> dict[str, Any]:
 def test_a_card_is_read_as_it_was_written(tmp_path: Path) -> None:
     card_in(tmp_path)
     assert read_card(tmp_path) == CheckpointCard(shape=SHAPE, rope=ROPE, stage="extend", iteration=7)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        RopeScaling(type="bands", head_dim=16, rope_theta=1e4, factor=8, original_max_position_embeddings=512, bands=BANDS),
+        RopeScaling(type="longrope", head_dim=16, rope_theta=1e4, max_position_embeddings=4096, long_factor=(1.0, 1.1) * 4),
+    ],
+    ids=["bands", "longrope"],
+)
+def test_a_rope_with_a_list_is_read_as_it_was_written(tmp_path: Path, rope: RopeScaling) -> None:
+    card = CheckpointCard(shape=SHAPE, rope=rope)
+    write_card(tmp_path, card)
+    assert read_card(tmp_path) == card
+    text = json.loads((tmp_path / CARD).read_text())
+    edited = text["rope"]["bands"][1] if rope.bands else text["rope"]["long_factor"]
+    edited["ntk_share" if rope.bands else 3] = 0.75
+    (tmp_path / CARD).write_text(json.dumps(text))
+    with pytest.raises(CheckpointError, match="the rope in this file does not give the rope fingerprint stored beside it"):
+        read_card(tmp_path)
+    edited["ntk_share" if rope.bands else 3] = "x"
+    (tmp_path / CARD).write_text(json.dumps(text))
+    with pytest.raises(CheckpointError, match=r"damaged or of another version"):
+        read_card(tmp_path)
 
 
 def test_a_rope_edited_by_hand_is_refused(tmp_path: Path) -> None:

@@ -70,9 +70,26 @@ def test_a_good_file_is_read_with_types(recipe_file: Path) -> None:
         (
             "type: llama3",
             "type: lama3",
-            "run.yaml:5: rope.type: 'lama3' is not one of none, linear, ntk, dynamic, abf, llama3, yarn; did you mean 'llama3'?",
+            "run.yaml:5: rope.type: 'lama3' is not one of none, linear, ntk, dynamic, abf, llama3, yarn, bands, longrope; did you mean 'llama3'?",
         ),
         ("factor: 8", "factor: eight", "run.yaml:6: rope.factor: 'eight' is not a number"),
+        ("factor: 8", "bands: {pairs: 8}", "run.yaml:6: rope.bands: a section is not a list"),
+        (
+            "factor: 8",
+            "bands: [{pairs: 8}]",
+            "run.yaml:6: rope.bands.0.rule: missing; it has no default, give one of none, linear, ntk, mix",
+        ),
+        (
+            "factor: 8",
+            "bands:\n  - {pairs: 8, rule: none}\n  - {pairs: 8, rule: nkt}",
+            "run.yaml:8: rope.bands.1.rule: 'nkt' is not one of none, linear, ntk, mix; did you mean 'ntk'?",
+        ),
+        (
+            "factor: 8",
+            "bands:\n  - {pairs: 8, rule: none}\n  - {pairs: 8, rule: mix}",
+            "run.yaml:8: rope.bands.1: ntk_share is None, rule mix needs a number from 0 (linear) to 1 (ntk)",
+        ),
+        ("factor: 8", "long_factor: [1, two]", "run.yaml:6: rope.long_factor.1: 'two' is not a number"),
         ("factor: 8", "factor: .inf", "run.yaml:6: rope.factor: .inf is not a finite number"),
         ("train_iters: 2", "train_iters: 2.5", "run.yaml:17: stages.extend.train_iters: '2.5' is not a whole number"),
         ("train_iters: 2", "train_iters: yes", "run.yaml:17: stages.extend.train_iters: 'yes' is not a whole number"),

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mcore_longctx.errors import ConfigError
-from mcore_longctx.rope import RopeScaling, merge_hf_rope, read_hf_rope, write_hf_rope
+from mcore_longctx.rope import RopeBand, RopeScaling, merge_hf_rope, read_hf_rope, write_hf_rope
 
 SIZES: dict[str, Any] = {"model_type": "llama", "hidden_size": 4096, "num_attention_heads": 32}
 LLAMA3: dict[str, Any] = {
@@ -19,6 +19,12 @@ LLAMA3: dict[str, Any] = {
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
+}
+LONGROPE: dict[str, Any] = {
+    "rope_type": "longrope",
+    "short_factor": [1.0] * 64,
+    "long_factor": [1.0] * 64,
+    "attention_factor": 1.0,
 }
 YARN: dict[str, Any] = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
 LLAMA_31: dict[str, Any] = SIZES | {"max_position_embeddings": 131072, "rope_theta": 500000.0, "rope_scaling": LLAMA3}
@@ -160,18 +166,23 @@ NEW_31 = {"rope_parameters": {**LLAMA3, "rope_theta": 500000.0}}
         # unknown types
         (
             scaled({"rope_type": "ntk", "factor": 8.0}),
-            "rope_scaling: rope type 'ntk' is unknown; known are default, linear, dynamic, llama3, yarn",
+            "rope_scaling: rope type 'ntk' is unknown; known are default, linear, dynamic, llama3, yarn, longrope",
         ),
         (
             scaled({"type": ["yarn"]}),
-            "rope_scaling: rope type ['yarn'] is unknown; known are default, linear, dynamic, llama3, yarn",
+            "rope_scaling: rope type ['yarn'] is unknown; known are default, linear, dynamic, llama3, yarn, longrope",
         ),
         (
-            scaled({"rope_type": "longrope", "short_factor": [1.0], "long_factor": [1.0], "factor": 4.0}),
+            scaled(
+                {"rope_type": "longrope", "short_factor": [1.0], "long_factor": [2.0], "factor": 4.0, "attention_factor": 1.0}
+            ),
             "rope_scaling: rope type longrope switches between two frequency tables by sequence length; no one table can be trained;"
             " start from a model with plain, linear, llama3 or yarn rope",
         ),
-        (scaled({"factor": 8.0}), "rope_scaling.rope_type is missing; known are default, linear, dynamic, llama3, yarn"),
+        (
+            scaled({"factor": 8.0}),
+            "rope_scaling.rope_type is missing; known are default, linear, dynamic, llama3, yarn, longrope",
+        ),
         (
             scaled({**LLAMA3, "type": "yarn"}),
             "rope_scaling.rope_type is 'llama3' and rope_scaling.type is 'yarn'; make them equal or remove type",
@@ -407,6 +418,7 @@ def writable_ropes(draw: st.DrawFn) -> RopeScaling:
     scaled_types: dict[str, Any] = {"factor": draw(st.floats(1.0, 512.0)), "original_max_position_embeddings": original}
     low = draw(st.floats(0.5, 8.0))
     high = low * draw(st.floats(1.5, 32.0))
+    half, share = draw(st.integers(8, 128)), draw(st.floats(0.0, 1.0))
     fields: dict[str, Any] = draw(
         st.sampled_from(
             [
@@ -419,10 +431,12 @@ def writable_ropes(draw: st.DrawFn) -> RopeScaling:
                 {"type": "yarn", "beta_slow": low, "beta_fast": high, "truncate": draw(st.booleans()), **scaled_types},
                 {"type": "yarn", "attention_factor": draw(st.floats(0.5, 2.0)), **scaled_types},
                 {"type": "yarn", "mscale": low, "mscale_all_dim": high, **scaled_types},
+                {"type": "bands", "bands": (RopeBand(pairs=half, rule="mix", ntk_share=share),), **scaled_types},
+                {"type": "longrope", "long_factor": (low,) * half, "max_position_embeddings": original},
             ]
         )
     )
-    return RopeScaling(head_dim=2 * draw(st.integers(8, 128)), rope_theta=draw(st.floats(1e4, 1e9)), **fields)
+    return RopeScaling(head_dim=2 * half, rope_theta=draw(st.floats(1e4, 1e9)), **fields)
 
 
 @given(writable_ropes(), st.sampled_from(["both", "old", "new"]))
@@ -471,15 +485,13 @@ JSON_VALUES = st.sampled_from(
         {"a": 1},
     ]
 )
-ROPE_KEYS = st.sampled_from(
-    [*LLAMA3, "type", "rope_theta", "beta_fast", "mscale", "mscale_all_dim", "attention_factor", "truncate"]
-)
+ROPE_KEYS = st.sampled_from([*LLAMA3, *LONGROPE, "type", "rope_theta", "beta_fast", "mscale", "mscale_all_dim", "truncate"])
 
 
 @settings(max_examples=1000)
 @given(
     st.sampled_from(["rope_scaling", "rope_parameters"]),
-    st.sampled_from([LLAMA3, YARN, {"rope_type": "linear", "factor": 2.0}, {"rope_type": "dynamic", "factor": 2.0}]),
+    st.sampled_from([LLAMA3, YARN, LONGROPE, {"rope_type": "linear", "factor": 2.0}, {"rope_type": "dynamic", "factor": 2.0}]),
     st.dictionaries(ROPE_KEYS, JSON_VALUES, max_size=3),
     st.dictionaries(
         st.sampled_from(["rope_theta", "max_position_embeddings", "head_dim", "partial_rotary_factor"]), JSON_VALUES, max_size=2

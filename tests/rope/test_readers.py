@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from mcore_longctx.rope import RopeScaling, misreadings, write_hf_rope
+from mcore_longctx.rope import RopeBand, RopeScaling, misreadings, write_hf_rope
 
 SIZES: dict[str, Any] = {"hidden_size": 256, "num_attention_heads": 2, "head_dim": 128}
 LLAMA3: dict[str, Any] = {
@@ -29,6 +29,14 @@ YARN: dict[str, Any] = {
     "beta_fast": 32.0,
     "beta_slow": 1.0,
     "truncate": True,
+}
+LONGROPE: dict[str, Any] = {
+    "rope_type": "longrope",
+    "factor": 16.0,
+    "original_max_position_embeddings": 8192,
+    "attention_factor": 1.0,
+    "short_factor": [1.0] * 64,
+    "long_factor": [1.0] * 64,
 }
 VERSION = int(transformers.__version__.split(".")[0])
 
@@ -58,6 +66,9 @@ def test_the_portable_file_is_read_right_by_all_who_read_files() -> None:
     assert set(found(write_hf_rope(rope))) == {"Megatron-LM", "mbridge"}  # flags that must be repeated; linear interpolation
     rope = RopeScaling(type="linear", head_dim=128, rope_theta=5e5, factor=8, original_max_position_embeddings=8192)
     assert set(found(write_hf_rope(rope))) == {"older Megatron-Bridge"}
+    bands = (RopeBand(pairs=16, rule="none"), RopeBand(pairs=48, rule="ntk"))
+    rope = RopeScaling(type="bands", head_dim=128, rope_theta=5e5, factor=8, original_max_position_embeddings=8192, bands=bands)
+    assert set(found(write_hf_rope(rope))) == {"llama.cpp", "Megatron-Bridge", "Megatron-LM", "mbridge"}
 
 
 @pytest.mark.parametrize(
@@ -102,6 +113,12 @@ def test_the_portable_file_is_read_right_by_all_who_read_files() -> None:
         (old({"rope_type": "linear", "factor": 2.5}), "Megatron-LM", "a whole number"),
         (old(None, rope_theta=500000.5), "Megatron-LM", "--rotary-base is a whole number"),
         (old({"rope_type": "dynamic", "factor": 2.0}), "Megatron-Bridge", "takes no scaling, silently"),
+        (old(LONGROPE), "vLLM", "drops attention_factor: cos and sin times 1.14354, by the two lengths"),
+        (old(LONGROPE), "SGLang", "drops attention_factor: cos and sin times 1.14354, by the two lengths"),
+        (old({**LONGROPE, "original_max_position_embeddings": 131072}, original_max_position_embeddings=8192), "vLLM", "times 1.14354"),
+        (old({**LONGROPE, "attention_factor": 1.2}), "SGLang", "drops attention_factor"),
+        (old(LONGROPE), "llama.cpp", "drops both lists"),
+        (old(LONGROPE), "Megatron-Bridge", "takes no scaling, silently"),
         (old({"rope_type": "ntk", "factor": 2.0}), "transformers 4", "KeyError"),
         (old({"rope_type": "ntk", "factor": 2.0}), "llama.cpp", "with a warning"),
         (old({"rope_type": "ntk", "factor": 2.0}), "SGLang", "unknown"),
@@ -127,6 +144,10 @@ def test_a_reader_that_errs_is_named(config: dict[str, Any], program: str, words
         (old({**LLAMA3, "factor": 512.0}), "Megatron-Bridge", "takes and exports"),
         (old({"rope_type": "linear", "factor": 8.0}), "mbridge", "linear"),
         (old(YARN), "llama.cpp", "rounds"),
+        (old({**LONGROPE, "original_max_position_embeddings": 131072}), "vLLM", "attention_factor"),
+        (old(without(LONGROPE, "attention_factor")), "vLLM", "attention_factor"),  # all take it from the two lengths
+        (old({**LONGROPE, "short_mscale": 1.0, "long_mscale": 1.0}), "SGLang", "attention_factor"),
+        (old({**LONGROPE, "attention_factor": (1 + np.log(16) / np.log(8192)) ** 0.5}), "vLLM", "attention_factor"),
     ],
 )
 def test_a_reader_that_is_right_is_not_named(config: dict[str, Any], program: str, words: str) -> None:

@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 
 from mcore_longctx.errors import ConfigError
-from mcore_longctx.rope import RopeScaling
+from mcore_longctx.rope import RopeBand, RopeScaling
 
 BASE: dict[str, Any] = {"head_dim": 128, "rope_theta": 500_000.0}
 OVER_8K: dict[str, Any] = BASE | {"original_max_position_embeddings": 8192}
 ULTRALONG_4M = RopeScaling(type="llama3", factor=512, **OVER_8K)
+BANDS = (RopeBand(pairs=16, rule="none"), RopeBand(pairs=24, rule="mix", ntk_share=0.5), RopeBand(pairs=24, rule="ntk"))
+GIRAFFE = RopeScaling(type="bands", factor=4, bands=BANDS, **OVER_8K)
 EVERY_TYPE = [
     RopeScaling(type="none", **BASE),
     RopeScaling(type="abf", max_position_embeddings=65536, **BASE | {"rope_theta": 8e6}),
@@ -23,13 +25,15 @@ EVERY_TYPE = [
     RopeScaling(type="yarn", factor=128, beta_fast=4, truncate=False, attention_factor=1, **OVER_8K),
     RopeScaling(type="yarn", factor=128, mscale=1, mscale_all_dim=0.5, **OVER_8K),
     RopeScaling(type="yarn", ramp="rotations", factor=512, alpha=1, beta=4, **OVER_8K),
+    GIRAFFE,
+    RopeScaling(type="longrope", long_factor=(1.0,) * 32 + (1.5,) * 32, max_position_embeddings=65536, **BASE),
 ]
 
 
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"type": "longrope"}, "rope type 'longrope' is unknown; there are none, linear, ntk, dynamic, abf, llama3, yarn"),
+        ({"type": "su"}, "rope type 'su' is unknown; there are none, linear, ntk, dynamic, abf, llama3, yarn, bands, longrope"),
         ({"type": "none", "head_dim": 127}, "head_dim is 127, expected an even number (rope turns pairs)"),
         ({"type": "none", "head_dim": 0}, "head_dim is 0, expected a whole number above 0 and up to 4,096"),
         ({"type": "none", "head_dim": 128.0}, "head_dim is 128.0, expected a whole number above 0 and up to 4,096"),
@@ -169,6 +173,7 @@ FINGERPRINTS = {
     "deb907bd": RopeScaling(type="none", **BASE),
     "821ac895": RopeScaling(type="yarn", factor=512, beta_fast=4, **OVER_8K),
     "e70076e0": RopeScaling(type="yarn", ramp="rotations", beta=4, factor=512, **OVER_8K),
+    "3d8117b8": GIRAFFE,
     "98334381": RopeScaling(type="dynamic", factor=8, max_position_embeddings=8192, **BASE),
 }
 

@@ -116,7 +116,8 @@ def test_keep_keeps() -> None:
     [
         ("", "rope type '' is unknown; known are keep, none, linear"),
         ("rope:8", "rope type 'rope' is unknown"),
-        ("longrope:8", "rope type 'longrope' is unknown"),
+        ("longrope:8", "rope type longrope has a list, which does not fit into one line; write it into the rope section of a recipe"),
+        ("bands:8,original=8K", "rope type bands has a list, which does not fit into one line"),
         ("llama3", "factor is missing; write llama3:8"),
         ("llama3:", "'factor=' is not key=value"),
         ("llama3:x", "factor is 'x', expected a number"),

@@ -11,11 +11,17 @@ import numpy as np
 import pytest
 
 from mcore_longctx.recipe.load import load_recipe
-from mcore_longctx.rope import RopeScaling, dropped_scaling, explain
+from mcore_longctx.rope import RopeBand, RopeScaling, dropped_scaling, explain
 
 BASE: dict[str, Any] = {"head_dim": 128, "rope_theta": 500_000.0}
 OVER_8K: dict[str, Any] = BASE | {"original_max_position_embeddings": 8192}
 LLAMA_31 = RopeScaling(type="llama3", factor=8, max_position_embeddings=131072, **OVER_8K)
+BANDS = (
+    RopeBand(pairs=16, rule="none"),
+    RopeBand(pairs=23, rule="mix", ntk_share=0.25),
+    RopeBand(pairs=1, rule="linear"),
+    RopeBand(pairs=24, rule="ntk"),
+)
 PAIRS = "pairs 0-28 kept, 29-34 mixed, 35-63 divided by 512"
 
 
@@ -52,6 +58,18 @@ PAIRS = "pairs 0-28 kept, 29-34 mixed, 35-63 divided by 512"
             RopeScaling(type="yarn", ramp="rotations", factor=512, beta=4, **OVER_8K),
             "yarn factor 512 over 8,192 (alpha 1, beta 4), base 500,000: as published, ramp over rotations, attention factor 1.62383; "
             + PAIRS,
+        ),
+        (
+            RopeScaling(type="bands", factor=4, bands=BANDS, **OVER_8K),
+            "bands factor 4, base 500,000: pairs 0-15 kept, 16-38 mixed (0.25 ntk, 0.75 linear), 39 divided by 4, 40-63 as ntk",
+        ),
+        (
+            RopeScaling(type="longrope", long_factor=(1.0,) * 60 + (1.5, 2.0, 3.0, 4.0), **BASE),
+            "longrope with one list, base 500,000: 60 of 64 pairs kept, each pair divided by a number of its own, from 1 to 4",
+        ),
+        (
+            RopeScaling(type="longrope", long_factor=(2.0,) * 64, **BASE),
+            "longrope with one list, base 500,000: each pair divided by a number of its own, from 2 to 2",
         ),
     ],
 )

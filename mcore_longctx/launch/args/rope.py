@@ -68,7 +68,7 @@ def why_no_rope_flags(rope: RopeScaling) -> str:
         return "Megatron's YaRN has its ramp over the pair index, this one over rotations"
     if rope.type == "yarn" and rope.factor == 1.0:
         return "YaRN without a factor scales nothing, and Megatron takes it for a mistake"
-    return f"Megatron has no flag for rope type {rope.type}" if rope.type in ("ntk", "dynamic") else ""
+    return f"Megatron has no flag for rope type {rope.type}" if rope.type in ("ntk", "dynamic", "bands", "longrope") else ""
 
 
 def yarn_temperature(rope: RopeScaling) -> tuple[float, float]:
