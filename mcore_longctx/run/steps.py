@@ -92,8 +92,12 @@ def _import_step(recipe: Recipe, resolved: Resolved, folder: Path) -> Step:
 
     def action() -> None:
         from mcore_longctx.convert import Execution, import_hf
+        from mcore_longctx.run.finished import is_imported
 
-        import_hf(recipe.model.path, base, how=Execution(checksum=True))
+        if is_imported(recipe.model.path, base):
+            _take(base)
+        else:
+            import_hf(recipe.model.path, base, how=Execution(checksum=True))
 
     return Step(
         "import",
@@ -105,6 +109,14 @@ def _import_step(recipe: Recipe, resolved: Resolved, folder: Path) -> Step:
         (),
         action,
     )
+
+
+def _take(out: Path) -> None:
+    """What an earlier start has finished, and was killed before the journal said so."""
+    from mcore_longctx.convert.copying.partial import remove_ended_journal
+
+    remove_ended_journal(out)
+    print(f"    {out}: whole, and made from these inputs by a start that was killed before it could note it")
 
 
 def _evaluate_step(
@@ -219,17 +231,14 @@ def _merge_step(recipe: Recipe, stage: Stage, how: MergeSection) -> Step:
 
     def action() -> None:
         from mcore_longctx.convert import Execution, merge
+        from mcore_longctx.run.finished import is_merged
 
-        stage_folder = recipe.run_folder / "checkpoints" / stage.name
-        weights = (1.0 - how.other_weight, how.other_weight)
-        merge(
-            newest_checkpoint(stage_folder),
-            final_checkpoint(recipe, how.other),
-            out,
-            weights=weights,
-            any_rope=True,
-            how=Execution(checksum=True),
-        )
+        trained = newest_checkpoint(recipe.run_folder / "checkpoints" / stage.name)
+        other, weights = final_checkpoint(recipe, how.other), (1.0 - how.other_weight, how.other_weight)
+        if is_merged(trained, other, out, weights=weights):
+            _take(out)
+        else:
+            merge(trained, other, out, weights=weights, any_rope=True, how=Execution(checksum=True))
 
     return Step(
         f"merge-{stage.name}",
@@ -250,8 +259,13 @@ def _export_step(recipe: Recipe, folder: Path, stage: Stage) -> Step:
 
     def action() -> None:
         from mcore_longctx.convert import Execution, export_hf
+        from mcore_longctx.run.finished import is_exported
 
-        export_hf(final_checkpoint(recipe, stage.name), out, how=Execution(checksum=True))
+        checkpoint = final_checkpoint(recipe, stage.name)
+        if is_exported(checkpoint, out):
+            _take(out)
+        else:
+            export_hf(checkpoint, out, how=Execution(checksum=True))
 
     return Step(
         "export",

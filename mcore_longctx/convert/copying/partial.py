@@ -21,7 +21,7 @@ from mcore_longctx.convert.plans.plan import Blend, Plan
 from mcore_longctx.errors import ConfigError, InUseError, LongctxError, StorageError
 from mcore_longctx.manifest import fsync_folder
 
-__all__ = ["Partial", "open_partial"]
+__all__ = ["Partial", "open_partial", "remove_ended_journal"]
 
 STALL_SECONDS = 600.0  # without a line from anybody
 POLL_SECONDS = 0.2
@@ -42,7 +42,7 @@ class Partial:
         self._ranks = ranks
         self.plan, self.facts, self.out, self.step, self.fsync = plan, facts, out, step, fsync
         self.folder = out.with_name(f"{out.name}.partial")
-        self.aside = out.with_name(f"{out.name}.partial-journal")
+        self.aside = _aside(out)
         self.targets = [self.folder / file.name for file in plan.files]
         self.start = step.name or boot_id()
         self._journal: Journal | None = None
@@ -287,6 +287,28 @@ class Partial:
         """Let others have it."""
         if self._journal is not None:
             self._journal.close()
+
+
+def remove_ended_journal(out: Path) -> None:
+    """Remove the journal that a kill has left beside an output that has its name; one that does not say that all is there stays.
+
+    Raises:
+        InUseError: the process that wrote the output is about to do that.
+    """
+    try:
+        journal = Journal(_aside(out), boot_id(), fsync=True, make=False)
+    except FileNotFoundError:
+        return
+    try:
+        if journal.still_there and journal.read().ended:
+            journal.path.unlink()
+    finally:
+        journal.close()
+
+
+def _aside(out: Path) -> Path:
+    """Where the journal lies while the output gets its name."""
+    return out.with_name(f"{out.name}.partial-journal")
 
 
 class _Stall:
