@@ -20,7 +20,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from mcore_longctx.errors import CheckpointError, ConfigError
+from mcore_longctx.errors import CheckpointError, ConfigError, LongctxError
 from mcore_longctx.reading import parse_json, read_bounded
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "read_manifest",
     "read_sealed",
     "readable_bytes",
+    "refusals_as",
     "sha256_file",
     "staged_folder",
     "verify_manifest",
@@ -79,6 +80,15 @@ def versions() -> dict[str, str]:
 def partial_path(path: Path) -> Path:
     """Where a file or folder is written before it gets its name. Says who writes it: `NAME.partial-HOST-PID`."""
     return path.with_name(f"{path.name}.partial-{socket.gethostname()}-{os.getpid()}")
+
+
+@contextmanager
+def refusals_as(error: type[LongctxError], path: Path, *, fix: str = "") -> Iterator[None]:
+    """What the system refuses while `path` is written, as one line: `path: cannot be written (No space left on device); fix`."""
+    try:
+        yield
+    except OSError as refusal:
+        raise error(f"cannot be written ({refusal.strerror})", where=path, fix=fix) from None
 
 
 def write_atomic(path: Path, text: str) -> None:

@@ -17,8 +17,7 @@ import mmap
 import os
 import struct
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mcore_longctx.errors import DataError, StorageError
-from mcore_longctx.manifest import fsync_folder, partial_path
+from mcore_longctx.manifest import fsync_folder, partial_path, refusals_as
 from mcore_longctx.tasks.tokens import TextTokenizer, Tokens, line_ends, spell_tokens
 
 __all__ = ["STEMS", "Haystack", "HaystackCut", "cached_haystack", "open_haystack"]
@@ -168,7 +167,7 @@ def cached_haystack(
         say(f"{error}; it is made again")
     except OSError as error:
         raise StorageError(f"cannot be read ({error.strerror})", where=path) from None
-    with _refused(folder):  # before the long work
+    with refusals_as(StorageError, folder):  # before the long work
         folder.mkdir(parents=True, exist_ok=True)
     _write(Haystack.from_documents(documents, tokenizer, where=where), path, name)
     return open_haystack(path)
@@ -231,7 +230,7 @@ def _write(haystack: Haystack, path: Path, name: bytes) -> None:
     counts = (len(haystack.tokens), len(haystack.line_starts), len(haystack.sentence_starts))
     header = _HEADER.pack(_MAGIC, _FORMAT, body, _header_crc(body, *counts, name), *counts, name)
     aside = partial_path(path)
-    with _refused(path):
+    with refusals_as(StorageError, path):
         try:
             with aside.open("wb") as file:
                 file.writelines([header, *parts])
@@ -241,11 +240,3 @@ def _write(haystack: Haystack, path: Path, name: bytes) -> None:
             fsync_folder(path.parent)
         finally:
             aside.unlink(missing_ok=True)
-
-
-@contextmanager
-def _refused(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(f"cannot be written ({error.strerror})", where=path) from None

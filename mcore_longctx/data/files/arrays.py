@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mcore_longctx.errors import DataError
-from mcore_longctx.manifest import fsync_folder, partial_path
+from mcore_longctx.manifest import fsync_folder, partial_path, refusals_as
 
 __all__ = ["Column", "file_crc32", "map_arrays", "map_file", "new_arrays", "write_arrays"]
 
@@ -41,6 +41,7 @@ _DTYPES = {name: dtype for dtype, name in _NAMES.items()}
 _CHECKSUM = "checksum"
 _KEY = "mcore_longctx"  # of the one entry of __metadata__, whose values must be strings
 _MAX_HEADER = 100_000_000  # bytes, as in safetensors
+_FIX = "make room or choose another folder"
 _BLOCK = 1 << 24  # bytes read at once for the checksum
 
 
@@ -72,10 +73,10 @@ def new_arrays(path: Path, columns: Mapping[str, Column], metadata: Mapping[str,
     header = len(text).to_bytes(8, "little") + text
     aside = partial_path(path)
     try:
-        with _refused(path):
+        with refusals_as(DataError, path, fix=_FIX):
             file = aside.open("w+b")
         with file:
-            with _refused(path):
+            with refusals_as(DataError, path, fix=_FIX):
                 os.posix_fallocate(file.fileno(), 0, len(header) + at + 4)
                 file.write(header)
                 file.flush()
@@ -83,7 +84,7 @@ def new_arrays(path: Path, columns: Mapping[str, Column], metadata: Mapping[str,
                     name: _new_column(file, columns[name], len(header) + layout[name]["data_offsets"][0]) for name in ordered
                 }
             yield arrays
-            with _refused(path):
+            with refusals_as(DataError, path, fix=_FIX):
                 for array in arrays.values():
                     if isinstance(array, np.memmap):
                         array.flush()
@@ -93,20 +94,11 @@ def new_arrays(path: Path, columns: Mapping[str, Column], metadata: Mapping[str,
                 file.write(checksum.to_bytes(4, "little"))
                 file.flush()
                 os.fsync(file.fileno())
-        with _refused(path):
+        with refusals_as(DataError, path, fix=_FIX):
             aside.replace(path)
             fsync_folder(path.parent)
     finally:
         aside.unlink(missing_ok=True)
-
-
-@contextmanager
-def _refused(path: Path) -> Iterator[None]:
-    """What the system refuses while `path` is written, as one line."""
-    try:
-        yield
-    except OSError as error:
-        raise DataError(f"cannot be written ({error.strerror})", where=path, fix="make room or choose another folder") from None
 
 
 def write_arrays(path: Path, arrays: Mapping[str, npt.NDArray[Any]], metadata: Mapping[str, Any]) -> None:
