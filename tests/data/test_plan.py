@@ -503,9 +503,23 @@ def test_blocks_change_nothing(packing: str, tmp_path: Path, monkeypatch: pytest
         (layout_module, "_ROWS"),
     ):
         monkeypatch.setattr(module, name, 4)
-    for module, name in ((plan_module, "_ROWS"), (layout_module, "_RELEASE")):
-        monkeypatch.setattr(module, name, 2)
+    monkeypatch.setattr(layout_module, "_RELEASE", 2)
     assert make_plan(tmp_path / "in blocks", table, section, **how) == at_once
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 1 << 18])
+def test_samples_in_which_nothing_is_learned_are_counted_and_said(rows, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout_module, "_ROWS", rows)
+    # learned: every second token of a document, all of it, the middle, nothing
+    segments = {0: [(1, number % 2 == 0) for number in range(23)], 2: [(4, False), (2, True), (9, False)], 3: [(12, False)]}
+    table = make_table(make_docs([23, 7, 15, 12], segments=segments))
+    samples, facts = planned(table, section_of([None]), separator=Separator(after=(901,), loss=False))
+    unlearned = sum(not any(loss for _, _, loss in sample) for sample in samples)
+    assert facts["samples_without_loss"] == unlearned > 0
+    assert f"nothing is learned in {unlearned} of {len(samples)} samples: a training step" in plan_text(facts)
+    _, all_learned = planned(make_table(make_docs([23, 7, 15, 12])), section_of([None]))
+    assert all_learned["samples_without_loss"] == 0
+    assert "nothing is learned" not in plan_text(all_learned)
 
 
 # ------------------------------------------------------------------ chats

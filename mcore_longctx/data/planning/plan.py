@@ -41,7 +41,6 @@ __all__ = ["make_chat_plan", "make_plan", "plan_text", "read_plan"]
 IntArray = npt.NDArray[np.int64]
 
 _CHATS, _SAMPLES = 4, 5  # salts, beside those of `data/planning/draw.py`
-_ROWS = 1 << 18  # runs or documents at once
 _LONGEST = 2**31 - 1  # tokens of a sample
 
 
@@ -299,6 +298,8 @@ def _measure(
         "samples": len(runs),
         "runs": len(runs.document),
         **_count(runs, len(runs.literals) if separator_tokens is None else separator_tokens),
+        # where all documents are learned whole there is none
+        "samples_without_loss": len(runs) - _samples_with_loss(runs) if len(table.loss_document) else 0,
         "begin_tokens": runs.facts["begin_tokens"],
         "documents": len(table),
         "documents_sha256": table.sha256(),
@@ -335,6 +336,17 @@ def _count(runs: Runs, separator_tokens: int) -> dict[str, int]:
         found["tokens_of_labels"] += int(length[literal & is_label].sum())
         found["tokens_of_padding"] += int(length[document == PADDING].sum())
     return found
+
+
+def _samples_with_loss(runs: Runs) -> int:
+    """Samples of which at least one token is learned."""
+    count, last = 0, -1
+    for block in run_blocks(runs):
+        learned = block.start + np.flatnonzero(runs.loss[block])
+        found = np.unique(np.searchsorted(runs.first_run, learned, side="right")) - 1
+        count += len(found) - int(last in found[:1])  # a sample may go on from one block to the next
+        last = int(found[-1]) if len(found) else last
+    return count
 
 
 def _left_out(row: dict[str, int], lengths: SourceLengths, labels: int, *, cuts: bool) -> dict[str, dict[str, int]]:

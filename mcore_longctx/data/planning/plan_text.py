@@ -23,7 +23,7 @@ def plan_text(facts: dict[str, Any], samples_needed: int | None = None) -> str:
     """The contents of plan.json as a table for the screen. samples_needed: of the stage, said if there are fewer or more."""
     head = f"{facts['name']}: {many(facts['samples'], 'sample')} of {facts['seq_length']:,} tokens"
     if facts["method"] == "sft":
-        return "\n".join([_chat_head(facts, head), *_chat_lines(facts)])
+        return "\n".join([_chat_head(facts, head), *_chat_lines(facts), *_unlearned_lines(facts)])
     if samples_needed is not None and facts["samples"] < samples_needed:
         head += f", FEWER than the {samples_needed:,} that the stage needs: the documents give no more"
     elif samples_needed is not None and facts["samples"] > samples_needed:
@@ -41,7 +41,7 @@ def plan_text(facts: dict[str, Any], samples_needed: int | None = None) -> str:
         moved = [f"{_percent(cell[1], before)} -> {_percent(cell[3], after)}" for cell in cells]
         rows.append([name, f"{lengths['documents_before']:,}", f"{before:,}", f"{after:,}", *moved])
     lines = [head, *_table(rows), "  (share of the source's tokens in documents of these lengths: read -> in the samples)"]
-    return "\n".join(lines + _share_lines(facts) + _dropped_lines(facts))
+    return "\n".join(lines + _share_lines(facts) + _dropped_lines(facts) + _unlearned_lines(facts))
 
 
 def many(count: int, noun: str) -> str:
@@ -77,6 +77,13 @@ def _dropped_lines(facts: dict[str, Any]) -> list[str]:
         if tokens:
             lines.append(f"  left out: {many(tokens, 'token')} {words}")
     return lines
+
+
+def _unlearned_lines(facts: dict[str, Any]) -> list[str]:
+    unlearned = facts.get("samples_without_loss", 0)  # a plan of an earlier version does not say
+    if not unlearned:
+        return []
+    return [f"  nothing is learned in {unlearned:,} of {many(facts['samples'], 'sample')}: a training step of these alone stops"]
 
 
 def _chat_head(facts: dict[str, Any], head: str) -> str:
