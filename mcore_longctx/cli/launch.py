@@ -41,7 +41,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write, print or submit the chain."""
     from mcore_longctx.launch.chain import build_chain
-    from mcore_longctx.launch.submit import check_submit, submit_chain, write_chain
+    from mcore_longctx.launch.submit import check_submit, hold_chain, submit_chain, write_chain
     from mcore_longctx.recipe.load import open_recipe
     from mcore_longctx.run import refuse_changed_run
 
@@ -54,9 +54,10 @@ def run(args: argparse.Namespace) -> int:
     refuse_changed_run(file)
     if args.submit:
         check_submit(chain)
-    for line in [*write_chain(chain, force=args.force), *chain.summary]:
-        print(line)
-    if args.submit:
-        for name, job in submit_chain(chain):
-            print(f"job {job}: {name}")
+    with hold_chain(chain):
+        for line in [*write_chain(chain, force=args.force), *chain.summary]:
+            print(line)
+        if args.submit:
+            for name, job in submit_chain(chain):
+                print(f"job {job}: {name}")
     return 0

@@ -35,8 +35,8 @@ _held: list[IO[str]] = []  # locks of this process
 
 
 @contextmanager
-def lock_folder(folder: Path) -> Iterator[None]:
-    """Make a folder if it is not there, and hold it while it is filled.
+def lock_folder(folder: Path, *, who: str = "run") -> Iterator[None]:
+    """Make a folder if it is not there, and hold it while it is filled. `who` says in errors what holds such folders.
 
     The kernel gives the lock back when the process ends, however it ends.
 
@@ -61,7 +61,9 @@ def lock_folder(folder: Path) -> Iterator[None]:
                 ) from None
             file.seek(0)
             raise InUseError(
-                f"another run works on this folder ({file.read().strip()})", where=folder, fix="wait for it or use another output"
+                f"another {who} works on this folder ({file.read().strip()})",
+                where=folder,
+                fix="wait for it or use another output",
             ) from None
         _held.append(file)
         try:

@@ -7,11 +7,12 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from mcore_longctx.data.workspace import lock_folder
 from mcore_longctx.errors import ConfigError, LongctxError
 from mcore_longctx.launch.chain import Chain
 from mcore_longctx.launch.partition import check_partition
@@ -19,11 +20,26 @@ from mcore_longctx.manifest import write_atomic
 from mcore_longctx.recipe import Recipe
 from mcore_longctx.recipe.load import dump_recipe, load_recipe
 
-__all__ = ["check_submit", "submit_chain", "write_chain"]
+__all__ = ["check_submit", "hold_chain", "submit_chain", "write_chain"]
 
 _OURS = ("recipe.yaml", "run.json", "slurm", "logs", ".lock")
 _WRITTEN = "written.json"  # {"recipe": sha256, "scripts": {name: sha256}}: what was edited since has another one
 _JOBS = "jobs.txt"  # a line `id name` for each job, as soon as sbatch has taken it; submit.sh reads and writes the same
+
+
+@contextmanager
+def hold_chain(chain: Chain) -> Iterator[None]:
+    """Nobody else writes or submits this chain meanwhile: no other `launch`, no `submit.sh`.
+
+    Raises:
+        ConfigError: the run folder is somebody else's: nothing is left in it.
+        InUseError: another one is at it.
+        DataError: the folder cannot be made, written or locked.
+    """
+    _refuse_foreign(chain.recipe.run_folder)
+    slurm = chain.recipe.run_folder / "slurm"
+    with lock_folder(slurm, who="launch"):
+        yield
 
 
 def write_chain(chain: Chain, *, force: bool = False, environment: Mapping[str, str] = os.environ) -> list[str]:
@@ -38,8 +54,7 @@ def write_chain(chain: Chain, *, force: bool = False, environment: Mapping[str, 
         LongctxError: what was noted of files or jobs cannot be read.
     """
     folder = chain.recipe.run_folder
-    if folder.is_dir() and not (folder / "run.json").exists() and any(p.name not in _OURS for p in folder.iterdir()):
-        raise ConfigError("is already there and is not a run folder (no run.json)", where=folder, fix="choose another output")
+    _refuse_foreign(folder)
     slurm, recipe, text = folder / "slurm", folder / "recipe.yaml", dump_recipe(chain.recipe)
     book = _read_written(slurm)
     edited = not force and recipe.is_file() and book["recipe"] not in (None, _digest(recipe.read_bytes()))
@@ -149,6 +164,11 @@ def check_submit(chain: Chain, environment: Mapping[str, str] = os.environ) -> N
     if missing:
         raise ConfigError(f"{', '.join(missing)}: not set, nothing was submitted", where="cluster.secrets", fix="export it first")
     _refuse_while_queued(chain.recipe.run_folder / "slurm", "the chain is already submitted", environment)
+
+
+def _refuse_foreign(folder: Path) -> None:
+    if folder.is_dir() and not (folder / "run.json").exists() and any(p.name not in _OURS for p in folder.iterdir()):
+        raise ConfigError("is already there and is not a run folder (no run.json)", where=folder, fix="choose another output")
 
 
 def _refuse_while_queued(slurm: Path, what: str, environment: Mapping[str, str]) -> None:

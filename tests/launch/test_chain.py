@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from mcore_longctx.run.steps import plan_steps
 
 SECRET = "planted-5b1f9c"
 
-# Hands out job numbers from 101 on and writes down what it was asked; fails at the N-th call if told so.
+# Hands out job numbers from 101 on and writes down what it was asked; fails at the N-th call if told so, waits while told to.
 SBATCH = """\
 #!/bin/bash
 echo "$*" >>"$FAKE/sbatch.log"
@@ -32,6 +33,7 @@ if [[ -e $FAKE/fail_at && $count == $(cat "$FAKE/fail_at") ]]; then
     echo "sbatch: error: Batch job submission failed: Invalid account or account/partition combination specified" >&2
     exit 1
 fi
+while [[ -e $FAKE/hold ]]; do sleep 0.05; done
 echo "$((100 + count));cluster"
 """
 # Both fail with what they are told to say.
@@ -300,6 +302,33 @@ def test_a_chain_in_the_queue_is_not_submitted_again(run: Path, slurm: Path, cap
     assert (run / "recipe.yaml").read_bytes() == before
     (slurm / "queue").write_text("9999 RUNNING\n")
     assert launch(run, "--submit") == 0
+
+
+@pytest.mark.parametrize(("first", "second"), [("launch", "launch"), ("launch", "submit.sh"), ("submit.sh", "launch")])
+def test_of_two_submissions_at_once_the_second_is_refused(run: Path, slurm: Path, first: str, second: str) -> None:
+    assert launch(run) == 0
+    commands = {
+        "launch": [sys.executable, "-m", "mcore_longctx", "launch", "tiny-cpu", f"output={run}", "--submit"],
+        "submit.sh": ["bash", str(run / "slurm" / "submit.sh")],
+    }
+    (slurm / "hold").touch()  # the first stands in its first sbatch: it has looked at the queue, and no job is written down
+    one = subprocess.Popen(commands[first], stdout=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while not (slurm / "sbatch.log").exists():
+            assert one.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        other = subprocess.run(commands[second], capture_output=True, text=True, check=False, timeout=60)
+    finally:
+        (slurm / "hold").unlink()
+        assert one.wait(60) == 0
+    assert other.returncode == 2, other.stdout
+    assert other.stderr.count("\n") == 1
+    assert f"another launch works on this folder (process {one.pid} on " in other.stderr
+    assert len((slurm / "sbatch.log").read_text().splitlines()) == len(NAMES)
+    assert jobs_of(run) == [f"{101 + i} {name}" for i, name in enumerate(NAMES)]
+    assert launch(run) == 0  # nobody holds it any more
 
 
 @pytest.mark.parametrize("by_hand", [False, True])
