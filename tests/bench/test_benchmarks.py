@@ -7,6 +7,7 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -95,3 +96,24 @@ def test_all_writes_one_file_and_tells_what_failed(
         assert written.startswith("# Benchmarks of one machine\n\n## B")
         assert ("**rope ended with exit code 1.**" in written) == bool(code)
     assert "rope: done" in capsys.readouterr().err
+
+
+def test_decode(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    text = output("decode", ["--lengths", "1K"], monkeypatch, capsys)
+    ours, theirs = [row for row in rows(text) if row[0] == "1K"]
+    assert [ours[1], theirs[1]] == ["ours", "transformers"]
+    assert theirs[6] == "1.00"
+    assert all(number(cell) > 0 for row in (ours, theirs) for cell in row[2:])
+    assert number(ours[9]) < number(theirs[9])  # a token copies no cache of ours
+
+
+def test_contenders_whose_logits_differ_stop_the_benchmark() -> None:
+    decode, harness = importlib.import_module("decode"), importlib.import_module("harness")
+    results = {
+        name: harness.Result(facts={"logits": logits}) for name, logits in (("a", np.ones(3)), ("b", np.array([1, 1, 1.1])))
+    }
+    with pytest.raises(SystemExit, match=r"1K tokens: the contenders' logits differ by 0.1 of the largest one, bound 0.0001"):
+        decode.check_logits(results, 1024, 1e-4)
+    results["b"].facts["logits"] = np.array([1, 1, np.nan])
+    with pytest.raises(SystemExit, match="differ by nan"):
+        decode.check_logits(results, 1024, 1e-4)

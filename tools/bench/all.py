@@ -17,7 +17,7 @@ from typing import IO
 
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
-BENCHMARKS = ("loss", "tiled_mlp", "layer", "longest", "context_parallel", "decode", "rope", "data", "save", "startup")
+BENCHMARKS = ("loss", "tiled_mlp", "layer", "longest", "context_parallel", "decode", "tasks", "rope", "data", "save", "startup")
 GPU_TESTS = "gpu_tests"
 
 
