@@ -168,9 +168,8 @@ def transformers_model(shape: ModelShape, tokens: int, precision: str) -> Any:
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
     model = model.to_empty(device=training_device()).to(next(iter(weights.values())).dtype)
-    model.model.rotary_emb = type(model.model.rotary_emb)(
-        config, device=training_device()
-    )  # its frequencies are in no checkpoint
+    rotary = type(model.model.rotary_emb)(config)  # its frequencies are in no checkpoint
+    model.model.rotary_emb = rotary.to(training_device())
     model.load_state_dict(weights)
     return model.eval()
 
