@@ -115,7 +115,8 @@ def _lengths(text: str, longest: int | None, config: Path) -> list[int]:
 def _windows(hf: Path, data: Path, lengths: list[int], vocab_size: int) -> Mapping[int, list[Tensor]]:
     """The same text at each length: as many windows of it as fit into one of the longest, begin tokens included."""
     from mcore_longctx.data.documents.readers import read_texts
-    from mcore_longctx.evaluate.held_out import EvaluationTokenizer, cut_windows
+    from mcore_longctx.data.tokenizers.evaluation import EvaluationTokenizer
+    from mcore_longctx.evaluate.held_out import cut_windows
 
     tokenizer = EvaluationTokenizer(hf, vocab_size)
     needed = lengths[-1] - len(tokenizer.prefix)

@@ -1,4 +1,4 @@
-"""Held-out text as tokens: read by the data room's readers, tokenized once, begun as the model's tokenizer begins a text."""
+"""Held-out text: read by the data room's readers, cut in windows that begin as the model's tokenizer begins a text."""
 
 from __future__ import annotations
 
@@ -8,56 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Tokenizer as HFTokenizer
 
 from mcore_longctx.data.documents.readers import read_texts
-from mcore_longctx.data.tokenizers import Tokenizer, check_vocabulary, load_tokenizer
 from mcore_longctx.errors import DataError
 
-__all__ = ["EvaluationTokenizer", "Windows", "cut_windows", "read_documents"]
-
-_ENDS = ("<|end_of_text|>", "<|eot_id|>", "<|endoftext|>", "<|im_end|>", "</s>")  # Llama 3, Qwen, Mistral
-
-
-class EvaluationTokenizer:
-    """The tokenizer of a model, as the tasks need it: ordinary text to ids and back.
-
-    Attributes:
-        prefix: ids that the tokenizer puts before a text (a begin token), often none.
-        end_ids: ids that end a text or a turn: what a model writes when it has finished.
-        sha256: of tokenizer.json.
-
-    Raises:
-        DataError: no tokenizer here, or it has ids that the model has no embedding for.
-    """
-
-    def __init__(self, folder: Path, model_vocab_size: int) -> None:
-        self._ordinary: Tokenizer = load_tokenizer(folder)
-        check_vocabulary(self._ordinary, model_vocab_size)
-        self.sha256 = self._ordinary.sha256
-        self._whole = HFTokenizer.from_file(str(self._ordinary.path))
-        self.prefix = self._begin_ids()
-        names = (self._ordinary.special_tokens.get("eos_token"), *_ENDS)
-        ids = [self._ordinary.control_id(name) for name in names if name]
-        self.end_ids = frozenset(token for token in ids if token is not None)
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of `text` as ordinary characters, without begin or end tokens."""
-        return self._ordinary.encode(text).tolist()
-
-    def encode_array(self, text: str) -> npt.NDArray[np.int64]:
-        """`encode` for long texts, int64 [tokens]."""
-        return self._ordinary.encode(text).astype(np.int64)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of `ids`, special tokens written out."""
-        return str(self._whole.decode([int(token) for token in ids], skip_special_tokens=False))
-
-    def _begin_ids(self) -> tuple[int, ...]:
-        bare = self._whole.encode("a", add_special_tokens=False).ids
-        framed = self._whole.encode("a", add_special_tokens=True).ids
-        starts = [i for i in range(len(framed) - len(bare) + 1) if framed[i : i + len(bare)] == bare]
-        return tuple(framed[: starts[0]]) if starts else ()
+__all__ = ["Windows", "cut_windows", "read_documents"]
 
 
 @dataclass(frozen=True)

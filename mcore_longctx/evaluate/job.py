@@ -11,11 +11,11 @@ from typing import Any, Literal
 import torch.distributed as dist
 from tqdm import tqdm
 
+from mcore_longctx.data.tokenizers.evaluation import EvaluationTokenizer
 from mcore_longctx.errors import CheckpointError
-from mcore_longctx.evaluate.held_out import EvaluationTokenizer
 from mcore_longctx.evaluate.loss_by_position import score_windows, window_rows
 from mcore_longctx.evaluate.needles import needle_rows, score_needles
-from mcore_longctx.evaluate.prepare import ColumnTasks, check_section, prepare_tasks
+from mcore_longctx.evaluate.prepare import ColumnTasks, prepare_tasks
 from mcore_longctx.evaluate.rows import RowFile, on_first_rank
 from mcore_longctx.evaluate.ruler import ruler_rows, score_ruler_tasks
 from mcore_longctx.evaluate.short_suite import choice_rows, score_choices
@@ -25,6 +25,7 @@ from mcore_longctx.megatron_compat import device_context
 from mcore_longctx.model import build_gpt_model, destroy_process_groups, init_process_groups
 from mcore_longctx.model.te import check_backend
 from mcore_longctx.model.weights import load_model_weights
+from mcore_longctx.plan.evaluation_checks import check_section
 from mcore_longctx.recipe.card import read_card
 from mcore_longctx.recipe.schema import EvaluateSection
 from mcore_longctx.rope import RopeScaling

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mcore_longctx.data.tokenizers.evaluation import EvaluationTokenizer
 from mcore_longctx.evaluate.cached import prefill, score_suffix
-from mcore_longctx.evaluate.held_out import EvaluationTokenizer
 from mcore_longctx.evaluate.prompts import prompt_tail
 from mcore_longctx.evaluate.rows import RowFile, on_first_rank
 from mcore_longctx.evaluate.scoring import AnswerScore, score_answer
@@ -57,13 +57,14 @@ class _Grid:
 
     def _settings(self) -> dict[str, Any]:
         section = self.section
-        return {"seed": self.seed, "digits": section.digits, "kind": section.kind, "prefix": self.tokenizer.prefix}
+        return {"seed": self.seed, "digits": section.key_digits, "kind": section.kind, "prefix": self.tokenizer.prefix}
 
 
 def needle_rows(out: Path, section: NeedleSection, identity: Mapping[str, Any]) -> RowFile:
     """The file of a section's rows, in the folder `out`. Rows that were asked for in another way are refused. All ranks call it."""
     task = "needles_shared" if section.shared else "needle"
-    settings = {"task": task, "kind": section.kind, "digits": section.digits, "shared": section.shared}
+    digits = section.key_digits if section.kind == "passkey" else None
+    settings = {"task": task, "kind": section.kind, "digits": digits, "shared": section.shared}
     return RowFile(out / "needle.jsonl", ("length", "depth", "index"), {**identity, **settings})
 
 

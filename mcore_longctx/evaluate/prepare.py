@@ -7,35 +7,33 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from mcore_longctx import __version__
-from mcore_longctx.errors import ConfigError, DataError
-from mcore_longctx.evaluate.held_out import EvaluationTokenizer, Windows, cut_windows, read_documents
+from mcore_longctx.data.tokenizers.evaluation import EvaluationTokenizer
+from mcore_longctx.errors import DataError
+from mcore_longctx.evaluate.held_out import Windows, cut_windows, read_documents
 from mcore_longctx.evaluate.prompts import PromptCache
 from mcore_longctx.evaluate.rows import on_first_rank
 from mcore_longctx.evaluate.ruler import RulerPrompts, ruler_tasks
-from mcore_longctx.evaluate.short_suite import choice_questions, encode_choices
-from mcore_longctx.layout import check_seq_length
 from mcore_longctx.manifest import sha256_file
 from mcore_longctx.recipe.schema import EvaluateSection, LossByPositionSection, NeedleSection, RulerSection
 from mcore_longctx.tasks import (
     Haystack,
     RulerTexts,
     cached_haystack,
-    check_ruler_tasks,
+    check_ruler_lengths,
     make_needle_sample,
     make_ruler_sample,
     make_shared_needles,
     needle_depths,
-    ruler_minimum_length,
 )
-from mcore_longctx.tasks.choices import CHOICE_KINDS, ChoiceQuestion, make_choice_question
+from mcore_longctx.tasks.choices import CHOICE_KINDS, ChoiceQuestion, choice_questions, encode_choices, make_choice_question
 
-__all__ = ["ColumnTasks", "check_section", "prepare_tasks"]
+__all__ = ["ColumnTasks", "prepare_tasks"]
 
 
 @dataclass(frozen=True)
@@ -73,31 +71,6 @@ class ColumnTasks:
         if ruler is not None:
             count += len(ruler.section.lengths) * len(ruler_tasks(ruler.section)) * ruler.section.samples
         return count + sum(len(windows.starts) for windows in (self.long, self.short) if windows is not None)
-
-
-def check_section(section: EvaluateSection, *, backend: Literal["local", "te"]) -> None:
-    """What can be wrong without looking into a file: lengths that do not divide, unknown tasks, a backend that keeps no cache.
-
-    Raises:
-        ConfigError, LayoutError: with the key of the recipe.
-    """
-    for key, length in section.lengths:
-        if not key.startswith("ruler"):  # prompts of those tasks have any length and are padded
-            check_seq_length(length, section.parallel.context_parallel_size, where=f"evaluate.{key}")
-    if section.ruler is not None:
-        check_ruler_tasks(section.ruler.tasks)
-    needs = {
-        "evaluate.needle.shared": section.needle is not None and section.needle.shared,
-        "evaluate.ruler.scoring: greedy": section.ruler is not None and section.ruler.scoring == "greedy",
-        "evaluate.short_suite": section.short_suite is not None,
-    }
-    for where, needed in needs.items():
-        if needed and backend == "te":
-            raise ConfigError(
-                "keeps keys and values of a prompt, which layers of TransformerEngine do not do for us",
-                where=where,
-                fix="measure with model.backend=local, which reads the same checkpoint, or leave it out",
-            )
 
 
 def prepare_tasks(section: EvaluateSection, tokenizer: EvaluationTokenizer, *, seed: int, cache: Path) -> ColumnTasks:
@@ -166,9 +139,10 @@ def _read(section: EvaluateSection, tokenizer: EvaluationTokenizer, seed: int, c
         found["loss_by_position"] = found["short_context"] = _sha256([tokens])
     questions: tuple[ChoiceQuestion, ...] = ()
     if section.short_suite is not None:
-        questions = tuple(choice_questions(section.short_suite, seed=seed))
-        found["short_suite"] = _questions_sha256(section.short_suite.choices, seed)
-    encoded = [encode_choices(question, tokenizer) for question in questions]
+        suite = section.short_suite
+        questions = tuple(choice_questions(suite.choices, count=suite.questions, seed=seed))
+        found["short_suite"] = _questions_sha256(suite.choices, seed)
+    encoded = [encode_choices(question, tokenizer, tokenizer.prefix) for question in questions]
     longest = max((len(prompt) + max(map(len, options)) for prompt, options in encoded), default=0)
     return _Read(long, short, questions, longest, ruler, {task: sha256[:16] for task, sha256 in found.items()})
 
@@ -207,7 +181,7 @@ def _ruler(
 def _try_needles(section: NeedleSection, haystack: Haystack, tokenizer: EvaluationTokenizer, seed: int) -> None:
     """One sample of the shortest length: its size, and whether question and answer can be taken apart."""
     _check_unique(haystack, max(section.lengths), "needle.haystack", section.haystack)
-    settings: dict[str, Any] = {"seed": seed, "length": min(section.lengths), "index": 0, "digits": section.digits}
+    settings: dict[str, Any] = {"seed": seed, "length": min(section.lengths), "index": 0, "digits": section.key_digits}
     settings |= {"kind": section.kind, "prefix": tokenizer.prefix}
     if section.shared:
         make_shared_needles(haystack, tokenizer, depths=needle_depths(section.depths), **settings)
@@ -228,15 +202,7 @@ class _Watched(RulerTexts):
 
 def _try_ruler(section: RulerSection, texts: dict[Path, Haystack], tokenizer: EvaluationTokenizer, seed: int) -> None:
     """Samples of each task at twice its least length: cheap, whatever the lengths of the section."""
-    least = {task: ruler_minimum_length(task, tokenizer, tokenizer.prefix) for task in ruler_tasks(section)}
-    shortest = min(section.lengths)
-    short = [f"{task} {tokens:,}" for task, tokens in least.items() if tokens > shortest]
-    if short:
-        raise ConfigError(
-            f"{shortest:,} tokens are too few with this tokenizer for {', '.join(short)}",
-            where="evaluate.ruler.lengths",
-            fix="use longer lengths, or name the other tasks in evaluate.ruler.tasks",
-        )
+    least = check_ruler_lengths(ruler_tasks(section), min(section.lengths), tokenizer, tokenizer.prefix)
     code = texts[section.code] if section.code is not None else None
     watched = _Watched(texts[section.haystack], code)
     for task, tokens in least.items():

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from mcore_longctx.data.tokenizers.evaluation import EvaluationTokenizer
 from mcore_longctx.errors import StorageError
-from mcore_longctx.evaluate.held_out import EvaluationTokenizer
 from mcore_longctx.evaluate.rows import on_first_rank
 from mcore_longctx.manifest import partial_path
 from mcore_longctx.tasks import RulerSample

@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from mcore_longctx.data.tokenizers.evaluation import EvaluationTokenizer
 from mcore_longctx.evaluate.cached import greedy, prefill, score_suffix
-from mcore_longctx.evaluate.held_out import EvaluationTokenizer
 from mcore_longctx.evaluate.prompts import PromptCache, prompt_tail
 from mcore_longctx.evaluate.rows import RowFile
 from mcore_longctx.evaluate.scoring import AnswerScore, score_answer

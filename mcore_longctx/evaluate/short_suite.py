@@ -13,39 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from mcore_longctx.data.tokenizers.evaluation import EvaluationTokenizer
 from mcore_longctx.evaluate.cached import option_scores, prefill
-from mcore_longctx.evaluate.held_out import EvaluationTokenizer
 from mcore_longctx.evaluate.rows import RowFile
-from mcore_longctx.recipe.schema import ShortSuiteSection
-from mcore_longctx.tasks.choices import ChoiceQuestion, make_choice_question, read_choice_questions
-from mcore_longctx.tasks.tokens import encode_after
+from mcore_longctx.tasks.choices import ChoiceQuestion, encode_choices
 
-__all__ = ["ChoiceTokens", "choice_questions", "choice_rows", "encode_choices", "score_choices"]
-
-ChoiceTokens = tuple[npt.NDArray[np.int64], list[npt.NDArray[np.int64]]]  # of the prompt with its begin token, and of each option
-
-
-def choice_questions(section: ShortSuiteSection, *, seed: int) -> list[ChoiceQuestion]:
-    """The questions that a section asks: of its file, or made.
-
-    Raises:
-        DataError: a file that cannot be read as questions.
-    """
-    if section.choices is not None:
-        return read_choice_questions(section.choices, count=section.questions, seed=seed)
-    return [make_choice_question(seed=seed, index=index) for index in range(section.questions)]
-
-
-def encode_choices(question: ChoiceQuestion, tokenizer: EvaluationTokenizer) -> ChoiceTokens:
-    """Tokens of a prompt and of its options.
-
-    Raises:
-        DataError: an option whose tokens depend on where the prompt ends.
-    """
-    prompt = [*tokenizer.prefix, *tokenizer.encode(question.prompt)]
-    return np.array(prompt, dtype=np.int64), [encode_after(tokenizer, question.prompt, option) for option in question.options]
+__all__ = ["choice_rows", "score_choices"]
 
 
 def choice_rows(out: Path, identity: Mapping[str, Any]) -> RowFile:
@@ -88,7 +62,7 @@ def score_choices(
 
 
 def _row(model: Any, question: ChoiceQuestion, tokenizer: EvaluationTokenizer) -> dict[str, Any]:
-    prompt, options = encode_choices(question, tokenizer)
+    prompt, options = encode_choices(question, tokenizer, tokenizer.prefix)
     begun = time.monotonic()
     scores = option_scores(model, prefill(model, prompt), np.empty(0, np.int64), options)
     seconds = time.monotonic() - begun

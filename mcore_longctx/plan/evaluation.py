@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from typing import get_args
 
 from mcore_longctx.convert.checks.commands import kv_bytes
-from mcore_longctx.errors import ConfigError
+from mcore_longctx.errors import ConfigError, LongctxError
 from mcore_longctx.families import ModelShape
+from mcore_longctx.plan.evaluation_checks import check_files, check_section
 from mcore_longctx.plan.hardware import Gpu
 from mcore_longctx.plan.models import parameters, step_flops
 from mcore_longctx.plan.setup import Setup
@@ -176,10 +177,20 @@ def check_evaluation(file: RecipeFile, shape: ModelShape) -> None:
     """Find before anything is started what would stop an evaluation hours later.
 
     Raises:
-        ConfigError: an unknown task, or more work than `evaluate.max_budget_share` allows.
+        ConfigError, LayoutError, DataError: what `check_section` and `check_files` find, or more work than `evaluate.max_budget_share`
+            allows.
     """
-    if file.recipe.evaluate.ruler is not None:
-        check_ruler_tasks(file.recipe.evaluate.ruler.tasks, where=file.where("evaluate.ruler.tasks"))
+    recipe = file.recipe
+    if not recipe.evaluate.measures:
+        return
+    try:
+        if recipe.evaluate.ruler is not None:
+            check_ruler_tasks(recipe.evaluate.ruler.tasks)  # also where the level leaves them out
+        check_section(recipe.evaluate.at_level(), backend=recipe.model.backend)
+        check_files(recipe, shape.vocab_size)
+    except LongctxError as error:
+        is_key = isinstance(error.where, str) and (error.where == "tokenizer" or error.where.startswith("evaluate."))
+        raise type(error)(error.what, where=file.where(str(error.where)) if is_key else error.where, fix=error.fix) from None
     check_budget(file.recipe, shape, where=file.where("evaluate.max_budget_share"))
 
 

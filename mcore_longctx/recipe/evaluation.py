@@ -16,6 +16,7 @@ Level = Literal["quick", "standard", "publish"]
 QUICK_QUESTIONS = 20  # asked of the one haystack of a quick look, and in its short suite
 QUICK_TOKENS_A_NEEDLE = 128  # a short haystack holds fewer needles than that
 QUICK_WINDOWS, QUICK_SHORT_WINDOWS = 2, 16
+DIGITS = 7
 PUBLISH_SAMPLES = 100  # of each cell: 100 of 100 right says at least 96 % (Wilson, 95 %)
 
 
@@ -27,13 +28,20 @@ class NeedleSection:
     lengths: tuple[TokenCount, ...]
     depths: int = 6  # equally spaced from 0 (start) to 1 (just before the question)
     samples: int = 10  # per cell
-    digits: int = 7  # of a pass key
+    digits: int | None = None  # of a pass key; None: 7
     kind: Literal["passkey", "sentence"] = "passkey"  # a number, or a fact about an invented person
     shared: bool = False  # one haystack holds the needles of all depths, read once and asked once for each (`needles_shared`)
 
     def __post_init__(self) -> None:
-        if not self.lengths or min(self.depths, self.samples, self.digits) < 1:
+        if not self.lengths or min(self.depths, self.samples, self.key_digits) < 1:
             raise ValueError("give at least one length, depth, sample and digit")
+        if self.kind == "sentence" and self.digits is not None:
+            raise ValueError(f"digits {self.digits} are those of a pass key, kind is sentence; leave digits out (digits: null)")
+
+    @property
+    def key_digits(self) -> int:
+        """Digits of a pass key."""
+        return DIGITS if self.digits is None else self.digits
 
     def at_level(self, level: Level) -> NeedleSection:
         """See `EvaluateSection.at_level`."""

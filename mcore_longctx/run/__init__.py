@@ -27,12 +27,12 @@ def print_plan(file: RecipeFile, *, until: str | None = None, only: Sequence[str
     """Print every step with its resolved settings. Needs neither torch nor the model's weights."""
     resolved = resolve(file, need_model=False)
     recipe = file.recipe
+    every = plan_steps(file, resolved)
+    steps = _until(every, until) if only is None else _exactly(every, only)
     print(f"{recipe.name}: {file.file}")
     print(f"run folder   {recipe.run_folder}")
     for label, text in _describe_model(recipe, resolved):
         print(f"{label:<12} {text}")
-    every = plan_steps(file, resolved)
-    steps = _until(every, until) if only is None else _exactly(every, only)
     for number, step in enumerate(steps, 1):
         print(f"\n[{number}/{len(steps)}] {step.name}")
         for line in step.about:

@@ -17,7 +17,7 @@ def describe_evaluation(section: EvaluateSection) -> list[str]:
     lines = [] if section.level == "standard" else [f"level {section.level}"]
     if (needle := section.needle) is not None:
         lengths = f"{len(needle.lengths)} lengths ({', '.join(f'{n:,}' for n in needle.lengths)})"
-        what = f"{needle.digits}-digit keys" if needle.kind == "passkey" else "sentences"
+        what = f"{needle.key_digits}-digit keys" if needle.kind == "passkey" else "sentences"
         shared = ", all depths in one text" if needle.shared else ""
         lines.append(
             f"needle: {lengths} x {needle.depths} depths x {needle.samples} samples, {what}{shared}, text from {needle.haystack}"

@@ -22,9 +22,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mcore_longctx.errors import DataError
+import numpy as np
 
-__all__ = ["CHOICE_KINDS", "ChoiceQuestion", "make_choice_question", "read_choice_questions", "solve_choice"]
+from mcore_longctx.errors import DataError
+from mcore_longctx.tasks.tokens import TextTokenizer, Tokens, encode_after
+
+__all__ = [
+    "CHOICE_KINDS",
+    "ChoiceQuestion",
+    "choice_questions",
+    "encode_choices",
+    "make_choice_question",
+    "read_choice_questions",
+    "solve_choice",
+]
 
 OPTIONS = 4
 SHOTS = 3
@@ -75,6 +86,27 @@ def make_choice_question(*, seed: int, index: int) -> ChoiceQuestion:
         options=tuple(f" {option}" for option in options),
         answer=options.index(right),
     )
+
+
+def choice_questions(file: Path | None, *, count: int, seed: int) -> list[ChoiceQuestion]:
+    """At most `count` questions of a file, or so many made ones.
+
+    Raises:
+        DataError: a file that cannot be read as questions.
+    """
+    if file is not None:
+        return read_choice_questions(file, count=count, seed=seed)
+    return [make_choice_question(seed=seed, index=index) for index in range(count)]
+
+
+def encode_choices(question: ChoiceQuestion, tokenizer: TextTokenizer, prefix: Sequence[int] = ()) -> tuple[Tokens, list[Tokens]]:
+    """Tokens of a prompt, with the ids that begin a text, and of each of its options.
+
+    Raises:
+        DataError: an option whose tokens depend on where the prompt ends.
+    """
+    prompt = np.array([*prefix, *tokenizer.encode(question.prompt)], dtype=np.int64)
+    return prompt, [encode_after(tokenizer, question.prompt, option) for option in question.options]
 
 
 def read_choice_questions(path: Path, *, count: int, seed: int) -> list[ChoiceQuestion]:

@@ -33,6 +33,7 @@ __all__ = [
     "NeedleSample",
     "SharedNeedle",
     "SharedNeedles",
+    "check_needle_grid",
     "make_needle_sample",
     "make_shared_needles",
     "needle_depths",
@@ -166,17 +167,10 @@ def make_needle_sample(
         ConfigError: the sample does not fit in `length`.
         DataError: the tokenizer does not tokenize question + answer as the question followed by the answer.
     """
-    key: tuple[object, ...] = (int(seed), int(length), float(depth), int(index))
-    rng = seeded(*key) if kind == "passkey" else seeded(kind, *key)
-    fact = _draw(rng, kind, digits)
-    asked = _Asked.of(tokenizer, fact)
-    insert = _insert(tokenizer, fact, kind)
-    room = length - len(prefix) - len(asked.suffix)
-    if room <= insert.most:
-        needed = length - room + insert.most
-        raise ConfigError(_too_short("a needle sample", kind, digits, needed, length), where=WHERE, fix=_fix(kind))
-    start = rng.randrange(len(haystack.tokens))
-    placed = place_sentences(haystack, tokenizer, [insert], [depth], start=start, room=room)
+    plan = _Wanted(tokenizer, seed, length, digits, kind, prefix).one(depth, index)
+    (fact,), (asked,) = plan.facts, plan.asked
+    start = plan.rng.randrange(len(haystack.tokens))
+    placed = place_sentences(haystack, tokenizer, plan.inserts, [depth], start=start, room=plan.room)
     tokens = np.concatenate([np.array(prefix, dtype=np.int64), placed.tokens, asked.suffix])
     assert len(tokens) == length
     return NeedleSample(
@@ -207,22 +201,9 @@ def make_shared_needles(
 
     Arguments and errors are those of `make_needle_sample`. No two needles share key or value.
     """
-    if kind == "passkey" and len(depths) > 9**digits // 2:
-        what = f"{digits} digits are too few for {len(depths)} needles with different values"
-        raise ConfigError(what, where="evaluate.needle.digits", fix="use more digits, or fewer depths")
-    rng = seeded("shared", kind, int(seed), int(length), tuple(float(depth) for depth in depths), int(index))
-    facts: list[_Fact] = []
-    while len(facts) < len(depths):
-        facts.append(_draw(rng, kind, digits, known=facts))
-    asked = [_Asked.of(tokenizer, fact) for fact in facts]
-    inserts = [_insert(tokenizer, fact, kind) for fact in facts]
-    room = length - len(prefix) - max(len(each.suffix) for each in asked)
-    most = sum(insert.most for insert in inserts)
-    if room <= most:
-        what = _too_short(f"one text with {len(depths)} needles", kind, digits, length - room + most, length)
-        raise ConfigError(what, where=WHERE, fix=f"{_fix(kind)}, or fewer depths")
-    start = rng.randrange(len(haystack.tokens))
-    placed = place_sentences(haystack, tokenizer, inserts, depths, start=start, room=room)
+    plan = _Wanted(tokenizer, seed, length, digits, kind, prefix).shared(depths, index)
+    start = plan.rng.randrange(len(haystack.tokens))
+    placed = place_sentences(haystack, tokenizer, plan.inserts, depths, start=start, room=plan.room)
     return SharedNeedles(
         tokens=np.concatenate([np.array(prefix, dtype=np.int64), placed.tokens]),
         needles=tuple(
@@ -234,11 +215,36 @@ def make_shared_needles(
                 needle_start=len(prefix) + at,
                 depth=depth,
             )
-            for fact, each, at, depth in zip(facts, asked, placed.starts, placed.depths, strict=True)
+            for fact, each, at, depth in zip(plan.facts, plan.asked, placed.starts, placed.depths, strict=True)
         ),
         haystack_start=start,
         unique_share=haystack.unique_share(placed.text_tokens),
     )
+
+
+def check_needle_grid(
+    tokenizer: TextTokenizer,
+    *,
+    seed: int,
+    length: int,
+    depths: Sequence[float],
+    samples: int,
+    shared: bool,
+    digits: int,
+    kind: NeedleKind = "passkey",
+    prefix: Sequence[int] = (),
+) -> None:
+    """Raise what making the samples of a length would raise, whatever the text: needles and questions are drawn, no text is read.
+
+    Arguments and errors are those of `make_needle_sample`; `shared`: of `make_shared_needles`.
+    """
+    wanted = _Wanted(tokenizer, seed, length, digits, kind, prefix)
+    for index in range(samples):
+        if shared:
+            wanted.shared(depths, index)
+        else:
+            for depth in depths:
+                wanted.one(depth, index)
 
 
 def solve_needle(prompt: str) -> str:
@@ -285,6 +291,63 @@ class _Asked:
         return cls(np.concatenate([question, answer]), len(question))
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """A sample but for its text: needles with their questions, and `room` tokens for text and needles."""
+
+    rng: random.Random  # of what is drawn next
+    facts: list[_Fact]
+    asked: list[_Asked]
+    inserts: list[Insert]
+    room: int
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """Samples of a length."""
+
+    tokenizer: TextTokenizer
+    seed: int
+    length: int
+    digits: int
+    kind: NeedleKind
+    prefix: Sequence[int]
+
+    def one(self, depth: float, index: int) -> _Plan:
+        """Of one needle."""
+        key: tuple[object, ...] = (int(self.seed), int(self.length), float(depth), int(index))
+        rng = seeded(*key) if self.kind == "passkey" else seeded(self.kind, *key)
+        return self._plan(rng, 1, "a needle sample")
+
+    def shared(self, depths: Sequence[float], index: int) -> _Plan:
+        """Of a needle at every depth."""
+        count = len(depths)
+        if self.kind == "passkey" and count > 9**self.digits // 2:
+            what = f"{self.digits} digits are too few for {count} needles with different values"
+            raise ConfigError(what, where="evaluate.needle.digits", fix="use more digits, or fewer depths")
+        places = tuple(float(depth) for depth in depths)
+        rng = seeded("shared", self.kind, int(self.seed), int(self.length), places, int(index))
+        return self._plan(rng, count, f"one text with {count} needles")
+
+    def _plan(self, rng: random.Random, count: int, what: str) -> _Plan:
+        facts: list[_Fact] = []
+        while len(facts) < count:
+            facts.append(_draw(rng, self.kind, self.digits, known=facts))
+        asked = [_Asked.of(self.tokenizer, fact) for fact in facts]
+        inserts = [_insert(self.tokenizer, fact, self.kind) for fact in facts]
+        room = self.length - len(self.prefix) - max(len(each.suffix) for each in asked)
+        most = sum(insert.most for insert in inserts)
+        if room <= most:
+            is_key = self.kind == "passkey"
+            size, digits = (f" of {self.digits} digits", " or fewer digits") if is_key else ("", "")
+            raise ConfigError(
+                f"{what}{size} needs more than {self.length - room + most:,} tokens, the length is {self.length:,}",
+                where=WHERE,
+                fix=f"use longer lengths{digits}{', or fewer depths' if count > 1 else ''}",
+            )
+        return _Plan(rng, facts, asked, inserts, room)
+
+
 def _draw(rng: random.Random, kind: NeedleKind, digits: int, known: Sequence[_Fact] = ()) -> _Fact:
     """A fact whose key and value no known one has."""
     while True:
@@ -308,12 +371,3 @@ def _insert(tokenizer: TextTokenizer, fact: _Fact, kind: NeedleKind) -> Insert:
     if kind == "sentence":
         return Insert.of(tokenizer, fact.sentence)
     return Insert(fact.sentence, np.array(tokenizer.encode(fact.sentence + "\n"), dtype=np.int64))
-
-
-def _too_short(what: str, kind: NeedleKind, digits: int, needed: int, length: int) -> str:
-    size = f" of {digits} digits" if kind == "passkey" else ""
-    return f"{what}{size} needs more than {needed:,} tokens, the length is {length:,}"
-
-
-def _fix(kind: NeedleKind) -> str:
-    return "use longer lengths or fewer digits" if kind == "passkey" else "use longer lengths"

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 
 from mcore_longctx.data.tokenizers import Tokenizer, load_tokenizer
 from mcore_longctx.data.tokenizers import fast as tokenizers_fast
+from mcore_longctx.data.tokenizers.evaluation import EvaluationTokenizer
 from mcore_longctx.data.tokenizers.pieces import NEVER
 from mcore_longctx.errors import DataError
 from tests.data.conftest import LLAMA3_SPLIT, make_tokenizer, words
@@ -56,6 +57,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Tokenize
         path = make_model(tmp_path_factory.mktemp("models") / "tokenizer.model", kind)
         made[kind] = (load_tokenizer(path), sentencepiece.SentencePieceProcessor(model_file=str(path)))
     return made
+
+
+def test_evaluation_refuses_a_model_that_does_not_say_how_a_text_begins(tmp_path: Path) -> None:
+    make_model(tmp_path / "tokenizer.model", next(iter(MODELS)))
+    with pytest.raises(DataError, match=r"tokenizer.model: evaluation needs a tokenizer.json: .* begins; convert it"):
+        EvaluationTokenizer(tmp_path, 1 << 20)
 
 
 @settings(max_examples=60, deadline=None)

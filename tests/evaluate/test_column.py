@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from mcore_longctx.data.tokenizers.evaluation import EvaluationTokenizer
 from mcore_longctx.errors import CheckpointError, ConfigError, DataError, LayoutError
 from mcore_longctx.evaluate import EvaluateJob, evaluate_column
-from mcore_longctx.evaluate.held_out import EvaluationTokenizer, cut_windows, read_documents
+from mcore_longctx.evaluate.held_out import cut_windows, read_documents
 from mcore_longctx.evaluate.loss_by_position import bin_edges
 from mcore_longctx.layout import zigzag_owner
 from mcore_longctx.recipe.schema import Parallel

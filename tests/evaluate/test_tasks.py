@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 import torch
 
+from mcore_longctx.data.tokenizers.evaluation import EvaluationTokenizer
 from mcore_longctx.errors import ConfigError, DataError, LongctxError
 from mcore_longctx.evaluate import EvaluateJob, evaluate_column, job
 from mcore_longctx.evaluate import ruler as ruler_module
-from mcore_longctx.evaluate.held_out import EvaluationTokenizer, read_documents
+from mcore_longctx.evaluate.held_out import read_documents
 from mcore_longctx.evaluate.prompts import PromptCache
 from mcore_longctx.evaluate.rows import RowFile
 from mcore_longctx.evaluate.scoring import AnswerScore
-from mcore_longctx.evaluate.short_suite import encode_choices
 from mcore_longctx.recipe.schema import (
     EvaluateSection,
     LossByPositionSection,
@@ -38,7 +38,7 @@ from mcore_longctx.tasks import (
     needle_depths,
     score_ruler,
 )
-from mcore_longctx.tasks.choices import make_choice_question
+from mcore_longctx.tasks.choices import encode_choices, make_choice_question
 
 from ..multiproc import ProcessFailed, run_processes
 from . import tiny_checkpoint as tiny
@@ -193,7 +193,7 @@ def test_decoded_rows_say_what_transformers_generates(folder, hf, tokenizer, hay
 def test_shared_needles_say_what_transformers_says(folder, hf, tokenizer, haystack):
     rows = rows_of(folder, "single", "needle")
     assert len(rows) == 2 * 3 * 2
-    assert {row["task"] for row in rows} == {"needles_shared"}
+    assert {(row["task"], row["kind"], row["digits"]) for row in rows} == {("needles_shared", "sentence", None)}
     by_key = {(row["length"], row["depth"], row["index"]): row for row in rows}
     for length in (512, LENGTH):
         made = make_shared_needles(
@@ -215,7 +215,7 @@ def test_the_short_suite_says_what_transformers_says(folder, hf, tokenizer):
     assert len(rows) == 12
     for row in rows:
         question = make_choice_question(seed=1234, index=row["index"])
-        prompt, options = encode_choices(question, tokenizer)
+        prompt, options = encode_choices(question, tokenizer, tokenizer.prefix)
         assert prompt[0] == tiny.BOS
         sums, exact = [], []
         for option in options:

@@ -134,6 +134,20 @@ def test_values_that_mean_nothing_are_refused(override: str, message: str) -> No
         load_recipe("tiny-cpu", [override])
 
 
+def test_digits_are_those_of_a_pass_key_alone() -> None:
+    section = "evaluate.needle={{haystack: a, lengths: [512], kind: {kind}}}"
+    for kind in ("passkey", "sentence"):
+        recipe = load_recipe("tiny-cpu", [section.format(kind=kind)])
+        assert recipe.evaluate.needle is not None
+        assert (recipe.evaluate.needle.digits, recipe.evaluate.needle.key_digits) == (None, 7)
+    refused = r": evaluate.needle: digits 3 are those of a pass key, kind is sentence; leave digits out \(digits: null\)"
+    with pytest.raises(ConfigError, match=r"tiny-cpu.yaml:\d+" + refused):
+        load_recipe("tiny-cpu", ["evaluate.needle.kind=sentence"])
+    with pytest.raises(ConfigError, match=r"override 'evaluate.needle=.*'" + refused):
+        load_recipe("tiny-cpu", [section.format(kind="sentence, digits: 3")])
+    assert load_recipe("tiny-cpu", ["evaluate.needle.kind=sentence", "evaluate.needle.digits=null"]).evaluate.needle is not None
+
+
 @pytest.mark.parametrize("name", ["tiny-cpu", *(name for name in preset_names() if name.startswith("ultralong"))])
 def test_presets_measure_retrieval_loss_and_short_skills(name: str) -> None:
     evaluate = load_recipe(name).evaluate

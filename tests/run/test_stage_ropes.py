@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from mcore_longctx.run.journal import Journal
 from mcore_longctx.run.steps import Step, plan_steps
 from mcore_longctx.run.training import train_job
 
+ROOT = Path(__file__).parents[2]
 CONFIG = {
     "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 264, "max_position_embeddings": 512, "rope_theta": 10000.0, "rms_norm_eps": 1e-5,
@@ -50,7 +52,7 @@ evaluate:
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps(CONFIG))
-    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    shutil.copy(ROOT / "examples" / "tiny-llama" / "tokenizer.json", tmp_path / "model")
     (tmp_path / "books.txt").write_text("text")
     (tmp_path / "recipe.yaml").write_text(RECIPE.format(folder=tmp_path))
     return tmp_path

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 from harness import Case, command_line, compare, lengths, machine, print_table, short
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from mcore_longctx.evaluate.held_out import EvaluationTokenizer
+from mcore_longctx.data.tokenizers.evaluation import EvaluationTokenizer
 from mcore_longctx.tasks import (
     RULER_TASKS,
     Haystack,

@@ -7,6 +7,7 @@ a note. Every answer has one order (of the text, of the question, of the alphabe
 from mcore_longctx.tasks.ruler.sample import (
     RULER_TASKS,
     RulerSample,
+    check_ruler_lengths,
     check_ruler_tasks,
     make_ruler_sample,
     ruler_minimum_length,
@@ -19,6 +20,7 @@ __all__ = [
     "RULER_TASKS",
     "RulerSample",
     "RulerTexts",
+    "check_ruler_lengths",
     "check_ruler_tasks",
     "make_ruler_sample",
     "ruler_minimum_length",

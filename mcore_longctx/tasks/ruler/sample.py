@@ -28,6 +28,7 @@ from mcore_longctx.tasks.tokens import TextTokenizer, Tokens, encode_after, seed
 __all__ = [
     "RULER_TASKS",
     "RulerSample",
+    "check_ruler_lengths",
     "check_ruler_tasks",
     "make_ruler_sample",
     "ruler_minimum_length",
@@ -169,6 +170,25 @@ def ruler_minimum_length(task: str, tokenizer: TextTokenizer, prefix: Sequence[i
         draft = _TASKS[task].draft(seeded("least", task, index), nothing, tokenizer, index)
         most = max(most, _Frame.of(task, draft, tokenizer, prefix).tokens + draft.least)
     return int(most * _MARGIN) + 1
+
+
+def check_ruler_lengths(
+    tasks: Sequence[str], shortest: int, tokenizer: TextTokenizer, prefix: Sequence[int] = ()
+) -> dict[str, int]:
+    """The least length of each task, in tokens.
+
+    Raises:
+        ConfigError: no such task, or some whose least is above `shortest`; all of these are named.
+    """
+    least = {task: ruler_minimum_length(task, tokenizer, prefix) for task in tasks}
+    short = [f"{task} {tokens:,}" for task, tokens in least.items() if tokens > shortest]
+    if short:
+        raise ConfigError(
+            f"{shortest:,} tokens are too few with this tokenizer for {', '.join(short)}",
+            where=f"{WHERE}.lengths",
+            fix=f"use longer lengths, or name the other tasks in {WHERE}.tasks",
+        )
+    return least
 
 
 def solve_ruler(task: str, prompt: str) -> tuple[str, ...]:
