@@ -5,7 +5,7 @@ python tools/bench/save.py
 One rank with the whole model, bf16 with float32 Adam, into a folder of its own. `state` is what the rank collects before anything is
 planned: the names and places of its own tensors, of the model and of the optimizer. `begin` is that, the plan, and its bytes into host
 memory (on a CPU they are there); beside the training also the fork. `end` are the exchanges when all have written. The training that goes
-on is a sleep, so that seconds are those of the save alone.
+on is a sleep, so that seconds are those of the save alone. The limit is one file of as many bytes, written into the same folder and synced.
 
 Below it: what that makes of an 8B model on 256 GPUs, against 1 % of a step of 20 minutes: a rank's own bytes follow from the layout; the
 seconds are this machine's for as many bytes, copied as a GPU's would be, and what does not grow with bytes.
@@ -14,6 +14,7 @@ seconds are this machine's for as many bytes, copied as a GPU's would be, and wh
 from __future__ import annotations
 
 import argparse
+import os
 import shutil
 import statistics
 import tempfile
@@ -149,6 +150,7 @@ def main() -> None:
             path for path in iteration_folder(checkpointer.job.checkpoints, 2 * given.rounds + 2).rglob("*") if path.is_file()
         ]
         size = sum(path.stat().st_size for path in files)
+        limit = statistics.median(seconds_of_writing(place / "limit", size) for _ in range(given.rounds))
     finally:
         shutil.rmtree(place)
     gigabytes = size / 1e9
@@ -158,8 +160,20 @@ def main() -> None:
         parts = ("state", "begin", "end", "whole")
         state, begin, end, whole = (statistics.median(getattr(one, part) for one in found[is_beside][1:]) for part in parts)
         waits = begin + end
-        rows.append([name, *(f"{value:.2f}" for value in (state, begin, end, waits, whole)), f"{waits / gigabytes:.2f}"])
-    print(table(("save", "state, s", "begin, s", "end, s", "training waits, s", "until it is there, s", "waiting, s/GB"), rows))
+        ratios = (waits / gigabytes, whole / limit)
+        rows.append([name, *(f"{value:.2f}" for value in (state, begin, end, waits, whole, *ratios))])
+    rows.append(["one file", "-", "-", "-", f"{limit:.2f}", f"{limit:.2f}", f"{limit / gigabytes:.2f}", "1.00"])
+    heads = (
+        "save",
+        "state, s",
+        "begin, s",
+        "end, s",
+        "training waits, s",
+        "until it is there, s",
+        "waiting, s/GB",
+        "over one file",
+    )
+    print(table(heads, rows))
     total, rate = sum_of_parameters(LLAMA_8B), copy_rate()
     print(
         f"\nLlama 8B ({total / 1e9:.2f}B), a checkpoint of {BYTES * total / 1e9:.0f} GB, any layout; the budget is {BUDGET:.0f} s\n"
@@ -174,6 +188,19 @@ def main() -> None:
             ("GPUs", "a rank writes, GB", f"training waits, copying at {rate:.1f} GB/s, s", "within 1 % of 20 min"), extrapolated
         )
     )
+
+
+def seconds_of_writing(path: Path, size: int) -> float:
+    """Seconds until a file of `size` bytes lasts; it is removed again."""
+    block = os.urandom(64 << 20)
+    began = time.perf_counter()
+    with path.open("wb") as file:
+        for at in range(0, size, len(block)):
+            file.write(block[: size - at])
+        os.fsync(file.fileno())
+    took = time.perf_counter() - began
+    path.unlink()
+    return took
 
 
 def copy_rate() -> float:
