@@ -85,7 +85,7 @@ class RowFile:
     def _open(self) -> None:
         with _refused(self.path, "written"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("ab", buffering=0)  # what a full disk refused is not tried again when the file is closed
+            self._file = self.path.open("ab", buffering=0)  # what a full disk refused is not tried again at the close
 
     def _append(self, line: bytes) -> None:
         assert self._file is not None, "rows are added inside `with`"

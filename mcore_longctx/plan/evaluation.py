@@ -177,8 +177,8 @@ def check_evaluation(file: RecipeFile, shape: ModelShape) -> None:
     """Find before anything is started what would stop an evaluation hours later.
 
     Raises:
-        ConfigError, LayoutError, DataError: what `check_section` and `check_files` find, or more work than `evaluate.max_budget_share`
-            allows.
+        ConfigError, LayoutError, DataError: what `check_section` and `check_files` find.
+        ConfigError: more work than `evaluate.max_budget_share` allows.
     """
     recipe = file.recipe
     if not recipe.evaluate.measures:

@@ -1,4 +1,4 @@
-"""What would stop an evaluation hours after a run was started: found in the recipe, and in those of its files that are there."""
+"""What would stop an evaluation hours after a run was started: found in the recipe, and in files of it that are there."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def check_section(section: EvaluateSection, *, backend: Literal["local", "te"]) 
 
 
 def check_files(recipe: Recipe, vocab_size: int) -> None:
-    """What the files of an evaluation say: texts and questions that cannot be read, lengths below the least with this tokenizer.
+    """What the files of an evaluation say: texts and questions that cannot be read, lengths too short for this tokenizer.
 
     Files that are not there are left alone: a recipe may be looked at before its data, and `run` asks for them itself.
 

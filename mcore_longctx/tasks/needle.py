@@ -234,7 +234,7 @@ def check_needle_grid(
     kind: NeedleKind = "passkey",
     prefix: Sequence[int] = (),
 ) -> None:
-    """Raise what making the samples of a length would raise, whatever the text: needles and questions are drawn, no text is read.
+    """Raise what making the samples of a length would raise, whatever the text: needles and questions are drawn alone.
 
     Arguments and errors are those of `make_needle_sample`; `shared`: of `make_shared_needles`.
     """

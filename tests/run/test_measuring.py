@@ -104,9 +104,9 @@ FAULTS = {
     "evaluate.needle.lengths=[510]": "seq_length 510 is not a multiple of 2 x context_parallel_size (4); nearest: 508 or 512",
     "evaluate.loss_by_position.seq_length=1022": "seq_length 1,022 is not a multiple of 2 x context_parallel_size (4)",
     "evaluate.loss_by_position.short_length=510": "seq_length 510 is not a multiple of 2 x context_parallel_size (4)",
-    "evaluate.needle.lengths=[512, 60]": "a needle sample of 3 digits needs more than 62 tokens, the length is 60; use longer lengths or",
+    "evaluate.needle.lengths=[512, 60]": "a needle sample of 3 digits needs more than 62 tokens, the length is 60; use longer",
     "evaluate.ruler.lengths=[1024, 700]": (
-        "700 tokens are too few with this tokenizer for niah_multikey_3 886, niah_multiquery 730; use longer lengths, or name the other"
+        "700 tokens are too few with this tokenizer for niah_multikey_3 886, niah_multiquery 730; use longer lengths"
     ),
     "evaluate.ruler.tasks=[vt, cve]": "unknown task 'cve'; did you mean 'cwe'?",
 }
