@@ -7,6 +7,16 @@ RUN=runs/tiny-slurm
 [[ -f $RUN/recipe.yaml ]] || { echo "no $RUN/recipe.yaml in $PWD: call this in the folder in which launch was called" >&2; exit 2; }
 mkdir -p "$RUN/slurm"
 
+# The lock of `launch`: the jobs of two submissions at once would not know of each other.
+command -v flock >/dev/null || { echo "no flock on PATH (util-linux): use mcore-longctx launch --submit" >&2; exit 2; }
+LOCK=$RUN/slurm/.lock
+exec 9>>"$LOCK"
+flock -n 9 || {
+    echo "another launch works on this folder ($(<"$LOCK")): nothing was submitted" >&2
+    exit 2
+}
+echo -n "process $$ on $(uname -n)" >"$LOCK"
+
 # `id name` of each job, as soon as sbatch has taken it: `launch` reads and writes the same file.
 JOBS=$RUN/slurm/jobs.txt
 if [[ -s $JOBS ]]; then
@@ -37,7 +47,7 @@ undo() { # all or none
 trap undo ERR INT TERM HUP
 previous=""
 for job in 00-prepare 20-extend 90-finish; do
-    id=$(sbatch --parsable --kill-on-invalid-dep=yes ${previous:+"--dependency=afterok:$previous"} "$RUN/slurm/$job.sbatch")
+    id=$(sbatch --parsable --kill-on-invalid-dep=yes ${previous:+"--dependency=afterok:$previous"} "$RUN/slurm/$job.sbatch" 9>&-)
     previous=${id%%;*}
     submitted+=("$previous")
     echo "$previous $job" | tee -a "$JOBS"
