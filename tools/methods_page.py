@@ -1,4 +1,4 @@
-"""Make the tables of docs/methods.md from docs/methods_comparison.json, what `mcore-longctx compare` wrote for the tiny model:
+"""Make the tables of docs/methods.md from docs/methods_comparison.json, what `mcore-longctx compare` wrote for the tiny model.
 
     python tools/methods_page.py [FOLDER]    FOLDER: of a new comparison, whose comparison.json replaces the one in docs
 
