@@ -21,28 +21,18 @@ from mcore_longctx.run.journal import Journal
 from mcore_longctx.run.steps import Step, plan_steps
 from mcore_longctx.run.training import train_job
 from tests.convert.hf_folders import llama_config, random_weights, write_folder
+from tests.run.recipes import HEAD, MERGED_STAGE
 
-RECIPE = """\
-name: longrecipe
-output: {folder}/run
-model: {{path: {folder}/model}}
-rope: {{type: abf, rope_theta: 8000000, max_position_embeddings: 2k}}
-data:
-  long:
-    sources: [{{name: books, path: {folder}/books.txt}}]
-stages:
-  - name: first
-    kind: pretrain
-    data: long
-    seq_length: 1k
-    train_iters: 2
-    global_batch_size: 1
-    optimizer: {{lr: 1e-4}}
-    merge: {{other: base, other_weight: 0.3}}
+RECIPE = (
+    "name: longrecipe\n"
+    + HEAD
+    + MERGED_STAGE
+    + """\
   - {{name: second, kind: pretrain, data: long, seq_length: 1k, train_iters: 2, global_batch_size: 1, optimizer: {{lr: 1e-4}}}}
 evaluate:
   loss_by_position: {{path: {folder}/books.txt, seq_length: 2k, short_length: 512}}
 """
+)
 PLAIN = llama_config(rope_theta=10000.0)
 RAISED = llama_config(rope_theta=8000000.0, max_position_embeddings=2048)
 

@@ -19,21 +19,17 @@ from mcore_longctx.recipe.resolve import resolve
 from mcore_longctx.run.journal import Journal
 from mcore_longctx.run.steps import Step, plan_steps
 from mcore_longctx.run.training import train_job
+from tests.run.recipes import HEAD
 
 ROOT = Path(__file__).parents[2]
 CONFIG = {
     "model_type": "llama", "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 264, "max_position_embeddings": 512, "rope_theta": 10000.0, "rms_norm_eps": 1e-5,
 }  # fmt: skip
-RECIPE = """\
-name: prolong
-output: {folder}/run
-model: {{path: {folder}/model}}
-rope: {{type: abf, rope_theta: 8000000, max_position_embeddings: 2k}}
-data:
-  long:
-    sources: [{{name: books, path: {folder}/books.txt}}]
-stages:
+RECIPE = (
+    "name: prolong\n"
+    + HEAD
+    + """\
   - {{name: first, kind: pretrain, data: long, seq_length: 1k, train_iters: 2, global_batch_size: 1, optimizer: {{lr: 1e-4}}}}
   - name: second
     kind: pretrain
@@ -46,6 +42,7 @@ stages:
 evaluate:
   loss_by_position: {{path: {folder}/books.txt, seq_length: 8k, short_length: 512}}
 """
+)
 
 
 @pytest.fixture
