@@ -60,8 +60,9 @@ def lock_folder(folder: Path, *, who: str = "run") -> Iterator[None]:
                     fix="use a file system with flock (Lustre: mount -o flock)",
                 ) from None
             file.seek(0)
+            holder = file.read().strip()  # empty for the moment between its lock and its name
             raise InUseError(
-                f"another {who} works on this folder ({file.read().strip()})",
+                f"another {who} works on this folder" + (f" ({holder})" if holder else ""),
                 where=folder,
                 fix="wait for it or use another output",
             ) from None

@@ -1,5 +1,6 @@
 """Tasks in forked workers: every result once, errors as they are, nobody left behind; one writer a folder."""
 
+import fcntl
 import os
 import signal
 import socket
@@ -84,6 +85,14 @@ def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
     finally:
         parent.kill()
         parent.join()
+
+
+def test_a_writer_that_has_not_said_its_name_yet_is_not_named(tmp_path: Path) -> None:
+    with (tmp_path / ".lock").open("a") as file:  # another open file: its lock is another's
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(InUseError) as raised, lock_folder(tmp_path):
+            pass
+    assert raised.value.what == "another run works on this folder"
 
 
 def test_a_folder_has_one_writer(tmp_path: Path) -> None:
