@@ -83,12 +83,12 @@ def partial_path(path: Path) -> Path:
 
 
 @contextmanager
-def refusals_as(error: type[LongctxError], path: Path, *, fix: str = "") -> Iterator[None]:
-    """What the system refuses while `path` is written, as one line: `path: cannot be written (No space left on device); fix`."""
+def refusals_as(error: type[LongctxError], path: Path, *, done: str = "written", fix: str = "") -> Iterator[None]:
+    """What the system refuses while `path` is written or read, as one line: `path: cannot be written (No space left on device); fix`."""
     try:
         yield
     except OSError as refusal:
-        raise error(f"cannot be written ({refusal.strerror})", where=path, fix=fix) from None
+        raise error(f"cannot be {done} ({refusal.strerror})", where=path, fix=fix) from None
 
 
 def write_atomic(path: Path, text: str) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 
 from mcore_longctx.errors import ConfigError, LongctxError, StorageError
+from mcore_longctx.manifest import refusals_as
 
 __all__ = ["RowFile", "on_first_rank"]
 
@@ -82,21 +83,24 @@ class RowFile:
     def _key(self, row: Mapping[str, Any]) -> tuple[Any, ...]:
         return tuple(row[name] for name in self.key_fields)
 
+    def _refusals(self, done: str) -> AbstractContextManager[None]:
+        return refusals_as(StorageError, self.path, done=done, fix="mend that and run it again: it goes on from what is there")
+
     def _open(self) -> None:
-        with _refused(self.path, "written"):
+        with self._refusals("written"):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self.path.open("ab", buffering=0)  # what a full disk refused is not tried again at the close
 
     def _append(self, line: bytes) -> None:
         assert self._file is not None, "rows are added inside `with`"
-        with _refused(self.path, "written"):
+        with self._refusals("written"):
             while line:
                 line = line[self._file.write(line) :]
             os.fsync(self._file.fileno())
 
     def _read(self) -> dict[tuple[Any, ...], dict[str, Any]]:
         """Rows that are there. A last line that a kill cut off is removed from the file."""
-        with _refused(self.path, "read"):
+        with self._refusals("read"):
             if not self.path.exists():
                 return {}
             raw = self.path.read_bytes()
@@ -120,16 +124,6 @@ class RowFile:
                 )
             rows[key] = row
         if len(whole) < len(raw):
-            with _refused(self.path, "written"), self.path.open("r+b") as file:
+            with self._refusals("written"), self.path.open("r+b") as file:
                 file.truncate(len(whole))
         return rows
-
-
-@contextmanager
-def _refused(path: Path, what: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise StorageError(
-            f"cannot be {what} ({error.strerror})", where=path, fix="mend that and run it again: it goes on from what is there"
-        ) from None
